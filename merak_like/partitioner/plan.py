@@ -1,0 +1,202 @@
+"""The plan: every decision about one training job, frozen, printable, diffable, with a digest. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from merak_like.partitioner.mesh import Mesh
+
+VERSION = 1
+"""Version of the JSON; a plan of another version is refused, not guessed at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """A value that leaves the stage that makes it, once for each stage that reads it."""
+
+    value: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    source: int
+    targets: tuple[int, ...]
+    requires_grad: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """Bytes on one rank of a stage at its fullest moment."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    """Kept for the backward by all live micro-batches."""
+    boundary: int = 0
+    """Values received from and sent to other stages, for all live micro-batches."""
+    workspace: int = 0
+
+    @property
+    def total(self) -> int:
+        """Sum of all kinds."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A piece of the model as people see it (an embedding, an attention, a feed-forward), for tables and pictures."""
+
+    name: str
+    type: str
+    block: str
+    """The repeated module it belongs to, or its own name."""
+    stage: int
+    first: int
+    stop: int
+    flops: int
+    seconds: float
+    """Forward and backward of one micro-batch."""
+    param_bytes: int
+    activation_bytes: int
+    reads: tuple[int, ...]
+    """Indices of the units whose values it reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One pipeline stage: ops ``start <= i < stop`` of the proxy graph."""
+
+    index: int
+    start: int
+    stop: int
+    blocks: tuple[str, ...]
+    params: tuple[str, ...]
+    """First names of the parameters this stage reads."""
+    buffers: tuple[str, ...]
+    param_count: int
+    flops: int
+    """Forward flops of one micro-batch."""
+    forward_seconds: float
+    backward_seconds: float
+    live_micro_batches: int
+    recompute: tuple[str, ...]
+    memory: StageMemory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that was decided. ``Plan.load`` and ``save`` round-trip exactly; ``digest`` names the content.
+
+    ``micro_batch`` is samples per micro-batch and replica; one step trains ``mesh.dp * micro_batches * micro_batch``
+    samples. ``signature`` describes the example the model was traced with.
+    """
+
+    model: str
+    mesh: Mesh
+    schedule: str
+    micro_batches: int
+    micro_batch: int
+    stages: tuple[StagePlan, ...]
+    crossings: tuple[Crossing, ...]
+    units: tuple[Unit, ...]
+    ties: tuple[tuple[str, ...], ...]
+    shared: Mapping[str, tuple[int, ...]]
+    """Parameters (first names) that stand on several stages, whose gradients are summed over those stages."""
+    hardware: str
+    memory_limit: int
+    """Bytes a rank may use."""
+    step_seconds: float
+    """Simulated seconds of one step, optimizer and gradient reduction excluded."""
+    bubble: float
+    """Idle fraction of the simulated step."""
+    signature: Mapping[str, str] = field(default_factory=dict[str, str])
+    notes: tuple[str, ...] = ()
+    """Why: what was compared, what binds, what was assumed."""
+    version: int = VERSION
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First op of each stage, and the end: stage s owns ``ops[starts[s]:starts[s + 1]]``."""
+        return (*(s.start for s in self.stages), self.stages[-1].stop)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: equal digests, equal plans."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def to_json(self, *, indent: int | None = 1) -> str:
+        """The plan as JSON, with its digest."""
+        return json.dumps({"digest": self.digest, **asdict(self)}, indent=indent)
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON file."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, text: str, *, edited: bool = False) -> Plan:
+        """Read a plan.
+
+        Raises ValueError for another version, a missing or unknown field, or a digest that does not fit the content
+        (pass ``edited=True`` to accept a plan edited by hand).
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"this is not a plan: {error}") from None
+        if not isinstance(data, dict) or "version" not in data or "stages" not in data:
+            raise ValueError("this is not a plan: a plan is a JSON object with 'version' and 'stages'")
+        if data["version"] != VERSION:
+            raise ValueError(f"plan version {data['version']} cannot be read, only {VERSION}: make the plan again")
+        digest = data.pop("digest", None)
+        plan = _build(cls, data, "plan")
+        if not edited and digest != plan.digest:
+            raise ValueError(
+                f"the plan's digest is {plan.digest[:12]} but the file says {str(digest)[:12]}: it was edited or "
+                "damaged; load it as edited if you mean it"
+            )
+        return plan
+
+    @classmethod
+    def load(cls, path: str | Path, *, edited: bool = False) -> Plan:
+        """Read a plan from a file; see ``from_json``."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"), edited=edited)
+
+    def with_notes(self, notes: Sequence[str]) -> Plan:
+        """The same plan with more reasons attached."""
+        return replace(self, notes=(*self.notes, *notes))
+
+
+_NESTED: Mapping[str, Any] = {"stages": StagePlan, "crossings": Crossing, "units": Unit}
+
+
+def _build(kind: Any, data: Mapping[str, Any], where: str) -> Any:
+    """Make a frozen dataclass from JSON data: lists become tuples, nested objects their own types."""
+    known = {f.name for f in fields(kind)}
+    if unknown := sorted(set(data) - known):
+        raise ValueError(f"{where} has unknown fields {unknown}")
+    if missing := sorted(known - set(data)):
+        raise ValueError(f"{where} lacks the fields {missing}")
+    made: dict[str, Any] = {}
+    for name, item in data.items():
+        if name in _NESTED and kind is Plan:
+            made[name] = tuple(_build(_NESTED[name], row, f"{where}.{name}[{i}]") for i, row in enumerate(item))
+        elif name == "mesh":
+            made[name] = _build(Mesh, item, f"{where}.mesh")
+        elif name == "memory":
+            made[name] = _build(StageMemory, item, f"{where}.memory")
+        else:
+            made[name] = _frozen(item)
+    return kind(**made)
+
+
+def _frozen(item: Any) -> Any:
+    if isinstance(item, list):
+        return tuple(_frozen(x) for x in item)
+    if isinstance(item, dict):
+        return {key: _frozen(value) for key, value in item.items()}
+    return item
