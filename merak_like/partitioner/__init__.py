@@ -1,0 +1,1 @@
+"""Decide: everything a run needs is settled here and written into one frozen plan."""
