@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from merak_like.partitioner.cost import Hardware as Hardware
     from merak_like.partitioner.graph import ProxyGraph as ProxyGraph
+    from merak_like.partitioner.hardware import Hardware as Hardware
     from merak_like.partitioner.mesh import Mesh as Mesh
     from merak_like.partitioner.plan import Plan as Plan
     from merak_like.partitioner.planner import make_plan as make_plan
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 # The same names again, for the running program: public name -> the module that defines it.
 PUBLIC = {
-    "Hardware": "merak_like.partitioner.cost",
+    "Hardware": "merak_like.partitioner.hardware",
     "Mesh": "merak_like.partitioner.mesh",
     "Plan": "merak_like.partitioner.plan",
     "ProxyGraph": "merak_like.partitioner.graph",
