@@ -1,0 +1,100 @@
+"""The one door to names torch and its friends do not promise to keep. Each has a test in tests/test_compat.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.utils._pytree as _pytree
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+    unset_fake_temporarily,
+)
+from torch.autograd.function import BackwardCFunction
+from torch.utils.checkpoint import CheckpointFunction
+
+__all__ = [
+    "DATA_DEPENDENT",
+    "BackwardCFunction",
+    "CheckpointFunction",
+    "FakeTensor",
+    "FakeTensorMode",
+    "call_module",
+    "compiled_call",
+    "compiled_function_stance",
+    "fake_like",
+    "is_compiled",
+    "is_functorch_tensor",
+    "no_torch_function",
+    "storage_key",
+    "tree_flatten_with_path",
+    "tree_leaves",
+    "unset_fake",
+]
+
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+"""What a fake tensor raises when a result depends on values it does not have."""
+
+tree_leaves = _pytree.tree_leaves
+unset_fake = unset_fake_temporarily
+no_torch_function = torch._C.DisableTorchFunction
+
+
+def tree_flatten_with_path(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """Every leaf of a nested container with its path: ints and strings to index by, ``.name`` for attributes."""
+    leaves, _ = _pytree.tree_flatten_with_path(tree)
+    return [(tuple(_step(key) for key in path), leaf) for path, leaf in leaves]
+
+
+def _step(key: Any) -> Any:
+    if isinstance(key, _pytree.SequenceKey):
+        return key.idx
+    if isinstance(key, _pytree.MappingKey):
+        return key.key
+    if isinstance(key, _pytree.GetAttrKey):
+        return f".{key.name}"
+    raise TypeError(f"no way to follow {key!r} into a container")
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identity of the memory behind a tensor: equal for views and ties, also on meta and fake tensors."""
+    return tensor.untyped_storage()._cdata
+
+
+def fake_like(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A fake tensor with the shape, strides and dtype of ``tensor`` that claims to live on ``device``."""
+    meta = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
+    return FakeTensor(mode, meta, device)
+
+
+def is_functorch_tensor(tensor: torch.Tensor) -> bool:
+    """Whether a tensor belongs to a vmap or grad transform in progress."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether ``torch.compile`` was applied to the module, by wrapping it or in place."""
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+
+
+def compiled_call(module: torch.nn.Module) -> Callable[..., Any]:
+    """The eager call of a module that may have been compiled."""
+    inner = getattr(module, "_orig_mod", None)
+    return module._call_impl if inner is None else inner.__call__
+
+
+def call_module(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a module with its hooks, never its compiled form."""
+    return compiled_call(module)(*args, **kwargs)
+
+
+def compiled_function_stance() -> AbstractContextManager[Any]:
+    """Run functions wrapped by ``torch.compile`` eagerly; costs nothing where nothing is compiled."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

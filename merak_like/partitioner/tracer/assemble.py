@@ -1,0 +1,73 @@
+"""From the recorder's drafts to the frozen proxy graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from merak_like.partitioner.graph import Call, Op, ProxyGraph
+from merak_like.partitioner.tracer.calls import ModuleCall
+from merak_like.partitioner.tracer.errors import TraceError
+from merak_like.partitioner.tracer.fakes import FakeModel
+from merak_like.partitioner.tracer.recorder import Draft, Recorder
+
+
+def assemble(
+    recorder: Recorder, calls: Sequence[ModuleCall], fake: FakeModel, outputs: Mapping[str, str], model: str
+) -> ProxyGraph:
+    """Freeze what was recorded. Raises TraceError for an atomic module that cannot stay whole."""
+    for call in calls:
+        if call.atomic and call.opaque and call.stop > call.first:
+            raise TraceError(
+                f"{call.path or 'the model'} must stay whole (it is compiled, has backward hooks or was named atomic), but "
+                f"{call.opaque}: apply that to a smaller module"
+            )
+    return ProxyGraph(
+        ops=tuple(_op(draft) for draft in recorder.drafts),
+        parameters=fake.parameters,
+        calls=tuple(Call(c.path, c.type, c.first, c.stop, c.depth) for c in calls if c.stop > c.first),
+        pinned=_pinned(recorder, calls, fake),
+        outputs=dict(outputs),
+        model=model,
+    )
+
+
+def _op(draft: Draft) -> Op:
+    return Op(
+        draft.name, draft.kind, draft.target, draft.scope, tuple(draft.inputs), tuple(draft.outputs),
+        tuple(draft.params), tuple(draft.buffers), tuple(draft.mutates),
+        draft.flops, draft.moved, draft.saved, draft.kernels,
+    )  # fmt: skip
+
+
+def _pinned(recorder: Recorder, calls: Sequence[ModuleCall], fake: FakeModel) -> tuple[tuple[int, int], ...]:
+    """Op intervals that may not be cut.
+
+    A tensor changed in place is made in the stage that changes it. What every stage has its own copy of (an input, a
+    parameter, a buffer) is changed only if all its readers are in one stage.
+    """
+    drafts = recorder.drafts
+    made: dict[int, int] = {}
+    storage: dict[str, int] = {}
+    for index, draft in enumerate(drafts):
+        for value, key in zip(draft.outputs, _storages(recorder, draft), strict=True):
+            made.setdefault(key, index)
+            storage[value.name] = key
+    own_names = set(fake.names.values())
+    intervals = {(c.first, c.stop - 1) for c in calls if c.atomic and c.stop - c.first > 1}
+    for index, draft in enumerate(drafts):
+        assert draft.node is not None
+        for name, key in zip(draft.mutates, draft.node.meta.get("changes", ()), strict=False):
+            if name in own_names:
+                touching = [i for i, d in enumerate(drafts) if name in d.params or name in d.buffers]
+            elif drafts[made[key]].kind == "input":
+                touching = [i for i, d in enumerate(drafts) if any(storage.get(n) == key for n in d.inputs)]
+            else:
+                touching = [made[key], index]
+            if touching[0] < touching[-1]:
+                intervals.add((touching[0], touching[-1]))
+    return tuple(sorted(intervals))
+
+
+def _storages(recorder: Recorder, draft: Draft) -> list[int]:
+    by_name = recorder.by_name
+    return [by_name[value.name].meta["storages"][0] for value in draft.outputs]

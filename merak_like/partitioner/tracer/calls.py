@@ -1,0 +1,192 @@
+"""Module calls and custom autograd functions during a trace: which become one op, which are recorded inside."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from merak_like._compat import CheckpointFunction, call_module, compiled_function_stance, is_compiled
+from merak_like.partitioner.tracer.counting import tensors_in
+from merak_like.partitioner.tracer.encode import Attribute, Opaque, encode, results
+from merak_like.partitioner.tracer.errors import TraceError
+from merak_like.partitioner.tracer.recorder import Draft, Recorder
+
+_ONE_TRACE = threading.RLock()
+"""Tracing replaces ``nn.Module.__call__`` for the whole process while it runs."""
+
+
+@dataclass
+class ModuleCall:
+    """A call of a module whose inside was recorded, with what is needed to fold it back into one node."""
+
+    path: str
+    type: str
+    first: int
+    depth: int
+    atomic: bool
+    state: tuple[Any, ...]
+    args: Any = ()
+    kwargs: Any = None
+    outputs: list[tuple[tuple[Any, ...], fx.Node | Attribute]] | None = None
+    stop: int = 0
+    opaque: str = ""
+    """Why the call cannot be one node; empty when it can."""
+
+
+class Calls:
+    """Routes module calls into the recorder."""
+
+    def __init__(
+        self, recorder: Recorder, model: nn.Module, atomic: Collection[str], descend: Collection[str]
+    ) -> None:
+        self.recorder = recorder
+        self.paths: dict[int, str] = {}
+        for path, module in model.named_modules():
+            self.paths.setdefault(id(module), path)
+        self.atomic = atomic
+        self.descend = descend
+        self.calls: list[ModuleCall] = []
+        self.depth = 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Stands for ``nn.Module.__call__`` during the trace."""
+        path = self.paths.get(id(module))
+        if self.recorder.quiet or path is None:
+            return call_module(module, *args, **kwargs)
+        if not any(True for _ in module.children()) and path not in self.descend and path:
+            return self.leaf(module, path, args, kwargs)
+        return self.inside(module, path, args, kwargs)
+
+    def leaf(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """One op for the whole call."""
+        rec = self.recorder
+        draft = Draft("", "module", path, path)
+        try:
+            rec.emit(draft, "call_module", path, args, kwargs)
+        except Opaque:
+            return self.inside(module, path, args, kwargs)
+        before = rec.current
+        rec.current = draft
+        own = [*module.parameters(), *module.buffers()]
+        watched = [*tensors_in(args), *tensors_in(dict(kwargs)), *own]
+        versions = [t._version for t in watched]
+        with self.silent(path):
+            out = call_module(module, *args, **kwargs)
+        try:
+            found = results(out)
+        except Opaque:  # it hides tensors in an object: take the op back and record its inside
+            rec.graph.erase_node(draft.node)
+            rec.current = before
+            return self.inside(module, path, args, kwargs)
+        for tensor in own:
+            rec.reference(tensor, draft)
+        changed = [t for t, v in zip(watched, versions, strict=True) if t._version != v]
+        self.calls.append(ModuleCall(path, type(module).__qualname__, len(rec.drafts), self.depth, False, rec.state()))
+        rec.finish(draft, found, changed)
+        self.calls[-1].stop = len(rec.drafts)
+        self.calls[-1].opaque = "a leaf"
+        return out
+
+    def inside(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Record what the module does, and remember the call."""
+        rec = self.recorder
+        kind = type(getattr(module, "_orig_mod", module))
+        hooked = bool(module._backward_hooks or module._backward_pre_hooks)
+        atomic = is_compiled(module) or hooked or path in self.atomic or kind.__name__ in self.atomic
+        call = ModuleCall(path, kind.__qualname__, len(rec.drafts), self.depth, atomic, rec.state())
+        self.calls.append(call)
+        try:
+            call.args = encode(tuple(args), rec.reference, _no_objects)
+            call.kwargs = encode(dict(kwargs), rec.reference, _no_objects)
+        except Opaque as error:
+            call.opaque = f"it is called with {error}"
+        rec.scope.append(path)
+        self.depth += 1
+        try:
+            out = _without_backward_hooks(module, args, kwargs) if hooked else call_module(module, *args, **kwargs)
+        finally:
+            rec.scope.pop()
+            self.depth -= 1
+        call.stop = len(rec.drafts)
+        try:
+            call.outputs = [(p, rec.reference(t)) for p, t in results(out)]
+        except Opaque as error:
+            call.opaque = call.opaque or f"it gives {error}"
+        return out
+
+    def function(self, cls: type, original: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Stands for ``torch.autograd.Function.apply``: one op that keeps its own backward."""
+        rec = self.recorder
+        if rec.quiet:
+            return original(*args)
+        if cls is CheckpointFunction:  # recomputing is the plan's business: record what is checkpointed
+            return args[0](*args[2:])
+        draft = Draft("", "custom", f"{cls.__module__}.{cls.__qualname__}", rec.scope[-1])
+        rec.emit(draft, "call_function", cls.apply, args, {})  # type: ignore[attr-defined]
+        rec.current = draft
+        watched = tensors_in(args)
+        versions = [t._version for t in watched]
+        with self.silent(rec.scope[-1]):
+            out = original(*args)
+        changed = [t for t, v in zip(watched, versions, strict=True) if t._version != v]
+        rec.finish(draft, results(out), changed)
+        return out
+
+    @contextmanager
+    def silent(self, path: str) -> Iterator[None]:
+        """Inside a leaf nothing is recorded, only counted."""
+        rec = self.recorder
+        rec.quiet += 1
+        rec.scope.append(path)
+        try:
+            yield
+        finally:
+            rec.scope.pop()
+            rec.quiet -= 1
+
+
+def _no_objects(value: Any) -> Any:
+    raise Opaque(f"a Python object of type {type(value).__name__}")
+
+
+def _without_backward_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Full backward hooks wrap inputs in an autograd function; the folded call runs them, the recording need not."""
+    hooks, pre = dict(module._backward_hooks), dict(module._backward_pre_hooks)
+    module._backward_hooks.clear()
+    module._backward_pre_hooks.clear()
+    try:
+        return call_module(module, *args, **kwargs)
+    finally:
+        module._backward_hooks.update(hooks)
+        module._backward_pre_hooks.update(pre)
+
+
+@contextmanager
+def routed(calls: Calls) -> Iterator[None]:
+    """Send every module call and ``Function.apply`` of this process through ``calls``."""
+    if not _ONE_TRACE.acquire(timeout=600):
+        raise TraceError("another thread of this process has been tracing for ten minutes")
+    module_call, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return calls(self, args, kwargs)
+
+    def patched_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return calls.function(cls, lambda *a: apply.__get__(None, cls)(*a, **kwargs), args)
+
+    with ExitStack() as stack:
+        stack.callback(_ONE_TRACE.release)
+        stack.enter_context(compiled_function_stance())
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        torch.autograd.Function.apply = classmethod(patched_apply)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = module_call  # type: ignore[method-assign]
+            torch.autograd.Function.apply = apply  # type: ignore[assignment]

@@ -1,0 +1,125 @@
+"""Run a model on tensors without data, and leave no trace of it in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from merak_like._compat import FakeTensorMode, fake_like, storage_key
+from merak_like.partitioner.graph import Parameter
+
+REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    """The fake stand-ins of a model's parameters and buffers."""
+
+    names: Mapping[int, str]
+    """``id`` of each fake tensor to its first name in the model."""
+    buffers: frozenset[str]
+    parameters: tuple[Parameter, ...]
+    tensors: tuple[torch.Tensor, ...]
+    """Keeps the fakes alive, so that their ids stay theirs."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(model: nn.Module) -> tuple[Parameter, ...]:
+    """Every parameter and buffer once, with the names tied to it by sharing its storage (not its shape)."""
+    first: dict[int, str] = {}
+    tied: dict[str, list[str]] = {}
+    found: dict[str, tuple[torch.Tensor, bool]] = {}
+    named = [(n, p, False) for n, p in model.named_parameters(remove_duplicate=False)]
+    named += [(n, b, True) for n, b in model.named_buffers(remove_duplicate=False)]
+    for name, tensor, is_buffer in named:
+        owner = first.setdefault(storage_key(tensor), name)
+        if owner == name:
+            found[name] = (tensor, is_buffer)
+        elif owner not in tied or name not in tied[owner]:
+            tied.setdefault(owner, []).append(name)
+    return tuple(
+        Parameter(name, tuple(t.shape), dtype_name(t.dtype), t.requires_grad, tuple(tied.get(name, ())), is_buffer)
+        for name, (t, is_buffer) in found.items()
+    )
+
+
+@contextmanager
+def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iterator[FakeModel]:
+    """Swap every parameter and buffer for a fake one; on leaving, every module's attributes are as before."""
+    modules = list(model.modules())
+    before = [(m, dict(m.__dict__), [(r, dict(m.__dict__[r])) for r in REGISTRIES]) for m in modules]
+    parameters = describe(model)
+    canonical = {alias: p.name for p in parameters for alias in (p.name, *p.tied)}
+    fakes: dict[int, torch.Tensor] = {}
+    names: dict[int, str] = {}
+    try:
+        for path, module in model.named_modules():
+            for registry in ("_parameters", "_buffers"):
+                entries = module.__dict__[registry]
+                for key, tensor in entries.items():
+                    if tensor is None:
+                        continue
+                    fake = fakes.get(id(tensor))
+                    if fake is None:
+                        fake = fake_like(mode, tensor.detach(), device)
+                        if isinstance(tensor, nn.Parameter):
+                            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                        fakes[id(tensor)] = fake
+                        names[id(fake)] = canonical[f"{path}.{key}" if path else key]
+                    entries[key] = fake
+        buffers = frozenset(p.name for p in parameters if p.buffer)
+        yield FakeModel(names, buffers, parameters, tuple(fakes.values()))
+    finally:
+        for module, attributes, registries in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for registry, entries in registries:
+                module.__dict__[registry].clear()
+                module.__dict__[registry].update(entries)
+
+
+def changed_attributes(
+    model: nn.Module, before: Mapping[str, Mapping[str, Any]], *, tensors: bool = True
+) -> tuple[str, ...]:
+    """Names of the plain Python attributes of modules that differ from a snapshot (see ``plain_attributes``)."""
+    after = plain_attributes(model)
+    return tuple(
+        f"{path}.{key}" if path else key
+        for path, attributes in after.items()
+        for key, value in attributes.items()
+        if (tensors or not isinstance(value, torch.Tensor))
+        and (key not in before[path] or not _same(before[path][key], value))
+    )
+
+
+def plain_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The attributes of every module outside torch's own registries."""
+    return {
+        path: {k: v for k, v in module.__dict__.items() if not _of_torch(k)} for path, module in model.named_modules()
+    }
+
+
+_TORCH_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"training"}
+
+
+def _of_torch(key: str) -> bool:
+    return key in _TORCH_ATTRIBUTES
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor) or type(a) is not type(b):
+        return False
+    if isinstance(a, (bool, int, float, str, bytes, tuple)):
+        return bool(a == b)
+    return True  # containers and objects keep their identity or are rebuilt: their tensors are caught when they are read
