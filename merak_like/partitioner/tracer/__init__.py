@@ -20,7 +20,7 @@ from merak_like.partitioner.tracer.assemble import assemble
 from merak_like.partitioner.tracer.calls import Calls, ModuleCall, routed
 from merak_like.partitioner.tracer.errors import TraceError
 from merak_like.partitioner.tracer.example import LossFn, arguments, find_loss, leaves, name_of, replace_tensors
-from merak_like.partitioner.tracer.fakes import FakeModel, changed_attributes, fake_model, plain_attributes
+from merak_like.partitioner.tracer.fakes import FakeModel, changed_attributes, clean_caches, fake_model, plain_attributes
 from merak_like.partitioner.tracer.recorder import Descend, Draft, Recorder
 
 __all__ = ["LossFn", "Trace", "TraceError", "trace"]
@@ -66,14 +66,25 @@ def trace(
         raise TraceError("tracing under torch.inference_mode() would record no gradients: leave that context")
     where = torch.device(device) if device is not None else _device_of(model)
     descend: set[str] = set()
+    whole = set(atomic)
     while True:
         try:
-            return _trace(model, example, loss_fn, frozenset(atomic), frozenset(descend), where)
+            return _trace(model, example, loss_fn, frozenset(whole), frozenset(descend), where)
+        except KeepWhole as keep:
+            whole |= keep.paths
         except Descend as leaf:
             path = str(leaf)
             if path in descend:
                 raise TraceError(f"a tensor made inside {path} is used outside it, past its results") from None
             descend.add(path)
+
+
+class KeepWhole(Exception):
+    """Modules whose Python changes its own attributes at every call: they must run as they are."""
+
+    def __init__(self, paths: set[str]) -> None:
+        super().__init__(paths)
+        self.paths = paths
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -92,21 +103,38 @@ def _trace(
         leaf_paths = {c.path for c in calls.calls if c.opaque == "a leaf"}
         changed = [n for n in changed_attributes(model, before) if n.rpartition(".")[0] not in leaf_paths]
         if changed:  # a second pass from the changed state must come to rest, or the model behaves differently each step
-            before = plain_attributes(model)
+            before, first = plain_attributes(model), recorder
             recorder, calls, outputs = _record(model, fake, mode, example, loss_fn, atomic, descend, device)
             again = [
                 n for n in changed_attributes(model, before, tensors=False) if n.rpartition(".")[0] not in leaf_paths
             ]
-            if again:
-                raise TraceError(
-                    f"forward changes the Python attributes {again} at every call, which a recorded graph cannot repeat: "
-                    "register them as buffers, or name the module that owns them as atomic"
+            owners = {n.rpartition(".")[0] for n in again} - atomic
+            if "" in owners:
+                unread = [n for n in again if "." not in n]
+                _same_ops(first, recorder, unread)
+                warnings.warn(
+                    f"forward changes the attributes {unread} of the model itself at every call; they did not change what it "
+                    "computes, and training will leave them alone",
+                    stacklevel=4,
                 )
+                owners.discard("")
+            if owners:
+                raise KeepWhole(owners)
         graph = assemble(recorder, calls.calls, fake, outputs, type(model).__name__)
     return Trace(
         graph, recorder.graph, tuple(calls.calls), recorder.constants,
         {node.name: node.meta["path"] for node in recorder.inputs}, device, _state(device), model.training,
     )  # fmt: skip
+
+
+def _same_ops(first: Recorder, second: Recorder, attributes: list[str]) -> None:
+    """Raise TraceError if the model computed something else once its attributes had changed."""
+    one, two = ([(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in r.graph.nodes] for r in (first, second))
+    if one != two:
+        raise TraceError(
+            f"forward changes the attributes {attributes} of the model and computes something else at the next call: a "
+            "recorded graph cannot follow; register them as buffers, or move them into a sub-module, which can stay whole"
+        )
 
 
 def _state(device: torch.device) -> tuple[Any, ...]:
@@ -124,6 +152,7 @@ def _record(
     passed = arguments(model, batch, loss_fn is not None)
     with (
         warnings.catch_warnings(),
+        clean_caches(),
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda t: t),
         mode,

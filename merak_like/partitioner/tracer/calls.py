@@ -39,6 +39,19 @@ class ModuleCall:
     """Why the call cannot be one node; empty when it can."""
 
 
+class CustomFunction:
+    """A custom autograd function as a node's target: calls ``apply``, so that its own backward is kept."""
+
+    __module__ = "merak_like.partitioner.tracer.calls"
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+        self.__name__ = self.__qualname__ = f"{cls.__name__}_{id(cls)}"
+
+    def __call__(self, *args: Any) -> Any:
+        return self.cls.apply(*args)  # type: ignore[attr-defined]
+
+
 class Calls:
     """Routes module calls into the recorder."""
 
@@ -127,8 +140,8 @@ class Calls:
             return original(*args)
         if cls is CheckpointFunction:  # recomputing is the plan's business: record what is checkpointed
             return args[0](*args[2:])
-        draft = Draft("", "custom", f"{cls.__module__}.{cls.__qualname__}", rec.scope[-1])
-        rec.emit(draft, "call_function", cls.apply, args, {})  # type: ignore[attr-defined]
+        draft = Draft("", "function", f"{cls.__module__}.{cls.__qualname__}", rec.scope[-1], custom=True)
+        rec.emit(draft, "call_function", CustomFunction(cls), args, {})
         rec.current = draft
         watched = tensors_in(args)
         versions = [t._version for t in watched]
@@ -177,8 +190,8 @@ def routed(calls: Calls) -> Iterator[None]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return calls(self, args, kwargs)
 
-    def patched_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return calls.function(cls, lambda *a: apply.__get__(None, cls)(*a, **kwargs), args)
+    def patched_apply(cls: type, *args: Any) -> Any:
+        return calls.function(cls, apply.__get__(None, cls), args)
 
     with ExitStack() as stack:
         stack.callback(_ONE_TRACE.release)

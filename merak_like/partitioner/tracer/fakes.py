@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,9 +14,6 @@ from torch import nn
 
 from merak_like._compat import FakeTensorMode, fake_like, storage_key
 from merak_like.partitioner.graph import Parameter
-
-REGISTRIES = ("_parameters", "_buffers", "_modules")
-
 
 @dataclass(frozen=True)
 class FakeModel:
@@ -56,7 +55,7 @@ def describe(model: nn.Module) -> tuple[Parameter, ...]:
 def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iterator[FakeModel]:
     """Swap every parameter and buffer for a fake one; on leaving, every module's attributes are as before."""
     modules = list(model.modules())
-    before = [(m, dict(m.__dict__), [(r, dict(m.__dict__[r])) for r in REGISTRIES]) for m in modules]
+    before = [(m, dict(m.__dict__), _registries(m)) for m in modules]
     parameters = describe(model)
     canonical = {alias: p.name for p in parameters for alias in (p.name, *p.tied)}
     fakes: dict[int, torch.Tensor] = {}
@@ -82,9 +81,26 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> 
         for module, attributes, registries in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for registry, entries in registries:
-                module.__dict__[registry].clear()
-                module.__dict__[registry].update(entries)
+            for name, entries in registries.items():
+                module.__dict__[name].clear()
+                module.__dict__[name].update(entries)
+
+
+@contextmanager
+def clean_caches() -> Iterator[None]:
+    """Forget what ``functools.lru_cache`` kept during the trace: a cached fake tensor would poison real runs."""
+    before = {id(cache): cache.cache_info().misses for cache in _caches()}
+    try:
+        yield
+    finally:
+        for cache in _caches():
+            if cache.cache_info().misses != before.get(id(cache), 0):
+                cache.cache_clear()
+
+
+def _caches() -> list[Any]:
+    kind = type(lru_cache(len))
+    return [item for item in gc.get_objects() if type(item) is kind]
 
 
 def changed_attributes(
@@ -113,6 +129,11 @@ _TORCH_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"training"}
 
 def _of_torch(key: str) -> bool:
     return key in _TORCH_ATTRIBUTES
+
+
+def _registries(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    """Copies of a module's dictionaries of parameters, buffers, sub-modules and hooks."""
+    return {k: dict(v) for k, v in module.__dict__.items() if _of_torch(k) and isinstance(v, dict)}
 
 
 def _same(a: Any, b: Any) -> bool:

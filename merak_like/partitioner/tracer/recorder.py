@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
 
-from merak_like._compat import DATA_DEPENDENT, BackwardCFunction, FakeTensor, is_functorch_tensor, storage_key
+from merak_like._compat import DATA_DEPENDENT, BackwardCFunction, FakeTensor, is_functorch_tensor, storage_key, unset_fake
 from merak_like.partitioner.graph import Value
 from merak_like.partitioner.tracer import guards
 from merak_like.partitioner.tracer.counting import count, tensors_in
@@ -64,6 +64,8 @@ class Draft:
     moved: int = 0
     saved: int = 0
     kernels: int = 0
+    custom: bool = False
+    """Made by a custom autograd function, which keeps its own backward."""
 
 
 class Recorder(TorchFunctionMode):
@@ -171,7 +173,8 @@ class Recorder(TorchFunctionMode):
             real = [self.real_value(t) if isinstance(t, torch.Tensor) else t for t in args]
         except Unknowable as reason:
             raise refuse(f"{name}()", self.where, reason) from None
-        answer = getattr(real[0], name)(*real[1:], **kwargs)
+        with unset_fake():
+            answer = getattr(real[0], name)(*real[1:], **kwargs)
         if len(tensors_in(args)) == 1:
             self.guard(guards.check_value, (args[0], name, answer, self.where))
         return answer
@@ -313,7 +316,7 @@ class Recorder(TorchFunctionMode):
         self.nodes[id(tensor)] = node
         self.by_name[node.name] = node
         self.keep.append(tensor)
-        if isinstance(tensor.grad_fn, BackwardCFunction) and draft.kind in ("module", "custom"):
+        if isinstance(tensor.grad_fn, BackwardCFunction) and (draft.kind == "module" or draft.custom):
             self.custom.add(id(tensor))
         node.meta["storages"] = (storage_key(tensor),)
         draft.outputs.append(Value(node.name, tuple(tensor.shape), dtype_name(tensor.dtype), tensor.requires_grad))

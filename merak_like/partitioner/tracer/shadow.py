@@ -35,12 +35,11 @@ class Shadow:
         order = self._slice(node)
         with unset_fake(), torch.no_grad():
             low = self._run(order, node, torch.zeros_like)
-            if not any(n.meta.get("random") for n in order):
-                return low
-            high = self._run(order, node, lambda t: torch.full_like(t, 1 - 2**-24))
-        if not torch.equal(low, high):
-            raise Unknowable("it depends on random numbers (layer drop? set its probability to 0)")
-        return low
+            if any(n.meta.get("random") for n in order):
+                high = self._run(order, node, lambda t: torch.full_like(t, 1 - 2**-24))
+                if not torch.equal(low, high):
+                    raise Unknowable("it depends on random numbers (layer drop? set its probability to 0)")
+            return low
 
     def _slice(self, node: fx.Node) -> list[fx.Node]:
         """The node's ancestors, with the ops that change their storages in place, in the order they ran."""

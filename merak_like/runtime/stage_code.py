@@ -1,0 +1,226 @@
+"""From a trace and the stage starts to one runnable module per stage.
+
+Every module call that lies wholly inside a stage is folded back into one call of the user's own module; what is left
+runs as the graph's generated code. Parameters keep the names the user's model gives them.
+"""
+
+from __future__ import annotations
+
+import operator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from merak_like.partitioner.cuts import crossings
+from merak_like.partitioner.tracer import Trace
+from merak_like.partitioner.tracer.calls import ModuleCall
+from merak_like.partitioner.tracer.encode import Attribute
+
+
+@dataclass(frozen=True)
+class StageCode:
+    """One stage as code: ``module(*inputs, *received)`` returns ``(*sent, *results)``."""
+
+    index: int
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    """Names of the batch's values it reads."""
+    received: tuple[str, ...]
+    """Values made by earlier stages."""
+    sent: tuple[str, ...]
+    """Values that later stages read."""
+    results: tuple[str, ...]
+    """Names of the model's outputs it makes, ``loss`` among them on the stage that makes the loss."""
+
+
+def build_stages(
+    trace: Trace, model: nn.Module, starts: Sequence[int], *, device: torch.device | None = None
+) -> tuple[StageCode, ...]:
+    """Generate the code of every stage; stage s owns ``graph.ops[starts[s]:starts[s + 1]]``.
+
+    The stages share the model's modules and parameters. ``device`` replaces the traced device in the code.
+    """
+    crossing = crossings(trace.graph, starts)
+    build = _Builder(trace, model, starts, device or trace.device)
+    sent = {s: tuple(c.value for c in crossing if c.source == s) for s in range(len(starts) - 1)}
+    received = {s: tuple(c.value for c in crossing if s in c.targets) for s in range(len(starts) - 1)}
+    return tuple(build.stage(s, received[s], sent[s]) for s in range(len(starts) - 1))
+
+
+class _Builder:
+    def __init__(self, trace: Trace, model: nn.Module, starts: Sequence[int], device: torch.device) -> None:
+        self.trace, self.model, self.starts, self.device = trace, model, starts, device
+        self.nodes = list(trace.code.nodes)
+        self.by_stage: list[list[fx.Node]] = [[] for _ in starts[:-1]]
+        for node in self.nodes:
+            if node.op != "placeholder":
+                self.by_stage[self.stage_of(node)].append(node)
+        self.named = {node.name: node for node in self.nodes}
+        self.folds = {call.first: call for call in foldable(trace, starts)}
+        self.modules = dict(model.named_modules())
+        self.attributes: dict[str, Any] = dict(trace.constants)
+        for getter in (model.named_parameters, model.named_buffers):
+            self.attributes.update(getter(remove_duplicate=False))
+
+    def stage_of(self, node: fx.Node) -> int:
+        return bisect_right(self.starts, node.meta["index"], hi=len(self.starts) - 1) - 1
+
+    def stage(self, index: int, received: tuple[str, ...], sent: tuple[str, ...]) -> StageCode:
+        graph = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        inputs = self.inputs_of(index)
+        for name in (*inputs, *received):
+            env[self.named[name]] = graph.placeholder(name)
+        self.body(graph, self.by_stage[index], env)
+        wanted = {n: v for n, v in self.trace.graph.outputs.items() if self.stage_of(self.named[v]) == index}
+        graph.output(tuple(env[self.named[n]] for n in (*sent, *wanted.values())))
+        root = {
+            str(n.target): self.modules[n.target] if n.op == "call_module" else self.attributes[str(n.target)]
+            for n in graph.nodes
+            if n.op in ("call_module", "get_attr")
+        }
+        module = fx.GraphModule(root, graph, class_name=f"Stage{index}")
+        module.train(self.trace.training)
+        return StageCode(index, module, inputs, received, sent, tuple(wanted))
+
+    def inputs_of(self, index: int) -> tuple[str, ...]:
+        """The batch values the stage's ops read (its folded calls may read fewer)."""
+        ops = self.trace.graph.ops[self.starts[index] : self.starts[index + 1]]
+        read = {name for op in ops for name in op.inputs}
+        outputs = {v for v in self.trace.graph.outputs.values() if index == len(self.starts) - 2}
+        return tuple(name for name in self.trace.inputs if name in read | outputs)
+
+    def body(self, graph: fx.Graph, nodes: Sequence[fx.Node], env: dict[fx.Node, fx.Node]) -> None:
+        ambient: fx.Node | None = None
+        state = base = self.trace.state
+
+        def switch(wanted: tuple[Any, ...]) -> None:
+            nonlocal ambient, state
+            if wanted != state:
+                ambient = ambient or graph.call_function(current_state, (self.device.type,))
+                graph.call_function(set_state, (self.device.type, ambient if wanted == base else wanted))
+                state = wanted
+
+        skip_to = -1
+        for node in nodes:
+            at = node.meta["index"]
+            if at < skip_to:
+                continue
+            call = self.folds.get(at)
+            if call is not None:
+                switch(call.state)
+                self.fold(graph, call, env)
+                skip_to = call.stop
+                continue
+            if node.op != "get_attr" and "state" in node.meta:
+                switch(node.meta["state"])
+            env[node] = graph.node_copy(node, lambda n: env[n])
+            env[node].args = self.on_device(env[node].args)
+            env[node].kwargs = self.on_device(env[node].kwargs)
+        switch(base)
+
+    def fold(self, graph: fx.Graph, call: ModuleCall, env: dict[fx.Node, fx.Node]) -> None:
+        """One ``call_module`` for everything that happened inside a call."""
+
+        def word(item: Any) -> Any:
+            if isinstance(item, Attribute):
+                return graph.create_node("get_attr", item.name)
+            if isinstance(item, fx.Node):
+                return env[item] if item in env else graph.call_function(stand_in, self.unread(item))
+            if isinstance(item, (tuple, list)):
+                return type(item)(word(x) for x in item)
+            if isinstance(item, dict):
+                return {k: word(v) for k, v in item.items()}
+            if isinstance(item, slice):
+                return slice(word(item.start), word(item.stop), word(item.step))
+            return item
+
+        made = graph.call_module(call.path, self.on_device(word(call.args)), self.on_device(word(call.kwargs)))
+        steps: dict[tuple[Any, ...], fx.Node] = {(): made}
+
+        def follow(path: tuple[Any, ...]) -> fx.Node:
+            if path not in steps:
+                key = path[-1]
+                named = isinstance(key, str) and key.startswith(".")
+                get: Callable[..., Any] = getattr if named else operator.getitem
+                steps[path] = graph.call_function(get, (follow(path[:-1]), key[1:] if named else key))
+            return steps[path]
+
+        for path, old in call.outputs or ():
+            if isinstance(old, fx.Node) and call.first <= old.meta["index"] < call.stop:
+                env[old] = follow(path)
+
+    def unread(self, node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
+        value = self.trace.graph.values[node.name]
+        return value.shape, getattr(torch, value.dtype)
+
+    def on_device(self, item: Any) -> Any:
+        """Device constants baked into the trace, moved to where the stage runs."""
+        if self.device == self.trace.device:
+            return item
+        return fx.map_arg(_map(item, self.device, self.trace.device), lambda n: n)
+
+
+def _map(item: Any, new: torch.device, old: torch.device) -> Any:
+    if isinstance(item, torch.device):
+        return new if item.type == old.type else item
+    if isinstance(item, str):
+        return str(new) if item == str(old) else item
+    if isinstance(item, (tuple, list)):
+        return type(item)(_map(x, new, old) for x in item)
+    if isinstance(item, dict):
+        return {k: _map(v, new, old) for k, v in item.items()}
+    return item
+
+
+def foldable(trace: Trace, starts: Sequence[int]) -> tuple[ModuleCall, ...]:
+    """The largest module calls wholly inside one stage whose inner values are seen outside only as their results."""
+    reach = [-1] * len(trace.graph.ops)
+    made: list[list[fx.Node]] = [[] for _ in trace.graph.ops]
+    for node in trace.code.nodes:
+        index = node.meta["index"]
+        made[index].append(node)
+        reach[index] = max([reach[index], *(user.meta["index"] for user in node.users)])
+    outputs = [n for n in trace.code.nodes if n.name in set(trace.graph.outputs.values())]
+    chosen: list[ModuleCall] = []
+    end = 0
+    for call in trace.calls:  # pre-order: outermost first
+        if call.first < end or call.stop <= call.first or call.opaque or not call.path:
+            continue
+        if bisect_right(starts, call.first) != bisect_right(starts, call.stop - 1):
+            continue
+        results = {node for _, node in call.outputs or () if isinstance(node, fx.Node)}
+        if any(call.first <= n.meta["index"] < call.stop and n not in results for n in outputs):
+            continue
+        if any(reach[i] >= call.stop and not _only(results, made[i], call.stop) for i in range(call.first, call.stop)):
+            continue
+        chosen.append(call)
+        end = call.stop
+    return tuple(chosen)
+
+
+def _only(results: Set[fx.Node], nodes: Iterable[fx.Node], stop: int) -> bool:
+    """Whether every node that is read at or after ``stop`` is among the results."""
+    return all(n in results or all(user.meta["index"] < stop for user in n.users) for n in nodes)
+
+
+def stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """For an argument that a module is given but no operation reads: right in shape, without data, loud if read."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def current_state(device: str) -> tuple[bool, bool, torch.dtype]:
+    """Grad mode and autocast now in force."""
+    return torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def set_state(device: str, state: tuple[bool, bool, torch.dtype]) -> None:
+    """Enter the grad mode and autocast that a recorded op ran under."""
+    grad, autocast, dtype = state
+    torch.set_grad_enabled(grad)
+    torch.set_autocast_enabled(device, autocast)
+    torch.set_autocast_dtype(device, dtype)
