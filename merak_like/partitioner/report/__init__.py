@@ -1,0 +1,1 @@
+"""A plan for people: text, tables, one offline HTML page. No torch."""

@@ -1,0 +1,109 @@
+"""What the tables and the page show but the plan only implies: traffic over each cut, balance, memory by kind."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from merak_like.partitioner.plan import Crossing, Plan, StageMemory, StagePlan
+
+MEMORY_KINDS: tuple[str, ...] = tuple(f.name for f in fields(StageMemory))
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The border between stages ``after`` and ``after + 1``."""
+
+    after: int
+    crossings: tuple[Crossing, ...]
+    """Values made at or before this border and read beyond it, each once."""
+    nbytes: int
+    """Bytes of one micro-batch, forward."""
+
+
+def cuts(plan: Plan) -> tuple[Cut, ...]:
+    """Every border between two neighbouring stages, with what crosses it.
+
+    ::
+
+        stage 0 │ stage 1 │ stage 2
+           x ───┼──► x    │           x crosses cut 0
+           y ───┼─────────┼──► y      y crosses cut 0 and cut 1
+    """
+    borders: list[Cut] = []
+    for after in range(len(plan.stages) - 1):
+        over = tuple(c for c in plan.crossings if c.source <= after < max(c.targets))
+        borders.append(Cut(after, over, sum(c.nbytes for c in over)))
+    return tuple(borders)
+
+
+def sent_bytes(plan: Plan, stage: int) -> int:
+    """Bytes a stage sends forward for one micro-batch: each value once for every stage that reads it."""
+    return sum(c.nbytes * len(c.targets) for c in plan.crossings if c.source == stage)
+
+
+def received_bytes(plan: Plan, stage: int) -> int:
+    """Bytes a stage receives forward for one micro-batch."""
+    return sum(c.nbytes for c in plan.crossings if stage in c.targets)
+
+
+def stage_seconds(stage: StagePlan) -> float:
+    """Forward and backward of one micro-batch."""
+    return stage.forward_seconds + stage.backward_seconds
+
+
+def shares(plan: Plan) -> tuple[float, ...]:
+    """Each stage's time as a fraction of the slowest stage's: all 1.0 is perfect balance."""
+    times = [stage_seconds(stage) for stage in plan.stages]
+    slowest = max(times) or 1.0
+    return tuple(time / slowest for time in times)
+
+
+def samples(plan: Plan) -> int:
+    """Samples trained in one step over all replicas."""
+    return plan.mesh.dp * plan.micro_batches * plan.micro_batch
+
+
+def tight_stage(plan: Plan) -> StagePlan:
+    """The stage whose rank is fullest."""
+    return max(plan.stages, key=lambda stage: stage.memory.total)
+
+
+def fits(plan: Plan) -> bool:
+    """Does every stage stay within the memory limit?"""
+    return tight_stage(plan).memory.total <= plan.memory_limit
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The numbers of the tables, for scripts: the plan without its units, with totals and cuts."""
+    stages = [
+        {
+            **{key: item for key, item in asdict(stage).items() if key != "params"},
+            "memory": {**asdict(stage.memory), "total": stage.memory.total},
+            "memory_fraction": stage.memory.total / plan.memory_limit if plan.memory_limit else None,
+            "share_of_slowest": share,
+            "sent_bytes": sent_bytes(plan, stage.index),
+            "received_bytes": received_bytes(plan, stage.index),
+        }
+        for stage, share in zip(plan.stages, shares(plan), strict=True)
+    ]
+    return {
+        "digest": plan.digest,
+        "model": plan.model,
+        "mesh": asdict(plan.mesh),
+        "hardware": plan.hardware,
+        "schedule": plan.schedule,
+        "micro_batches": plan.micro_batches,
+        "micro_batch": plan.micro_batch,
+        "samples_per_step": samples(plan),
+        "step_seconds": plan.step_seconds,
+        "bubble": plan.bubble,
+        "memory_limit": plan.memory_limit,
+        "fits": fits(plan),
+        "stages": stages,
+        "cuts": [{"after": c.after, "nbytes": c.nbytes, "values": [x.value for x in c.crossings]} for c in cuts(plan)],
+        "crossings": [asdict(crossing) for crossing in plan.crossings],
+        "ties": plan.ties,
+        "shared": plan.shared,
+        "notes": plan.notes,
+    }

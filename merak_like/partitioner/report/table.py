@@ -1,0 +1,164 @@
+"""A plan in the terminal: stages, memory, cuts, reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from merak_like.partitioner.plan import Plan, StagePlan
+from merak_like.partitioner.report import summary
+from merak_like.partitioner.report.text import (
+    bar,
+    bytes_text,
+    bytes_unit,
+    common_prefix,
+    count_text,
+    flops_text,
+    percent_text,
+    ranges,
+    seconds_text,
+    shape_text,
+)
+
+STAGE_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "bright_blue", "bright_cyan", "bright_magenta")
+MEMORY_HEADS = {
+    "gradients": "grads",
+    "optimizer": "optim",
+    "activations": "activ",
+    "boundary": "cuts",
+    "workspace": "work",
+}
+MAX_CROSSINGS = 24
+"""Rows of the table of crossings; the JSON and the page have all of them."""
+
+
+def render(plan: Plan) -> RenderableType:
+    """Everything about a plan that fits a terminal."""
+    parts: list[RenderableType] = [_head(plan), stage_table(plan), memory_table(plan)]
+    if len(plan.stages) > 1:
+        parts.append(crossing_table(plan))
+    parts.extend(_lists(plan))
+    return Group(*parts)
+
+
+def _head(plan: Plan) -> Text:
+    mesh, ranks = plan.mesh, plan.mesh.size
+    text = Text()
+    text.append(plan.model, style="bold")
+    text.append(f" on {mesh}: {ranks} rank{'s' if ranks > 1 else ''} of {plan.hardware}\n")
+    text.append(f"{plan.schedule}, {plan.micro_batches} micro-batches of {plan.micro_batch}")
+    text.append(f" = {summary.samples(plan)} samples a step in ")
+    text.append(seconds_text(plan.step_seconds), style="bold")
+    text.append(f" (simulated), bubble {percent_text(plan.bubble)}\n")
+    text.append(f"plan {plan.digest[:12]}", style="dim")
+    if plan.signature:
+        text.append("  traced with " + ", ".join(f"{k} {v}" for k, v in plan.signature.items()), style="dim")
+    text.append("\n")
+    return text
+
+
+def _stage_name(stage: StagePlan) -> Text:
+    return Text(str(stage.index), style=f"bold {STAGE_COLOURS[stage.index % len(STAGE_COLOURS)]}")
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        collapse_padding=True,
+    )
+
+
+def stage_table(plan: Plan) -> Table:
+    """What each stage holds and how long it takes; the bar is its time against the slowest stage's."""
+    table = _table("Stages (one micro-batch)")
+    table.add_column("stage", justify="right", no_wrap=True)
+    prefix = common_prefix(u.block for u in plan.units)
+    table.add_column(f"holds ({prefix}*)" if prefix else "holds", overflow="fold")
+    for head in ("params", "FLOP", "forward", "backward"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("balance", no_wrap=True)
+    for stage, share in zip(plan.stages, summary.shares(plan), strict=True):
+        table.add_row(
+            _stage_name(stage),
+            Text(" ".join(ranges(name.removeprefix(prefix) for name in stage.blocks))),
+            count_text(stage.param_count),
+            flops_text(stage.flops).removesuffix("FLOP"),
+            seconds_text(stage.forward_seconds),
+            seconds_text(stage.backward_seconds),
+            Text(f"{bar(share, 6)} {percent_text(share)}", style="green" if share > 0.9 else "yellow"),
+        )
+    return table
+
+
+def memory_table(plan: Plan) -> Table:
+    """Bytes on one rank of each stage at its fullest moment, by kind, against the limit."""
+    limit = plan.memory_limit
+    unit, scale = bytes_unit(max(limit, summary.tight_stage(plan).memory.total))
+    table = _table(f"Memory of one rank at its fullest, in {unit}; the limit is {bytes_text(limit)}")
+    table.add_column("stage", justify="right", no_wrap=True)
+    table.add_column("live", justify="right", no_wrap=True)
+    for kind in summary.MEMORY_KINDS:
+        table.add_column(MEMORY_HEADS.get(kind, kind), justify="right", no_wrap=True)
+    table.add_column("total", justify="right", no_wrap=True)
+    table.add_column("of limit", no_wrap=True)
+    for stage in plan.stages:
+        total = stage.memory.total
+        share = total / limit if limit else 0.0
+        style = "red" if share > 1 else "yellow" if share > 0.9 else "green"
+        table.add_row(
+            _stage_name(stage),
+            str(stage.live_micro_batches),
+            *(f"{getattr(stage.memory, kind) / scale:.2f}" for kind in summary.MEMORY_KINDS),
+            Text(f"{total / scale:.2f}", style="bold"),
+            Text(f"{bar(share, 6)} {percent_text(share)}{' OVER' if share > 1 else ''}", style=style),
+        )
+    return table
+
+
+def crossing_table(plan: Plan) -> Table:
+    """The values each stage sends on, with shapes and bytes of one micro-batch."""
+    table = _table("Values that leave their stage (one micro-batch, forward)")
+    table.add_column("from", justify="right", no_wrap=True)
+    table.add_column("to", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("gradient", no_wrap=True)
+    for crossing in plan.crossings[:MAX_CROSSINGS]:
+        table.add_row(
+            _stage_name(plan.stages[crossing.source]),
+            ", ".join(ranges(map(str, crossing.targets))),
+            Text(crossing.value),
+            shape_text(crossing.shape, crossing.dtype),
+            bytes_text(crossing.nbytes),
+            "comes back" if crossing.requires_grad else "none",
+        )
+    table.caption = "live across each cut: " + ", ".join(
+        f"{cut.after}|{cut.after + 1} {bytes_text(cut.nbytes)}" for cut in summary.cuts(plan)
+    )
+    if (hidden := len(plan.crossings) - MAX_CROSSINGS) > 0:
+        table.caption += f"; {hidden} more rows are in the plan file"
+    table.caption_justify = "left"
+    return table
+
+
+def _lists(plan: Plan) -> Iterator[Text]:
+    """Recompute, ties and reasons: one line each, absent when there is nothing to say."""
+    recompute = [f"stage {s.index}: {', '.join(ranges(s.recompute))}" for s in plan.stages if s.recompute]
+    ties = [" = ".join(names) + _where(plan, names[0]) for names in plan.ties]
+    for head, lines in (("Recomputed in the backward", recompute), ("Tied weights", ties), ("Why", list(plan.notes))):
+        if lines:
+            yield Text.assemble((head, "bold"), "".join(f"\n  - {line}" for line in lines), "\n")
+
+
+def _where(plan: Plan, name: str) -> str:
+    stages = plan.shared.get(name, ())
+    return f" (on stages {', '.join(map(str, stages))}: their gradients are summed)" if len(stages) > 1 else ""
