@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+from tests.zoo import sweep
 from tests.zoo.case import Batch, Case, Toy
 from tests.zoo.hugging_face import CASES, MISSING, cases
 from tests.zoo.plain import TOYS
@@ -57,6 +59,32 @@ def test_batches_follow_the_size_asked_for() -> None:
             )
         )
         assert size == 4, case.name
+
+
+def test_the_sweep_knows_every_pair_of_this_transformers() -> None:
+    status = sweep.read()
+    if status["transformers"] != transformers.__version__:
+        pytest.skip(f"the list was written with transformers {status['transformers']}")
+    named = {f"{model_type}/{task}" for model_type, task in sweep.pairs()}
+    assert named == {*status["trains"], *status["fails"]}
+    assert not {*status["trains"]} & {*status["fails"]}
+
+
+@pytest.mark.parametrize("pair", ["bamba/causal-lm", "led/seq2seq-lm", "mra/masked-lm", "swin/image-classification"])
+def test_a_shrunken_default_config_trains(pair: str) -> None:
+    model_type, _, task = pair.partition("/")
+    assert sweep.attempt(model_type, task) == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_pair_the_sweep_lists_trains() -> None:
+    worker = sweep.Worker()
+    failures = {}
+    for pair in sweep.read()["trains"]:
+        model_type, _, task = pair.partition("/")
+        failures[pair] = worker.attempt(model_type, task)[0]
+    assert {pair: failure for pair, failure in failures.items() if failure} == {}
 
 
 def test_a_missing_architecture_says_why() -> None:
