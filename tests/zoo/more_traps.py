@@ -146,7 +146,7 @@ def _scale_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, .
     return (args[0] * 0.5, *args[1:])
 
 
-def _halve(module: nn.Module, grad_input: tuple[Tensor, ...], grad_output: Any) -> tuple[Tensor, ...]:
+def _halve(module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
     return tuple(grad * 0.5 for grad in grad_input)
 
 
