@@ -30,6 +30,8 @@ __all__ = [
     "compiled_call",
     "compiled_function_stance",
     "fake_like",
+    "fake_parameter",
+    "fake_tensor",
     "is_compiled",
     "is_functorch_tensor",
     "no_torch_function",
@@ -70,8 +72,23 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 def fake_like(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A fake tensor with the shape, strides and dtype of ``tensor`` that claims to live on ``device``."""
-    meta = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
+    return fake_tensor(mode, tuple(tensor.shape), tensor.stride(), tensor.dtype, device)
+
+
+def fake_tensor(
+    mode: FakeTensorMode, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A fake tensor that claims to live on ``device``."""
+    with unset_fake_temporarily():
+        meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     return FakeTensor(mode, meta, device)
+
+
+def fake_parameter(mode: FakeTensorMode, parameter: torch.nn.Parameter, device: torch.device) -> torch.Tensor:
+    """A fake tensor that ``isinstance`` takes for a Parameter (``nn.Parameter(fake)`` costs a dispatched detach)."""
+    fake = fake_like(mode, parameter, device).requires_grad_(parameter.requires_grad)
+    fake._is_param = True  # type: ignore[attr-defined]
+    return fake
 
 
 def is_functorch_tensor(tensor: torch.Tensor) -> bool:

@@ -18,10 +18,17 @@ from merak_like._compat import FakeTensorMode, fake_like
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.tracer.assemble import assemble
 from merak_like.partitioner.tracer.calls import Calls, ModuleCall, routed
+from merak_like.partitioner.tracer.draft import Descend, Draft
 from merak_like.partitioner.tracer.errors import TraceError
 from merak_like.partitioner.tracer.example import LossFn, arguments, find_loss, leaves, name_of, replace_tensors
-from merak_like.partitioner.tracer.fakes import FakeModel, changed_attributes, clean_caches, fake_model, plain_attributes
-from merak_like.partitioner.tracer.recorder import Descend, Draft, Recorder
+from merak_like.partitioner.tracer.fakes import (
+    FakeModel,
+    changed_attributes,
+    clean_caches,
+    fake_model,
+    plain_attributes,
+)
+from merak_like.partitioner.tracer.recorder import Recorder
 
 __all__ = ["LossFn", "Trace", "TraceError", "trace"]
 
@@ -67,9 +74,14 @@ def trace(
     where = torch.device(device) if device is not None else _device_of(model)
     descend: set[str] = set()
     whole = set(atomic)
+    memo = True
     while True:
         try:
-            return _trace(model, example, loss_fn, frozenset(whole), frozenset(descend), where)
+            return _trace(model, example, loss_fn, frozenset(whole), frozenset(descend), where, memo)
+        except RuntimeError:
+            if not memo:
+                raise
+            memo = False  # see memo.py: the model may need real autograd history
         except KeepWhole as keep:
             whole |= keep.paths
         except Descend as leaf:
@@ -94,17 +106,19 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _trace(
     model: nn.Module, example: Any, loss_fn: LossFn | None, atomic: frozenset[str], descend: frozenset[str],
-    device: torch.device,
+    device: torch.device, memo: bool,
 ) -> Trace:  # fmt: skip
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_model(model, mode, device) as fake:
         before = plain_attributes(model)
-        recorder, calls, outputs = _record(model, fake, mode, example, loss_fn, atomic, descend, device)
+        recorder, calls, outputs = _record(model, fake, mode, example, loss_fn, atomic, descend, device, memo)
         leaf_paths = {c.path for c in calls.calls if c.opaque == "a leaf"}
         changed = [n for n in changed_attributes(model, before) if n.rpartition(".")[0] not in leaf_paths]
-        if changed:  # a second pass from the changed state must come to rest, or the model behaves differently each step
+        if (
+            changed
+        ):  # a second pass from the changed state must come to rest, or the model behaves differently each step
             before, first = plain_attributes(model), recorder
-            recorder, calls, outputs = _record(model, fake, mode, example, loss_fn, atomic, descend, device)
+            recorder, calls, outputs = _record(model, fake, mode, example, loss_fn, atomic, descend, device, memo)
             again = [
                 n for n in changed_attributes(model, before, tensors=False) if n.rpartition(".")[0] not in leaf_paths
             ]
@@ -143,10 +157,10 @@ def _state(device: torch.device) -> tuple[Any, ...]:
 
 def _record(
     model: nn.Module, fake: FakeModel, mode: FakeTensorMode, example: Any, loss_fn: LossFn | None,
-    atomic: frozenset[str], descend: frozenset[str], device: torch.device,
+    atomic: frozenset[str], descend: frozenset[str], device: torch.device, memo: bool,
 ) -> tuple[Recorder, Calls, dict[str, str]]:  # fmt: skip
     """One forward pass on fake tensors; the names of the output values, loss first."""
-    recorder = Recorder(fake, device)
+    recorder = Recorder(fake, device, mode, memo)
     calls = Calls(recorder, model, atomic, descend)
     batch = _inputs(recorder, mode, example)
     passed = arguments(model, batch, loss_fn is not None)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from merak_like.partitioner.graph import Call, Op, ProxyGraph
 from merak_like.partitioner.tracer.calls import ModuleCall
+from merak_like.partitioner.tracer.draft import Draft
 from merak_like.partitioner.tracer.errors import TraceError
 from merak_like.partitioner.tracer.fakes import FakeModel
-from merak_like.partitioner.tracer.recorder import Draft, Recorder
+from merak_like.partitioner.tracer.recorder import Recorder
 
 
 def assemble(

@@ -13,9 +13,10 @@ from torch import fx, nn
 
 from merak_like._compat import CheckpointFunction, call_module, compiled_function_stance, is_compiled
 from merak_like.partitioner.tracer.counting import tensors_in
+from merak_like.partitioner.tracer.draft import Draft
 from merak_like.partitioner.tracer.encode import Attribute, Opaque, encode, results
 from merak_like.partitioner.tracer.errors import TraceError
-from merak_like.partitioner.tracer.recorder import Draft, Recorder
+from merak_like.partitioner.tracer.recorder import Recorder
 
 _ONE_TRACE = threading.RLock()
 """Tracing replaces ``nn.Module.__call__`` for the whole process while it runs."""
@@ -55,9 +56,7 @@ class CustomFunction:
 class Calls:
     """Routes module calls into the recorder."""
 
-    def __init__(
-        self, recorder: Recorder, model: nn.Module, atomic: Collection[str], descend: Collection[str]
-    ) -> None:
+    def __init__(self, recorder: Recorder, model: nn.Module, atomic: Collection[str], descend: Collection[str]) -> None:
         self.recorder = recorder
         self.paths: dict[int, str] = {}
         for path, module in model.named_modules():

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from merak_like._compat import FakeTensorMode, fake_like, storage_key
+from merak_like._compat import FakeTensorMode, fake_like, fake_parameter, storage_key
 from merak_like.partitioner.graph import Parameter
+
 
 @dataclass(frozen=True)
 class FakeModel:
@@ -69,9 +70,8 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> 
                         continue
                     fake = fakes.get(id(tensor))
                     if fake is None:
-                        fake = fake_like(mode, tensor.detach(), device)
-                        if isinstance(tensor, nn.Parameter):
-                            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                        make = fake_parameter if isinstance(tensor, nn.Parameter) else fake_like
+                        fake = make(mode, tensor, device)
                         fakes[id(tensor)] = fake
                         names[id(fake)] = canonical[f"{path}.{key}" if path else key]
                     entries[key] = fake
@@ -88,7 +88,12 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> 
 
 @contextmanager
 def clean_caches() -> Iterator[None]:
-    """Forget what ``functools.lru_cache`` kept during the trace: a cached fake tensor would poison real runs."""
+    """Forget what ``functools.lru_cache`` kept during the trace: a cached fake tensor would poison real runs.
+
+    Cyclic garbage is left for later: a trace makes many objects and drops almost none.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
     before = {id(cache): cache.cache_info().misses for cache in _caches()}
     try:
         yield
@@ -96,6 +101,8 @@ def clean_caches() -> Iterator[None]:
         for cache in _caches():
             if cache.cache_info().misses != before.get(id(cache), 0):
                 cache.cache_clear()
+        if collecting:
+            gc.enable()
 
 
 def _caches() -> list[Any]:
@@ -143,4 +150,6 @@ def _same(a: Any, b: Any) -> bool:
         return False
     if isinstance(a, (bool, int, float, str, bytes, tuple)):
         return bool(a == b)
-    return True  # containers and objects keep their identity or are rebuilt: their tensors are caught when they are read
+    return (
+        True  # containers and objects keep their identity or are rebuilt: their tensors are caught when they are read
+    )

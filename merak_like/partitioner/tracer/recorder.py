@@ -4,75 +4,40 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
 
-from merak_like._compat import DATA_DEPENDENT, BackwardCFunction, FakeTensor, is_functorch_tensor, storage_key, unset_fake
+from merak_like._compat import (
+    DATA_DEPENDENT,
+    BackwardCFunction,
+    FakeTensor,
+    FakeTensorMode,
+    is_functorch_tensor,
+    storage_key,
+    unset_fake,
+)
 from merak_like.partitioner.graph import Value
 from merak_like.partitioner.tracer import guards
 from merak_like.partitioner.tracer.counting import count, tensors_in
+from merak_like.partitioner.tracer.draft import Descend, Draft
 from merak_like.partitioner.tracer.encode import Attribute, Opaque, encode, results
 from merak_like.partitioner.tracer.errors import TraceError
 from merak_like.partitioner.tracer.fakes import FakeModel, dtype_name
-from merak_like.partitioner.tracer.shadow import RANDOM, Shadow, Unknowable, refuse
+from merak_like.partitioner.tracer.memo import Memo
+from merak_like.partitioner.tracer.shadow import Shadow, Unknowable, refuse
 from merak_like.partitioner.tracer.shapes import SHAPE_RULES, run_with_real
-
-READERS = frozenset("item tolist __bool__ __int__ __float__ __complex__ __index__ is_nonzero equal allclose".split())
-"""Methods that turn a tensor's data into Python values."""
-
-QUERIES = frozenset(
-    "size dim numel nelement stride storage_offset element_size is_contiguous is_floating_point is_complex is_signed "
-    "is_set_to is_same_size is_inference is_conj is_neg get_device ndimension type __len__ __hash__ __repr__ __str__ "
-    "__format__ __dir__ untyped_storage _is_view has_names is_pinned is_shared result_type can_cast promote_types "
-    "is_tensor is_storage broadcast_shapes _has_compatible_shallow_copy_type is_vulkan_available dense_dim sparse_dim "
-    "is_distributed data_ptr __contains__ _typed_storage __reduce_ex__ __deepcopy__ _nnz "
-    "_use_cudnn_ctc_loss _use_cudnn_rnn_flatten_weight _fused_sdp_choice compute_contiguous_strides_for is_vulkan "
-    "__torch_function__ is_autocast_enabled".split()
-)
-"""Functions of tensors that answer without data and change nothing."""
-
-EFFECTS = frozenset("register_hook register_post_accumulate_grad_hook __set__ retain_grad requires_grad_".split())
-"""Functions that change a tensor's state without touching its data."""
-
-FORBIDDEN = frozenset("backward manual_seed seed set_rng_state set_default_dtype set_ numpy __array__".split())
-"""Functions that reach outside the graph in a way that cannot be replayed per stage."""
-
-
-class Descend(Exception):
-    """A module recorded as a leaf lets a tensor escape: trace again with its inside recorded."""
-
-
-@dataclass
-class Draft:
-    """An op while it is being recorded."""
-
-    name: str
-    kind: str
-    target: str
-    scope: str
-    node: fx.Node | None = None
-    inputs: dict[str, None] = field(default_factory=dict)
-    outputs: list[Value] = field(default_factory=list)
-    params: dict[str, None] = field(default_factory=dict)
-    buffers: dict[str, None] = field(default_factory=dict)
-    mutates: dict[str, None] = field(default_factory=dict)
-    flops: int = 0
-    moved: int = 0
-    saved: int = 0
-    kernels: int = 0
-    custom: bool = False
-    """Made by a custom autograd function, which keeps its own backward."""
+from merak_like.partitioner.tracer.words import EFFECTS, FORBIDDEN, QUERIES, RANDOM, READERS
 
 
 class Recorder(TorchFunctionMode):
     """Records while ``quiet`` is 0; inside a leaf it only counts."""
 
-    def __init__(self, fake: FakeModel, device: torch.device) -> None:
+    def __init__(self, fake: FakeModel, device: torch.device, mode: FakeTensorMode, memo: bool) -> None:
         super().__init__()
+        self.memo = Memo(mode, self.pack, self.grow) if memo else None
         self.fake, self.device = fake, device
         self.graph = fx.Graph()
         self.drafts: list[Draft] = []
@@ -112,7 +77,11 @@ class Recorder(TorchFunctionMode):
         versions = [t._version for t in ins]
         draft = self.current = Draft("", "function", name, self.scope[-1])
         self.dynamic = False
-        out = self.run(func, name, args, kwargs)
+        try:
+            out = self.run(func, name, args, kwargs)
+        except RuntimeError:  # a tensor where torch wants a Python number reads its data in C++
+            args, kwargs = self.numbers(args), self.numbers(kwargs)
+            out = self.run(func, name, args, kwargs)
         changed = [t for t, version in zip(ins, versions, strict=True) if t._version != version]
         if name in EFFECTS and not (name == "__set__" and not ins):
             changed = ins[:1]
@@ -144,7 +113,7 @@ class Recorder(TorchFunctionMode):
             if made is not None:
                 return made
         try:
-            return func(*args, **kwargs)
+            return self.memo.run(func, name, args, kwargs, self.state()) if self.memo else func(*args, **kwargs)
         except DATA_DEPENDENT as error:
             if self.quiet:
                 raise
@@ -178,6 +147,14 @@ class Recorder(TorchFunctionMode):
         if len(tensors_in(args)) == 1:
             self.guard(guards.check_value, (args[0], name, answer, self.where))
         return answer
+
+    def numbers(self, item: Any) -> Any:
+        """Integer scalars on tensors as the Python numbers they are in the traced example, each with its guard."""
+        if isinstance(item, FakeTensor) and not item.dim() and not item.is_floating_point() and not item.is_complex():
+            return self.read(torch.Tensor.item, "item", (item,), {})
+        if isinstance(item, (tuple, list)):
+            return type(item)(self.numbers(x) for x in item)
+        return {k: self.numbers(v) for k, v in item.items()} if isinstance(item, dict) else item
 
     def guard(self, check: Callable[..., None], args: tuple[Any, ...]) -> None:
         """Leave a check in the code: the answer that was followed must hold for every batch."""
@@ -219,7 +196,9 @@ class Recorder(TorchFunctionMode):
         except Opaque as error:
             if draft.kind == "module":
                 raise
-            raise TraceError(f"{draft.target} in {self.where} is called with {error}, which code cannot repeat") from None
+            raise TraceError(
+                f"{draft.target} in {self.where} is called with {error}, which code cannot repeat"
+            ) from None
         draft.node = self.graph.create_node(op, target, args, kwargs)
         draft.name = draft.node.name
         draft.node.meta.update(index=len(self.drafts), state=self.state())
@@ -332,9 +311,15 @@ class Recorder(TorchFunctionMode):
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         """Saved-tensor hook: the op that first keeps a storage for the backward pays for it."""
+        if self.memo:
+            self.memo.note(tensor)
         key = storage_key(tensor)
         if key not in self.saved_storages:
             self.saved_storages.add(key)
             self.keep.append(tensor)
             self.current.saved += tensor.numel() * tensor.element_size()
         return tensor
+
+    def grow(self, nbytes: int) -> None:
+        """The current op keeps bytes for the backward that no tensor here stands for."""
+        self.current.saved += nbytes

@@ -11,13 +11,6 @@ from torch import fx
 from merak_like._compat import unset_fake
 from merak_like.partitioner.tracer.errors import TraceError
 
-RANDOM = frozenset(
-    "rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ multinomial normal normal_ "
-    "uniform_ random_ exponential_ dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout "
-    "rrelu gumbel_softmax poisson cauchy_ log_normal_ geometric_ fractional_max_pool2d".split()
-)
-"""Functions that draw random numbers: kept even when nothing reads them, so that the stream of numbers is the same."""
-
 
 class Unknowable(Exception):
     """The value depends on weights or on random numbers, so it has no value that holds for every step."""

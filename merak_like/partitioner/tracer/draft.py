@@ -1,0 +1,35 @@
+"""An op while it is being recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from merak_like.partitioner.graph import Value
+
+
+class Descend(Exception):
+    """A module recorded as a leaf lets a tensor escape: trace again with its inside recorded."""
+
+
+@dataclass
+class Draft:
+    """An op while it is being recorded."""
+
+    name: str
+    kind: str
+    target: str
+    scope: str
+    node: fx.Node | None = None
+    inputs: dict[str, None] = field(default_factory=dict)
+    outputs: list[Value] = field(default_factory=list)
+    params: dict[str, None] = field(default_factory=dict)
+    buffers: dict[str, None] = field(default_factory=dict)
+    mutates: dict[str, None] = field(default_factory=dict)
+    flops: int = 0
+    moved: int = 0
+    saved: int = 0
+    kernels: int = 0
+    custom: bool = False
+    """Made by a custom autograd function, which keeps its own backward."""
