@@ -73,6 +73,8 @@ class Op:
     """Bytes kept for the backward that no earlier op already keeps; parameters and buffers excluded."""
     kernels: int = 0
     """Number of torch functions the call runs, for the launch overhead."""
+    random: bool = False
+    """Whether the call draws random numbers (dropout)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ def _op(draft: Draft) -> Op:
     return Op(
         draft.name, draft.kind, draft.target, draft.scope, tuple(draft.inputs), tuple(draft.outputs),
         tuple(draft.params), tuple(draft.buffers), tuple(draft.mutates),
-        draft.flops, draft.moved, draft.saved, draft.kernels,
+        draft.flops, draft.moved, draft.saved, draft.kernels, draft.random,
     )  # fmt: skip
 
 

@@ -31,5 +31,6 @@ class Draft:
     moved: int = 0
     saved: int = 0
     kernels: int = 0
+    random: bool = False
     custom: bool = False
     """Made by a custom autograd function, which keeps its own backward."""

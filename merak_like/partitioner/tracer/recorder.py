@@ -29,7 +29,7 @@ from merak_like.partitioner.tracer.fakes import FakeModel, dtype_name
 from merak_like.partitioner.tracer.memo import Memo
 from merak_like.partitioner.tracer.shadow import Shadow, Unknowable, refuse
 from merak_like.partitioner.tracer.shapes import SHAPE_RULES, run_with_real
-from merak_like.partitioner.tracer.words import EFFECTS, FORBIDDEN, QUERIES, RANDOM, READERS
+from merak_like.partitioner.tracer.words import EFFECTS, FORBIDDEN, QUERIES, RANDOM, READERS, draws
 
 
 class Recorder(TorchFunctionMode):
@@ -308,6 +308,7 @@ class Recorder(TorchFunctionMode):
         self.current.flops += flops
         self.current.moved += moved
         self.current.kernels += bool(moved)
+        self.current.random = self.current.random or draws(name, args, kwargs)
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         """Saved-tensor hook: the op that first keeps a storage for the backward pays for it."""

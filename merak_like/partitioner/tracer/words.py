@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 READERS = frozenset("item tolist __bool__ __int__ __float__ __complex__ __index__ is_nonzero equal allclose".split())
 """Methods that turn a tensor's data into Python values."""
 
@@ -28,3 +31,21 @@ RANDOM = frozenset(
     "rrelu gumbel_softmax poisson cauchy_ log_normal_ geometric_ fractional_max_pool2d".split()
 )
 """Functions that draw random numbers: kept even when nothing reads them, so that the stream of numbers is the same."""
+
+CHANCES: Mapping[str, tuple[str, int]] = {
+    "scaled_dot_product_attention": ("dropout_p", 4), "multi_head_attention_forward": ("dropout_p", 11),
+    "lstm": ("dropout", 5), "gru": ("dropout", 5), "rnn_tanh": ("dropout", 5), "rnn_relu": ("dropout", 5),
+    "dropout": ("p", 1), "dropout1d": ("p", 1), "dropout2d": ("p", 1), "dropout3d": ("p", 1),
+    "alpha_dropout": ("p", 1), "feature_alpha_dropout": ("p", 1), "native_dropout": ("p", 1),
+}  # fmt: skip
+"""Functions that draw only with a probability above 0: the argument's name and place."""
+
+
+def draws(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether this call draws random numbers (when in doubt, yes)."""
+    if name in CHANCES:
+        key, place = CHANCES[name]
+        chance = kwargs.get(key, args[place] if len(args) > place else 0.5 if key == "p" else 0.0)
+        training = kwargs.get("training", args[2] if name.endswith("dropout") and len(args) > 2 else True)
+        return bool(chance) and bool(training)
+    return name in RANDOM
