@@ -86,7 +86,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
 def _cards(plan: Plan) -> Iterator[str]:
     slowest = max(summary.stage_seconds(stage) for stage in plan.stages) or 1.0
     for stage, share in zip(plan.stages, summary.shares(plan), strict=True):
-        holds = ", ".join(ranges(stage.blocks))
+        holds = ", ".join(ranges(summary.holds(plan, stage)))
         live = f"{stage.live_micro_batches} live micro-batch{'es' if stage.live_micro_batches > 1 else ''}"
         recompute = f"recomputes {len(stage.recompute)} of {len(stage.blocks)}" if stage.recompute else ""
         yield (

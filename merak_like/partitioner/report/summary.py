@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from merak_like.partitioner.plan import Crossing, Plan, StageMemory, StagePlan
+from merak_like.partitioner.report.text import ranges
 
 MEMORY_KINDS: tuple[str, ...] = tuple(f.name for f in fields(StageMemory))
 
@@ -35,6 +36,14 @@ def cuts(plan: Plan) -> tuple[Cut, ...]:
         over = tuple(c for c in plan.crossings if c.source <= after < max(c.targets))
         borders.append(Cut(after, over, sum(c.nbytes for c in over)))
     return tuple(borders)
+
+
+def holds(plan: Plan, stage: StagePlan) -> tuple[str, ...]:
+    """The blocks of a stage that have parameters: what a person would say it holds. All of them if none has."""
+    tied = {names[0]: names for names in plan.ties}
+    names = [alias for name in stage.params for alias in tied.get(name, (name,))]
+    modules = {name[:end] for name in names for end in range(len(name)) if name[end] == "."}
+    return tuple(block for block in stage.blocks if block in modules) or stage.blocks
 
 
 def sent_bytes(plan: Plan, stage: int) -> int:
@@ -79,6 +88,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     stages = [
         {
             **{key: item for key, item in asdict(stage).items() if key != "params"},
+            "holds": ranges(holds(plan, stage)),
             "memory": {**asdict(stage.memory), "total": stage.memory.total},
             "memory_fraction": stage.memory.total / plan.memory_limit if plan.memory_limit else None,
             "share_of_slowest": share,

@@ -88,7 +88,7 @@ def stage_table(plan: Plan) -> Table:
     for stage, share in zip(plan.stages, summary.shares(plan), strict=True):
         table.add_row(
             _stage_name(stage),
-            Text(" ".join(ranges(name.removeprefix(prefix) for name in stage.blocks))),
+            Text(" ".join(ranges(name.removeprefix(prefix) for name in summary.holds(plan, stage)))),
             count_text(stage.param_count),
             flops_text(stage.flops).removesuffix("FLOP"),
             seconds_text(stage.forward_seconds),
@@ -150,13 +150,17 @@ def crossing_table(plan: Plan) -> Table:
     return table
 
 
-def _lists(plan: Plan) -> Iterator[Text]:
+def _lists(plan: Plan) -> Iterator[RenderableType]:
     """Recompute, ties and reasons: one line each, absent when there is nothing to say."""
     recompute = [f"stage {s.index}: {', '.join(ranges(s.recompute))}" for s in plan.stages if s.recompute]
     ties = [" = ".join(names) + _where(plan, names[0]) for names in plan.ties]
     for head, lines in (("Recomputed in the backward", recompute), ("Tied weights", ties), ("Why", list(plan.notes))):
         if lines:
-            yield Text.assemble((head, "bold"), "".join(f"\n  - {line}" for line in lines), "\n")
+            table = Table.grid(padding=(0, 1))
+            for line in lines:
+                table.add_row("-", Text(line))
+            yield Text(f"\n{head}", style="bold")
+            yield table
 
 
 def _where(plan: Plan, name: str) -> str:

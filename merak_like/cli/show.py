@@ -1,0 +1,47 @@
+"""``merak show plan.json``: a plan in the terminal. Starts without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from merak_like.cli.files import load_plan
+from merak_like.partitioner.plan import Plan
+
+
+def run(
+    plan: Annotated[Path, typer.Argument(help="The plan file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers of the tables as JSON.")] = False,
+    edited: Annotated[
+        bool, typer.Option("--edited", help="Accept a plan edited by hand (its digest is wrong).")
+    ] = False,
+) -> None:
+    """Show a plan: stages, memory against the limit, what crosses each cut, and why."""
+    loaded = load_plan(plan, edited)
+    if as_json:
+        print_json(loaded)
+    else:
+        print_tables(loaded)
+
+
+def print_tables(plan: Plan) -> None:
+    """The tables, as wide as the terminal; 120 columns into a file or a pipe."""
+    from rich.console import Console
+
+    from merak_like.partitioner.report.table import render
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=120)
+    console.print(render(plan))
+
+
+def print_json(plan: Plan) -> None:
+    """The same numbers as JSON."""
+    import json
+
+    from merak_like.partitioner.report.summary import as_json
+
+    typer.echo(json.dumps(as_json(plan), indent=1))
