@@ -140,7 +140,7 @@ class ProxyGraph:
     @cached_property
     def last_use(self) -> Mapping[str, int]:
         """Index of the last op that reads each value (its producer if nothing does)."""
-        last = {name: index for name, index in self.producer.items()}
+        last = dict(self.producer)
         for index, op in enumerate(self.ops):
             for name in op.inputs:
                 last[name] = index

@@ -27,7 +27,7 @@ class Mesh:
 
     def __post_init__(self) -> None:
         for axis, degree in (("dp", self.dp), ("pp", self.pp), ("tp", self.tp)):
-            if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
+            if type(degree) is not int or degree < 1:  # a bool is no degree
                 raise ValueError(f"{axis}={degree!r} is not a degree of parallelism: give a whole number of at least 1")
 
     @property

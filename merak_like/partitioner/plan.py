@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from merak_like.partitioner.mesh import Mesh
 
@@ -150,6 +150,7 @@ class Plan:
             raise ValueError(f"this is not a plan: {error}") from None
         if not isinstance(data, dict) or "version" not in data or "stages" not in data:
             raise ValueError("this is not a plan: a plan is a JSON object with 'version' and 'stages'")
+        data = cast(dict[str, Any], data)
         if data["version"] != VERSION:
             raise ValueError(f"plan version {data['version']} cannot be read, only {VERSION}: make the plan again")
         digest = data.pop("digest", None)
@@ -196,7 +197,7 @@ def _build(kind: Any, data: Mapping[str, Any], where: str) -> Any:
 
 def _frozen(item: Any) -> Any:
     if isinstance(item, list):
-        return tuple(_frozen(x) for x in item)
+        return tuple(_frozen(x) for x in cast(list[Any], item))
     if isinstance(item, dict):
-        return {key: _frozen(value) for key, value in item.items()}
+        return {key: _frozen(value) for key, value in cast(dict[str, Any], item).items()}
     return item
