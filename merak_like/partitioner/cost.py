@@ -1,0 +1,109 @@
+"""What each op costs, estimated from its flops and bytes by the roofline model (Williams et al. 2009). Never measured.
+
+======== ======================================================================== ====================================
+forward  max(flops / reached peak, moved bytes / memory bandwidth)                 + launch seconds per torch function
+backward matmul-like: max(gradients * flops / reached peak, twice the bytes / ..)  + the launches for each gradient
+         others: the forward with twice the bytes                                  + the launches once
+======== ======================================================================== ====================================
+
+An op is matmul-like if it does more flops than it moves bytes. The gradients counted, at most 2, are those of the
+inputs that need one and that of the weights: a linear layer's backward is twice its forward, but only once if it is the
+first or is frozen. Where no output needs a gradient there is no backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merak_like.partitioner.graph import Op, ProxyGraph
+from merak_like.partitioner.hardware import PRESETS, Hardware, Link, hardware_named
+
+__all__ = ["PRESETS", "Cost", "CostTable", "Hardware", "Link", "hardware_named", "op_cost", "op_costs"]
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One op and one micro-batch."""
+
+    forward_seconds: float
+    backward_seconds: float
+    flops: int
+    """Of the forward."""
+    param_bytes: int
+    """Of the distinct parameters read."""
+    saved_bytes: int
+    """Kept for the backward."""
+
+    @property
+    def seconds(self) -> float:
+        """Forward and backward."""
+        return self.forward_seconds + self.backward_seconds
+
+
+def op_cost(op: Op, graph: ProxyGraph, hardware: Hardware, *, scale: float = 1.0) -> Cost:
+    """Estimate one op; ``scale`` is samples per micro-batch over samples in the traced example.
+
+    Everything but the parameters grows with the samples.
+    """
+    read = [graph.parameter(name) for name in dict.fromkeys(graph.canonical[name] for name in op.params)]
+    param_bytes = sum(p.nbytes for p in read)
+    flops = op.flops * scale
+    moved = param_bytes + max(op.moved_bytes - param_bytes, 0) * scale
+    launch = op.kernels * hardware.launch_seconds
+    dtype = _dtype(op)
+    memory_seconds = moved / hardware.memory_bandwidth
+    compute_seconds = hardware.matmul_seconds(flops, dtype) if flops > moved else 0.0
+    forward = max(compute_seconds, memory_seconds) + launch
+    backward = 0.0
+    if any(value.requires_grad for value in op.outputs):
+        values = graph.values
+        inputs = sum(values[name].requires_grad for name in op.inputs)
+        gradients = min(2, inputs + any(p.trainable for p in read)) if compute_seconds else 1
+        backward = max(gradients * compute_seconds, 2 * memory_seconds) + gradients * launch
+    return Cost(forward, backward, round(flops), param_bytes, round(op.saved_bytes * scale))
+
+
+def _dtype(op: Op) -> str:
+    """The dtype the op computes in: that of its first floating-point output."""
+    kinds = [value.dtype for value in op.outputs]
+    return next((kind for kind in kinds if "float" in kind), kinds[0] if kinds else "float32")
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """The costs of ops in a row; each array is a running sum, so a range costs one subtraction."""
+
+    forward: Floats
+    backward: Floats
+    flops: Floats
+    saved: Floats
+
+    @classmethod
+    def of(cls, costs: Sequence[Cost]) -> CostTable:
+        """Sum up a row of costs: entry ``i`` is the sum of the first ``i``."""
+        columns = np.array(
+            [(c.forward_seconds, c.backward_seconds, c.flops, c.saved_bytes) for c in costs], np.float64
+        ).reshape(len(costs), 4)
+        sums = np.vstack([np.zeros((1, 4)), np.cumsum(columns, axis=0)])
+        return cls(*(np.ascontiguousarray(sums[:, column]) for column in range(4)))
+
+    @property
+    def seconds(self) -> Floats:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+    def at(self, positions: Sequence[int] | NDArray[np.int64]) -> CostTable:
+        """The same sums at some positions only."""
+        index = np.asarray(positions, np.int64)
+        return CostTable(self.forward[index], self.backward[index], self.flops[index], self.saved[index])
+
+
+def op_costs(graph: ProxyGraph, hardware: Hardware, *, scale: float = 1.0) -> tuple[Cost, ...]:
+    """The cost of every op; see ``op_cost``."""
+    return tuple(op_cost(op, graph, hardware, scale=scale) for op in graph.ops)

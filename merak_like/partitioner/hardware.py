@@ -1,0 +1,151 @@
+"""What one device and its links can do, by name: the figures every estimate starts from.
+
+Peaks are the maker's dense figures (2:4 sparsity would double them, and no training uses it). A100: NVIDIA A100 Tensor
+Core GPU datasheet (SXM4). H100, H200: NVIDIA H100 and H200 Tensor Core GPU datasheets (SXM5; these print the sparse
+figures, twice the dense). RTX 3090, 4090: NVIDIA Ampere GA102 and NVIDIA Ada GPU architecture whitepapers (tensor peaks
+with FP32 accumulation). float32 is without TF32, which torch leaves off by default.
+"80 GB" is taken as 80e9 bytes: devices have a few percent more, which the driver's context uses up.
+
+Not from datasheets, but assumed: ``efficiency``, ``half_flops``, ``launch_seconds``, latencies, and the network between
+nodes (one 200 or 400 Gb/s adapter for each data-centre GPU, 25 Gb/s Ethernet for a workstation). Measure your own with
+``this_machine``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, cast
+
+from merak_like.partitioner.schedules.action import unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A way from one device to another."""
+
+    bandwidth: float
+    """Bytes per second in one direction."""
+    latency: float
+    """Seconds before the first byte arrives."""
+
+    def seconds(self, nbytes: float) -> float:
+        """Seconds to move some bytes; no bytes, no transfer."""
+        return self.latency + nbytes / self.bandwidth if nbytes > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One device, and its links to others. All ranks are taken to be alike."""
+
+    name: str
+    peak_flops: Mapping[str, float]
+    """Floating-point operations per second of a matmul, by torch's name of the dtype; must have ``float32``."""
+    memory_bytes: int
+    memory_bandwidth: float
+    """Bytes per second."""
+    intra: Link
+    """Between two devices of one node."""
+    inter: Link
+    """Between two nodes, for each device."""
+    devices_per_node: int
+    efficiency: float = 0.75
+    """Share of the peak that a very large matmul reaches."""
+    half_flops: float = 1e9
+    """Flops of the matmul that reaches half of that share: small ones do not fill the device."""
+    launch_seconds: float = 5e-6
+    """Seconds each torch function costs, however small: the CPU has to start it."""
+    usable_memory: float = 0.92
+    """Share of the memory that tensors may fill; the rest goes to the allocator's holes and communication buffers."""
+    source: str = ""
+    """Where the figures come from."""
+
+    def __post_init__(self) -> None:
+        amounts = {
+            "memory_bytes": self.memory_bytes, "memory_bandwidth": self.memory_bandwidth, "efficiency": self.efficiency,
+            "intra bandwidth": self.intra.bandwidth, "inter bandwidth": self.inter.bandwidth,
+            "devices_per_node": self.devices_per_node, "usable_memory": self.usable_memory,
+            **{f"peak_flops of {dtype}": peak for dtype, peak in self.peak_flops.items()},
+        }  # fmt: skip
+        for what, amount in amounts.items():
+            if not amount > 0:
+                raise ValueError(f"hardware {self.name!r}: {what} is {amount!r}, but it must be above 0")
+        if "float32" not in self.peak_flops:
+            raise ValueError(f"hardware {self.name!r}: peak_flops lacks float32, it has {sorted(self.peak_flops)}")
+
+    def matmul_seconds(self, flops: float, dtype: str) -> float:
+        """Seconds of one matmul; a dtype without a peak of its own runs as float32.
+
+        The efficiency saturates: ``efficiency * flops / (flops + half_flops)``.
+        """
+        peak = self.peak_flops.get(dtype, self.peak_flops["float32"])
+        return (flops + self.half_flops) / (peak * self.efficiency) if flops > 0 else 0.0
+
+    def link(self, first_rank: int, second_rank: int) -> Link:
+        """The link between two global ranks: nodes hold ``devices_per_node`` consecutive ranks."""
+        same = first_rank // self.devices_per_node == second_rank // self.devices_per_node
+        return self.intra if same else self.inter
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes that a plan may fill."""
+        return int(self.memory_bytes * self.usable_memory)
+
+    def to_json(self) -> str:
+        """The figures as a JSON object."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Hardware:
+        """Read what ``to_json`` wrote; ValueError for a missing or unknown field."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"this is not hardware: {error}") from None
+        made = _checked(cls, data, "hardware")
+        for name in ("intra", "inter"):
+            made[name] = Link(**_checked(Link, made[name], name))
+        return cls(**made)
+
+
+def _checked(kind: Any, data: Any, where: str) -> dict[str, Any]:
+    known = [f.name for f in fields(kind)]
+    found = cast(dict[str, Any], data) if isinstance(data, dict) else {}
+    if set(found) != set(known):
+        raise ValueError(f"{where} must be a JSON object with exactly the fields {known}, not {sorted(found)}")
+    return dict(found)
+
+
+_NVLINK3, _NVLINK4, _PCIE4 = Link(300e9, 10e-6), Link(450e9, 10e-6), Link(32e9, 15e-6)
+_HDR, _NDR, _ETHERNET = Link(25e9, 20e-6), Link(50e9, 20e-6), Link(3.125e9, 50e-6)
+_AMPERE = {"float64": 9.7e12, "float32": 19.5e12, "float16": 312e12, "bfloat16": 312e12}
+_HOPPER = {
+    "float64": 34e12, "float32": 67e12, "float16": 989.4e12, "bfloat16": 989.4e12,
+    "float8_e4m3fn": 1978.9e12, "float8_e5m2": 1978.9e12,
+}  # fmt: skip
+_GA102 = {"float64": 0.556e12, "float32": 35.6e12, "float16": 71.2e12, "bfloat16": 71.2e12}
+_AD102 = {
+    "float64": 1.29e12, "float32": 82.6e12, "float16": 165.2e12, "bfloat16": 165.2e12,
+    "float8_e4m3fn": 330.3e12, "float8_e5m2": 330.3e12,
+}  # fmt: skip
+
+PRESETS: Mapping[str, Hardware] = {
+    h.name: h
+    for h in (
+        Hardware("a100-40gb", _AMPERE, int(40e9), 1.555e12, _NVLINK3, _HDR, 8, source="NVIDIA A100 SXM4 datasheet"),
+        Hardware("a100-80gb", _AMPERE, int(80e9), 2.039e12, _NVLINK3, _HDR, 8, source="NVIDIA A100 SXM4 datasheet"),
+        Hardware("h100", _HOPPER, int(80e9), 3.35e12, _NVLINK4, _NDR, 8, source="NVIDIA H100 SXM5 datasheet"),
+        Hardware("h200", _HOPPER, int(141e9), 4.8e12, _NVLINK4, _NDR, 8, source="NVIDIA H200 SXM5 datasheet"),
+        Hardware("rtx3090", _GA102, int(24e9), 0.936e12, _PCIE4, _ETHERNET, 8, source="NVIDIA GA102 whitepaper"),
+        Hardware("rtx4090", _AD102, int(24e9), 1.008e12, _PCIE4, _ETHERNET, 8, source="NVIDIA Ada whitepaper"),
+    )
+}
+"""Known devices by name."""
+
+
+def hardware_named(name: str) -> Hardware:
+    """The preset of that name; ValueError with the nearest name if there is none."""
+    if name not in PRESETS:
+        raise unknown("hardware", name, PRESETS)
+    return PRESETS[name]
