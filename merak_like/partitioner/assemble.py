@@ -1,0 +1,151 @@
+"""Writing down what was decided: graph and stage starts become a plan, and a plan is checked against its graph."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from merak_like.partitioner.blocks import Piece
+from merak_like.partitioner.cost import Cost
+from merak_like.partitioner.cuts import crossings
+from merak_like.partitioner.graph import ProxyGraph
+from merak_like.partitioner.locality import held_by, residents
+from merak_like.partitioner.plan import Plan, StagePlan, Unit
+from merak_like.partitioner.problem import Problem
+from merak_like.partitioner.simulator import Timeline
+
+
+def assemble(
+    graph: ProxyGraph,
+    problem: Problem,
+    costs: Sequence[Cost],
+    pieces: Sequence[Piece],
+    starts: Sequence[int],
+    timeline: Timeline,
+    *,
+    micro_batch: int,
+    signature: Mapping[str, str],
+    notes: Sequence[str],
+) -> Plan:
+    """The plan of a partition; ``starts`` are ops, the first of each stage and then the end."""
+    job = problem.job
+    made = _units(graph, costs, pieces, starts)
+    needs = residents(graph)
+    stages: list[StagePlan] = []
+    for index, (start, stop) in enumerate(pairwise(starts)):
+        held = [graph.parameter(name) for name in held_by(needs, start, stop)]
+        stages.append(
+            StagePlan(
+                index=index,
+                start=start,
+                stop=stop,
+                blocks=tuple(dict.fromkeys(unit.block for unit in made if unit.stage == index)),
+                params=tuple(p.name for p in held if not p.buffer),
+                buffers=tuple(p.name for p in held if p.buffer),
+                param_count=sum(p.numel for p in held if not p.buffer),
+                flops=sum(cost.flops for cost in costs[start:stop]),
+                forward_seconds=sum(cost.forward_seconds for cost in costs[start:stop]),
+                backward_seconds=sum(cost.backward_seconds for cost in costs[start:stop]),
+                live_micro_batches=job.live[index],
+                recompute=(),
+                memory=problem.memory.stage(start, stop, job.live[index]),
+            )
+        )
+    plan = Plan(
+        model=graph.model,
+        mesh=job.mesh,
+        schedule=job.schedule,
+        micro_batches=job.micro_batches,
+        micro_batch=micro_batch,
+        stages=tuple(stages),
+        crossings=crossings(graph, starts),
+        units=made,
+        ties=graph.ties,
+        shared=shared_parameters(stages),
+        hardware=job.hardware.name,
+        memory_limit=job.memory_limit,
+        step_seconds=timeline.makespan,
+        bubble=timeline.bubble,
+        signature=dict(signature),
+        notes=tuple(notes),
+    )
+    check_plan(plan, graph)
+    return plan
+
+
+def shared_parameters(stages: Sequence[StagePlan]) -> dict[str, tuple[int, ...]]:
+    """The parameters (first names) that stand on several stages, with those stages."""
+    places: dict[str, list[int]] = {}
+    for stage in stages:
+        for name in stage.params:
+            places.setdefault(name, []).append(stage.index)
+    return {name: tuple(found) for name, found in places.items() if len(found) > 1}
+
+
+def check_plan(plan: Plan, graph: ProxyGraph) -> None:
+    """Refuse a plan that loses or doubles an op or parameter of the graph, or does not name a value that crosses.
+
+    Raises ValueError saying which. Worth calling on a plan that was edited, or made for another version of the model.
+    """
+    for before, after in pairwise(plan.stages):
+        if before.stop != after.start:
+            raise ValueError(f"stage {before.index} ends at op {before.stop}, but the next begins at op {after.start}")
+    if plan.crossings != crossings(graph, plan.starts):
+        raise ValueError("the plan's crossings are not those of the graph at these cuts: make the plan again")
+    needs = residents(graph)
+    for stage in plan.stages:
+        held, needed = {*stage.params, *stage.buffers}, set(held_by(needs, stage.start, stage.stop))
+        if held != needed:
+            raise ValueError(
+                f"stage {stage.index} needs {_some(needed - held)} that the plan does not put there, "
+                f"and holds {_some(held - needed)} that it does not need"
+            )
+    placed = {name for stage in plan.stages for name in (*stage.params, *stage.buffers)}
+    if missing := {p.name for p in graph.parameters} - placed:
+        raise ValueError(f"no stage holds {_some(missing)}: every parameter must stand on a stage")
+    if dict(plan.shared) != shared_parameters(plan.stages):
+        raise ValueError(
+            f"parameters on several stages are {shared_parameters(plan.stages)}, the plan says {plan.shared}"
+        )
+    if (place := next((i for i, (a, b) in enumerate(pairwise(plan.units)) if a.stop != b.first), None)) is not None:
+        raise ValueError(f"unit {plan.units[place].name} ends where {plan.units[place + 1].name} does not begin")
+
+
+def _some(names: set[str], most: int = 5) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "") or "nothing"
+
+
+def _units(
+    graph: ProxyGraph, costs: Sequence[Cost], pieces: Sequence[Piece], starts: Sequence[int]
+) -> tuple[Unit, ...]:
+    """The pieces with their stages; one that a cut goes through becomes parts, named ``(1/2)`` and so on."""
+    parts: list[tuple[Piece, str, int, int]] = []
+    for piece in pieces:
+        inside = [start for start in starts if piece.first < start < piece.stop]
+        borders = [piece.first, *inside, piece.stop]
+        for number, (first, stop) in enumerate(pairwise(borders), start=1):
+            parts.append((piece, f"{piece.name} ({number}/{len(borders) - 1})" if inside else piece.name, first, stop))
+    firsts = [first for _, _, first, _ in parts]
+    producer = graph.producer
+    made: list[Unit] = []
+    for index, (piece, name, first, stop) in enumerate(parts):
+        ops, spent = graph.ops[first:stop], costs[first:stop]
+        reads = {bisect_right(firsts, producer[value]) - 1 for op in ops for value in op.inputs}
+        made.append(
+            Unit(
+                name=name,
+                type=piece.type,
+                block=piece.block,
+                stage=bisect_right(starts, first) - 1,
+                first=first,
+                stop=stop,
+                flops=sum(cost.flops for cost in spent),
+                seconds=sum(cost.seconds for cost in spent),
+                param_bytes=sum(graph.parameter(held).nbytes for held in graph.params_of(ops)),
+                activation_bytes=sum(cost.saved_bytes for cost in spent),
+                reads=tuple(sorted(reads - {index})),
+            )
+        )
+    return tuple(made)

@@ -1,0 +1,179 @@
+"""The search for the partition whose simulated step is shortest.
+
+1. Seeds: the exact chain partitions of least bound, of least work per stage, and of least work and transfers.
+2. Moves: single borders of the best partition, one place at a time, dearest stages first.
+3. Best first: partitions in the order of their bound (see ``problem``), built stage by stage. When the next bound is no
+   less than the best simulated step, that step is the optimum, and said to be proven.
+
+Everything is counted and nothing is timed, so that every rank finds the same plan.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from merak_like.partitioner.balance import bottleneck, suffixes
+from merak_like.partitioner.cuts import Bools
+from merak_like.partitioner.problem import Problem
+from merak_like.partitioner.simulator import Timeline
+
+ACTIONS = 400_000
+"""Simulated actions the search may spend, within the limits below: a few seconds of Python."""
+FEWEST, MOST = 12, 300
+"""Simulations the search may always, and at most, make."""
+NODES = 100_000
+"""Partial partitions the best-first search may look at."""
+SAME = 1e-9
+"""Relative difference below which two steps take the same time."""
+
+Starts = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best partition, in segments, and how it was found."""
+
+    starts: Starts
+    timeline: Timeline
+    proven: bool
+    """Nothing among the partitions of these segments is faster."""
+    simulated: int
+    bound: float
+    """Seconds that no partition of these segments can go below."""
+
+
+class _Judge:
+    """Simulates within a budget, remembers everything, and keeps the best."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.seen: dict[Starts, float] = {}
+        self.best: tuple[Starts, Timeline] | None = None
+        job = problem.job
+        actions = job.micro_batches * (2 * job.mesh.pp + 4 * (job.mesh.pp - 1))
+        self.budget = min(max(ACTIONS // actions, FEWEST), MOST)
+
+    @property
+    def spent(self) -> bool:
+        return len(self.seen) >= self.budget
+
+    @property
+    def step(self) -> float:
+        return self.best[1].makespan if self.best else float("inf")
+
+    def __call__(self, starts: Starts) -> float:
+        """Simulate a partition that fits, unless that was done."""
+        if starts not in self.seen:
+            timeline = self.problem.judge(starts)
+            self.seen[starts] = timeline.makespan
+            if timeline.makespan < self.step * (1 - SAME):
+                self.best = starts, timeline
+        return self.seen[starts]
+
+
+def quick(problem: Problem) -> Found | None:
+    """The best of the seeds; None if no partition fits the memory."""
+    judge = _Judge(problem)
+    for starts in _seeds(problem):
+        judge(starts)
+    if judge.best is None:
+        return None
+    return Found(*judge.best, proven=False, simulated=len(judge.seen), bound=0.0)
+
+
+def search(problem: Problem) -> Found | None:
+    """The best partition within the budget; None if no partition fits the memory."""
+    judge = _Judge(problem)
+    for starts in _seeds(problem):
+        judge(starts)
+    if judge.best is None:
+        return None
+    _move(problem, judge)
+    proven, bound = _best_first(problem, judge)
+    return Found(*judge.best, proven=proven, simulated=len(judge.seen), bound=bound)
+
+
+def _seeds(problem: Problem) -> Iterator[Starts]:
+    """Partitions that fit, if there are any: bands are widened until one is found or nothing is left out."""
+    size, stages = problem.size, problem.job.mesh.pp
+    work = np.diff(problem.seconds)
+    most = max(float(work.max()), float(work.sum()) / stages * 1.05)
+    while True:
+        width = problem.width(most)
+        costs = (problem.bound_cost(width), problem.work_cost(width, hops=1.0), problem.work_cost(width, hops=0.0))
+        found = [bottleneck(size, stages, cost) for cost in costs]
+        starts = [each[1] for each in found if each is not None]
+        if starts or width >= size:
+            yield from starts
+            return
+        most *= 1.5
+
+
+def _move(problem: Problem, judge: _Judge) -> None:
+    """Shift one border at a time while that helps, for half of the budget."""
+    starts: Starts = ()
+    width = problem.width(judge.step / problem.job.micro_batches)
+    fits = problem.within(width)
+    while judge.best and starts != judge.best[0]:
+        starts = judge.best[0]
+        work = np.diff(problem.seconds[list(starts)])
+        moves: list[tuple[float, int, int]] = []
+        for border in range(1, len(starts) - 1):
+            moves += [(-float(work[border - 1]), border, -1), (-float(work[border]), border, 1)]
+        for _, border, shift in sorted(moves):
+            if judge.best[0] != starts or len(judge.seen) > judge.budget // 2:
+                break
+            moved = (*starts[:border], starts[border] + shift, *starts[border + 1 :])
+            if moved not in judge.seen and all(
+                _promising(problem, judge, fits, moved, stage) for stage in (border - 1, border)
+            ):
+                judge(moved)
+
+
+def _promising(problem: Problem, judge: _Judge, fits: list[Bools], starts: Starts, stage: int) -> bool:
+    """Whether a stage is not empty, fits the memory, and could be part of something better than the best."""
+    i, j = starts[stage], starts[stage + 1]
+    k = problem.job.mesh.pp - 1 - stage
+    if not i < j <= i + fits[k].shape[1] or not fits[k][i, j - i - 1]:
+        return False
+    return float(problem.bound(k, np.array([i]), np.array([j]))[0]) < judge.step * (1 - SAME)
+
+
+def _best_first(problem: Problem, judge: _Judge) -> tuple[bool, float]:
+    """Go on until nothing better can be left (True) or the budget is spent; and the least bound that is left."""
+    size, stages, m = problem.size, problem.job.mesh.pp, problem.job.micro_batches
+    # A stage of more work than this cannot be in a better partition.
+    width = problem.width(judge.step / m)
+    cost = problem.bound_cost(width)
+    least = suffixes(size, stages, cost)
+    root = float(least[stages - 1, 0])
+    fits = problem.within(width)
+    heap: list[tuple[float, int, float, Starts]] = [(root, 0, 0.0, (0,))]
+    looked = 0
+    while heap:
+        bound, minus_made, squares, starts = heapq.heappop(heap)
+        if bound >= judge.step * (1 - SAME):
+            return True, judge.step
+        if judge.spent or looked > NODES:
+            return False, bound
+        if len(starts) == stages + 1:
+            judge(starts)
+            continue
+        looked += 1
+        k, i = stages - 1 + minus_made, starts[-1]
+        stops = (i + 1 + np.flatnonzero(fits[k][i])).astype(np.int64)
+        if k == 0:
+            stops = stops[stops == size]
+        rows = np.full(len(stops), i, np.int64)
+        bounds = np.maximum(problem.bound(k, rows, stops), bound)
+        if k:
+            bounds = np.maximum(bounds, least[k - 1, stops])
+        work = problem.seconds[stops] - problem.seconds[i]
+        for at in np.flatnonzero(bounds < judge.step * (1 - SAME)).tolist():
+            child = (*starts, int(stops[at]))
+            heapq.heappush(heap, (float(bounds[at]), minus_made - 1, squares + float(work[at]) ** 2, child))
+    return True, judge.step

@@ -1,0 +1,252 @@
+"""The planner's choice is the best there is, and what cannot be is refused with something that can."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from merak_like.partitioner.cost import CostTable, op_costs
+from merak_like.partitioner.cuts import find_cuts
+from merak_like.partitioner.graph import ProxyGraph
+from merak_like.partitioner.hardware import PRESETS, Link
+from merak_like.partitioner.memory import MemoryModel
+from merak_like.partitioner.mesh import Mesh
+from merak_like.partitioner.plan import Plan
+from merak_like.partitioner.planner import make_plan
+from merak_like.partitioner.problem import Job, Problem
+from merak_like.partitioner.schedules import BY_NAME
+from merak_like.partitioner.search import search
+from merak_like.partitioner.traffic import Traffic
+from tests.graphs import TOY, chain, encoder_decoder, gpt, skips, two_towers
+
+
+def problem_of(
+    graph: ProxyGraph, stages: int, micro_batches: int, schedule: str, *, limit: int = 10**15, link: Link = TOY.intra
+) -> Problem:
+    """All legal cuts, not only those the planner would try."""
+    positions = np.array([0, *find_cuts(graph).positions.tolist(), len(graph.ops)])
+    costs = CostTable.of(op_costs(graph, TOY))
+    job = Job(Mesh(1, stages), replace(TOY, intra=link), schedule, micro_batches, limit)
+    return Problem(job, positions, costs.at(positions), MemoryModel(graph), Traffic(graph, positions))
+
+
+def every_partition(problem: Problem) -> Iterator[tuple[int, ...]]:
+    inner = range(1, problem.size)
+    return ((0, *cut, problem.size) for cut in combinations(inner, problem.job.mesh.pp - 1))
+
+
+def fits(problem: Problem, starts: tuple[int, ...]) -> bool:
+    return all(memory.total <= problem.job.memory_limit for memory in problem.stage_memory(starts))
+
+
+def exhaustive(problem: Problem) -> float:
+    """Seconds of the fastest partition that fits; infinite if none does."""
+    steps = [problem.judge(starts).makespan for starts in every_partition(problem) if fits(problem, starts)]
+    return min(steps, default=float("inf"))
+
+
+flops_strategy = st.lists(st.sampled_from([0, 10**6, 2 * 10**6, 3 * 10**6, 10**7]), min_size=3, max_size=8)
+schedules_strategy = st.sampled_from(sorted(BY_NAME))
+links_strategy = st.sampled_from([Link(1e12, 0.0), Link(1e7, 0.0), Link(1e9, 1e-6), Link(1e6, 1e-5)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    flops_strategy, st.integers(2, 4), st.integers(1, 9), st.sampled_from(sorted(BY_NAME)), links_strategy, st.data()
+)
+def test_the_choice_equals_exhaustive_simulation(
+    flops: list[int], stages: int, micro_batches: int, schedule: str, link: Link, data: st.DataObject
+):
+    widths = data.draw(st.lists(st.sampled_from([1, 8, 40]), min_size=len(flops), max_size=len(flops)))
+    graph = chain(flops, widths=widths)
+    problem = problem_of(graph, stages, micro_batches, schedule, link=link)
+    assume(problem.size >= stages)
+    totals = [max(m.total for m in problem.stage_memory(starts)) for starts in every_partition(problem)]
+    limit = data.draw(st.sampled_from([10**15, *sorted(set(totals))[:4], min(totals) - 1]))
+    problem = problem_of(graph, stages, micro_batches, schedule, link=link, limit=limit)
+    best = exhaustive(problem)
+    found = search(problem)
+    if best == float("inf"):
+        assert found is None
+    else:
+        assert found is not None
+        assert found.proven
+        assert fits(problem, found.starts)
+        assert found.timeline.makespan == pytest.approx(best, rel=1e-8)
+
+
+GRAPHS = {
+    "skips": skips(4, width=64),
+    "towers": two_towers(4, width=64),
+    "gpt": gpt(1, d=32),
+    "t5": encoder_decoder(1, d=8),
+    "chain": chain([10**6, 3 * 10**6, 0, 10**6, 2 * 10**6]),
+}
+
+
+@pytest.mark.parametrize("schedule", sorted(BY_NAME))
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("micro_batches", [1, 3, 8])
+def test_the_bound_is_never_above_the_simulated_step(name: str, schedule: str, micro_batches: int):
+    for link in (Link(1e12, 0.0), Link(1e9, 1e-7), Link(1e8, 1e-5)):
+        problem = problem_of(GRAPHS[name], 3, micro_batches, schedule, link=link)
+        for starts in list(every_partition(problem))[:: max(1, problem.size**2 // 120)]:
+            step = problem.judge(starts).makespan
+            for s, (i, j) in enumerate(pairwise(starts)):
+                assert problem.bound(2 - s, np.array([i]), np.array([j]))[0] <= step * (1 + 1e-9), (starts, s)
+
+
+@pytest.mark.parametrize("name", ["skips", "towers"])
+def test_graphs_that_are_no_chains_are_planned_as_well(name: str):
+    problem = problem_of(GRAPHS[name], 3, 4, "1f1b", link=Link(1e10, 1e-9))
+    found = search(problem)
+    assert found is not None
+    best = exhaustive(problem)
+    assert found.timeline.makespan >= found.bound * (1 - 1e-9)
+    if found.proven:
+        assert found.timeline.makespan == pytest.approx(best, rel=1e-8)
+    else:
+        assert found.bound <= best * (1 + 1e-9)
+        assert found.timeline.makespan <= best * 1.1
+
+
+def plan(graph: ProxyGraph, pp: int = 1, *, dp: int = 1, batch: int = 8, **options: Any) -> Plan:
+    return make_plan(graph, Mesh(dp, pp), **{"hardware": TOY, "batch": batch, **options})
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(1, 6), st.integers(1, 7), st.integers(1, 4), schedules_strategy)
+def test_no_layer_is_lost_or_doubled(layers: int, stages: int, micro_batches: int, schedule: str):
+    graph = gpt(layers)
+    made = plan(graph, stages, batch=2 * micro_batches, micro_batches=micro_batches, schedule=schedule)
+    assert made.starts[0] == 0
+    assert made.starts[-1] == len(graph.ops)
+    assert all(a < b for a, b in pairwise(made.starts))
+    assert [i for u in made.units for i in range(u.first, u.stop)] == list(range(len(graph.ops)))
+    assert all(made.stages[u.stage].start <= u.first < u.stop <= made.stages[u.stage].stop for u in made.units)
+    placed = [name for stage in made.stages for name in stage.params]
+    assert {p.name for p in graph.parameters} == set(placed)
+    assert {name for name in placed if placed.count(name) > 1} == set(made.shared) <= {"wte.weight"}
+    assert sum(s.flops for s in made.stages) == sum(u.flops for u in made.units) == sum(op.flops for op in graph.ops)
+    assert made.step_seconds >= max(s.forward_seconds + s.backward_seconds for s in made.stages) * micro_batches * 0.999
+    assert [s.live_micro_batches for s in made.stages] == [
+        micro_batches if schedule == "gpipe" else min(micro_batches, stages - s) for s in range(stages)
+    ]
+
+
+@pytest.mark.parametrize("pp", [1, 2, 3])
+@pytest.mark.parametrize("dp", [1, 2])
+def test_any_dp_and_pp(pp: int, dp: int):
+    made = plan(encoder_decoder(2), pp, dp=dp, batch=16)
+    assert made.mesh == Mesh(dp, pp)
+    assert dp * made.micro_batches * made.micro_batch == 16
+    assert made.memory_limit == TOY.memory_limit
+    assert all(stage.memory.total <= made.memory_limit for stage in made.stages)
+    assert made.notes
+
+
+def test_more_micro_batches_are_chosen_for_more_stages_and_fewer_where_launches_cost():
+    graph = gpt(4, d=64, s=64)
+    assert plan(graph, 1, batch=64).micro_batches <= plan(graph, 4, batch=64).micro_batches
+    slow = plan(graph, 4, batch=64, hardware=replace(TOY, launch_seconds=1.0))
+    assert slow.micro_batches <= plan(graph, 4, batch=64).micro_batches
+    assert any("numbers of micro-batches compared" in note for note in slow.notes)
+
+
+def test_notes_say_what_was_compared_and_assumed():
+    text = "\n".join(plan(gpt(6, d=64, s=64), 3, batch=16, micro_batches=8).notes)
+    for part in ("estimated", "not measured", "binds", "fullest", "simulated", "same number of blocks", "balance"):
+        assert part in text
+    assert "proven" in text
+
+
+REFUSED: list[tuple[Callable[[], Plan], str]] = [
+    (lambda: make_plan(gpt(1), Mesh(1, 1, 2), hardware=TOY, batch=2), "tp = 2: tensor parallelism is not available"),
+    (lambda: plan(gpt(1), schedule="1f2b"), "unknown schedule '1f2b': did you mean '1f1b'"),
+    (lambda: plan(gpt(1), dp=3), "batch = 8 samples cannot be shared evenly by dp = 3 .* use batch 6 or 9, or dp 4"),
+    (lambda: plan(gpt(1), dp=2, micro_batches=3), r"dp \* micro_batches = 2 \* 3 = 6: use batch 6 or 12, or .* 4"),
+    (lambda: plan(gpt(1), micro_batch=16), "use batch 16, or micro_batch 8"),
+    (lambda: plan(gpt(1), micro_batches=4, micro_batch=4), "= 16, but batch is 8: leave one of them out"),
+    (lambda: plan(gpt(1), batch=0), "batch = 0 is not a number of samples"),
+    (lambda: plan(ProxyGraph((), ())), "no ops"),
+]
+
+
+@pytest.mark.parametrize(("make", "says"), REFUSED)
+def test_what_cannot_be_is_refused_with_the_nearest_thing_that_can(make: Callable[[], Plan], says: str):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_too_many_stages_name_a_number_that_works():
+    graph = chain([10**6] * 5)
+    with pytest.raises(ValueError, match=r"pp = 9 stages, but Chain can be cut at 4 places only") as refused:
+        plan(graph, 9)
+    found = re.search(r"use pp = (\d+) or fewer", str(refused.value))
+    assert found is not None
+    assert len(plan(graph, int(found[1])).stages) == int(found[1]) == 5
+
+
+def suggested(refused: pytest.ExceptionInfo[ValueError]) -> dict[str, str]:
+    changes = str(refused.value).partition("fits:")[2]
+    return dict(re.findall(r"(schedule|micro_batches|pp|memory_limit)='?(\w+)", changes))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([gpt(3, d=8, s=16), encoder_decoder(2, d=8), chain([10**6] * 9, width=32, samples=8)]),
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 4]),
+    schedules_strategy,
+    st.floats(0.2, 0.99),
+)
+def test_what_is_suggested_for_too_little_memory_fits(
+    graph: ProxyGraph, pp: int, micro_batches: int, schedule: str, share: float
+):
+    options: dict[str, Any] = {"batch": 16, "micro_batches": micro_batches, "schedule": schedule}
+    roomy = plan(graph, pp, **options)
+    limit = int(share * max(s.memory.total for s in roomy.stages))
+    try:
+        tight = plan(graph, pp, memory_limit=limit, **options)
+    except ValueError:
+        with pytest.raises(ValueError, match="no way to cut") as refused:
+            plan(graph, pp, memory_limit=limit, **options)
+    else:
+        assert all(stage.memory.total <= limit for stage in tight.stages)
+        return
+    text, changes = str(refused.value), suggested(refused)
+    assert re.search(r"stage \d needs [\d.]+ GB of [\d.]+ GB, [\d.]+ GB of it \w+", text)
+    assert "memory_limit" in changes
+    for name, value in changes.items():
+        changed: dict[str, Any] = {"pp": pp, "memory_limit": limit} | options
+        changed[name] = int(value) if value.isdigit() else value
+        made = plan(graph, **changed)
+        assert all(stage.memory.total <= made.memory_limit for stage in made.stages)
+
+
+def test_too_little_memory_names_what_dominates():
+    graph = gpt(4, d=64, s=4, samples=1)
+    with pytest.raises(ValueError, match=r"of it optimizer \(1 of 1 micro-batches alive, schedule 1f1b\)") as refused:
+        plan(graph, 1, batch=1, memory_limit=2_500_000)
+    assert set(suggested(refused)) == {"pp", "memory_limit"}, "a micro-batch cannot be smaller than one sample"
+    with pytest.raises(ValueError, match="of it activations") as refused:
+        plan(gpt(2, d=8, s=256, vocabulary=8), 1, batch=64, micro_batches=1, memory_limit=10**7)
+    assert int(suggested(refused)["micro_batches"]) > 1
+
+
+def test_a_thousand_layers_on_64_stages_take_seconds():
+    graph = gpt(1000, d=1024, s=512, vocabulary=30000, samples=1)
+    _ = graph.values
+    begin = time.perf_counter()
+    made = plan(graph, 64, batch=64, micro_batches=64, hardware=replace(PRESETS["a100-80gb"], devices_per_node=64))
+    assert time.perf_counter() - begin < 15, "a few seconds on an idle machine"
+    assert made.bubble < 0.55
