@@ -75,6 +75,7 @@ class Recorder(TorchFunctionMode):
             raise TraceError(f"{name}() inside the forward of {self.where} cannot be part of a recorded graph")
         ins = tensors_in(args) + (tensors_in(kwargs) if kwargs else [])
         versions = [t._version for t in ins]
+        before = self.current
         draft = self.current = Draft("", "function", name, self.scope[-1])
         self.dynamic = False
         try:
@@ -88,6 +89,7 @@ class Recorder(TorchFunctionMode):
         found = self.outputs_of(out)
         if not found and not changed:
             if not ins or name == "__get__" or name in QUERIES or name.startswith("is_"):
+                self.current = before
                 return out
             raise TraceError(
                 f"{name}() in {self.where} takes a tensor and returns none: the trace cannot tell what it changes"
