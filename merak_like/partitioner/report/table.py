@@ -118,7 +118,7 @@ def memory_table(plan: Plan) -> Table:
             str(stage.live_micro_batches),
             *(f"{getattr(stage.memory, kind) / scale:.2f}" for kind in summary.MEMORY_KINDS),
             Text(f"{total / scale:.2f}", style="bold"),
-            Text(f"{bar(share, 6)} {percent_text(share)}{' OVER' if share > 1 else ''}", style=style),
+            Text(f"{bar(share, 6) if share <= 1 else 'OVER  '} {percent_text(share)}", style=style),
         )
     return table
 
