@@ -182,7 +182,7 @@ def norm(made: GraphBuilder, name: str, x: str, d: int) -> str:
 
 
 def encoder_decoder(layers: int, d: int = 16, s: int = 8, vocabulary: int = 64, samples: int = 2) -> ProxyGraph:
-    """A T5: one table for embeddings and head, a mask from the batch, the encoder's output read all over the decoder."""
+    """A T5: one table for embeddings and head, a mask from the batch, the encoder read by every decoder block."""
     made = GraphBuilder("T5")
     with made.module("", "T5"):
         ids, mask = made.input("input_ids", (samples, s)), made.input("attention_mask", (samples, s), "float32")

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from merak_like.partitioner.cost import CostTable, op_costs
 from merak_like.partitioner.cuts import find_cuts
+from merak_like.partitioner.feasible import fits as feasible
+from merak_like.partitioner.feasible import least_memory
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.hardware import PRESETS, Link
 from merak_like.partitioner.memory import MemoryModel
@@ -27,6 +29,7 @@ from merak_like.partitioner.schedules import BY_NAME
 from merak_like.partitioner.search import search
 from merak_like.partitioner.traffic import Traffic
 from tests.graphs import TOY, chain, encoder_decoder, gpt, skips, two_towers
+from tests.test_cuts import random_graphs
 
 
 def problem_of(
@@ -82,6 +85,20 @@ def test_the_choice_equals_exhaustive_simulation(
         assert found.proven
         assert fits(problem, found.starts)
         assert found.timeline.makespan == pytest.approx(best, rel=1e-8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(random_graphs(), st.integers(1, 4), st.integers(1, 5), schedules_strategy, st.data())
+def test_the_least_memory_equals_brute_force(
+    graph: ProxyGraph, stages: int, micro_batches: int, schedule: str, data: st.DataObject
+):
+    problem = problem_of(graph, stages, micro_batches, schedule)
+    assume(problem.size >= stages)
+    totals = [max(m.total for m in problem.stage_memory(starts)) for starts in every_partition(problem)]
+    needed, starts = least_memory(problem)
+    assert needed == min(totals) == max(m.total for m in problem.stage_memory(starts))
+    for limit, room in ((needed, True), (needed - 1, False)):
+        assert feasible(problem_of(graph, stages, micro_batches, schedule, limit=limit)) is room
 
 
 GRAPHS = {

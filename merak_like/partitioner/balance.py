@@ -94,7 +94,7 @@ def _after(best: Floats, width: int) -> Floats:
     return np.lib.stride_tricks.sliding_window_view(padded, width)[: len(best) - 1]
 
 
-def band_width(weights: Floats, most: float) -> int:
+def band_width(weights: Floats | Ints, most: float) -> int:
     """Segments in the longest range whose weights sum to no more than ``most``; at least 1."""
     sums = np.concatenate([[0.0], np.cumsum(weights)])
     reach = np.searchsorted(sums, sums[:-1] + most * (1 + 1e-12), side="right") - 1

@@ -106,6 +106,13 @@ class MemoryModel:
             workspace=int(self._largest[start:stop].max(initial=0)),
         )
 
+    def least(self, positions: Ints) -> Ints:
+        """Bytes that each segment adds to its stage at least: what it is the first to read, and what it keeps."""
+        added = np.diff(self._saved)
+        for name, reads in self._reads.items():
+            added[reads[0]] += sum(self._bytes[name])
+        return np.add.reduceat(added, positions[:-1])
+
     def bands(self, positions: Ints, width: int) -> Bands:
         """The same for all ranges of up to ``width`` segments between positions (which include both ends), at once."""
         size = len(positions) - 1

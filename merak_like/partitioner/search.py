@@ -18,6 +18,7 @@ import numpy as np
 
 from merak_like.partitioner.balance import bottleneck, suffixes
 from merak_like.partitioner.cuts import Bools
+from merak_like.partitioner.feasible import fits
 from merak_like.partitioner.problem import Problem
 from merak_like.partitioner.simulator import Timeline
 
@@ -101,23 +102,23 @@ def _seeds(problem: Problem) -> Iterator[Starts]:
     """Partitions that fit, if there are any: bands are widened until one is found or nothing is left out."""
     size, stages = problem.size, problem.job.mesh.pp
     work = np.diff(problem.seconds)
-    most = max(float(work.max()), float(work.sum()) / stages * 1.05)
+    most, first = max(float(work.max()), float(work.sum()) / stages * 1.05), True
     while True:
         width = problem.width(most)
         costs = (problem.bound_cost(width), problem.work_cost(width, hops=1.0), problem.work_cost(width, hops=0.0))
         found = [bottleneck(size, stages, cost) for cost in costs]
         starts = [each[1] for each in found if each is not None]
-        if starts or width >= size:
+        if starts or width >= size or (first and not fits(problem)):
             yield from starts
             return
-        most *= 1.5
+        most, first = most * 1.5, False
 
 
 def _move(problem: Problem, judge: _Judge) -> None:
     """Shift one border at a time while that helps, for half of the budget."""
     starts: Starts = ()
     width = problem.width(judge.step / problem.job.micro_batches)
-    fits = problem.within(width)
+    room = problem.within(width)
     while judge.best and starts != judge.best[0]:
         starts = judge.best[0]
         work = np.diff(problem.seconds[list(starts)])
@@ -129,16 +130,16 @@ def _move(problem: Problem, judge: _Judge) -> None:
                 break
             moved = (*starts[:border], starts[border] + shift, *starts[border + 1 :])
             if moved not in judge.seen and all(
-                _promising(problem, judge, fits, moved, stage) for stage in (border - 1, border)
+                _promising(problem, judge, room, moved, stage) for stage in (border - 1, border)
             ):
                 judge(moved)
 
 
-def _promising(problem: Problem, judge: _Judge, fits: list[Bools], starts: Starts, stage: int) -> bool:
+def _promising(problem: Problem, judge: _Judge, room: list[Bools], starts: Starts, stage: int) -> bool:
     """Whether a stage is not empty, fits the memory, and could be part of something better than the best."""
     i, j = starts[stage], starts[stage + 1]
     k = problem.job.mesh.pp - 1 - stage
-    if not i < j <= i + fits[k].shape[1] or not fits[k][i, j - i - 1]:
+    if not i < j <= i + room[k].shape[1] or not room[k][i, j - i - 1]:
         return False
     return float(problem.bound(k, np.array([i]), np.array([j]))[0]) < judge.step * (1 - SAME)
 
@@ -151,7 +152,7 @@ def _best_first(problem: Problem, judge: _Judge) -> tuple[bool, float]:
     cost = problem.bound_cost(width)
     least = suffixes(size, stages, cost)
     root = float(least[stages - 1, 0])
-    fits = problem.within(width)
+    room = problem.within(width)
     heap: list[tuple[float, int, float, Starts]] = [(root, 0, 0.0, (0,))]
     looked = 0
     while heap:
@@ -165,7 +166,7 @@ def _best_first(problem: Problem, judge: _Judge) -> tuple[bool, float]:
             continue
         looked += 1
         k, i = stages - 1 + minus_made, starts[-1]
-        stops = (i + 1 + np.flatnonzero(fits[k][i])).astype(np.int64)
+        stops = (i + 1 + np.flatnonzero(room[k][i])).astype(np.int64)
         if k == 0:
             stops = stops[stops == size]
         rows = np.full(len(stops), i, np.int64)
