@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -141,13 +142,18 @@ def crossing_table(plan: Plan) -> Table:
             bytes_text(crossing.nbytes),
             "comes back" if crossing.requires_grad else "none",
         )
-    table.caption = "live across each cut: " + ", ".join(
-        f"{cut.after}|{cut.after + 1} {bytes_text(cut.nbytes)}" for cut in summary.cuts(plan)
-    )
+    table.caption = f"live across the cuts: {', '.join(_live(plan))}"
     if (hidden := len(plan.crossings) - MAX_CROSSINGS) > 0:
         table.caption += f"; {hidden} more rows are in the plan file"
     table.caption_justify = "left"
     return table
+
+
+def _live(plan: Plan) -> Iterator[str]:
+    """Bytes over each cut, cuts of equal bytes together: ``0|1 to 4|5 33.6 MB``."""
+    for nbytes, alike in groupby(summary.cuts(plan), key=lambda cut: bytes_text(cut.nbytes)):
+        names = [f"{cut.after}|{cut.after + 1}" for cut in alike]
+        yield f"{names[0]}{f' to {names[-1]}' if names[1:] else ''} {nbytes}"
 
 
 def _lists(plan: Plan) -> Iterator[RenderableType]:
