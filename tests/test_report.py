@@ -14,8 +14,9 @@ from rich.console import Console
 from merak_like.partitioner.plan import Crossing, Plan
 from merak_like.partitioner.report import summary, text
 from merak_like.partitioner.report.drawing import shortened
-from merak_like.partitioner.report.layout import Box, arrange, pack
+from merak_like.partitioner.report.layout import arrange
 from merak_like.partitioner.report.page import page
+from merak_like.partitioner.report.routing import Box, pack
 from merak_like.partitioner.report.table import MAX_CROSSINGS, render
 from tests.plans import GB, make_plan
 
@@ -188,6 +189,23 @@ def test_boxes_stand_in_their_panels_and_apart(plan: Plan):
         assert box.x + box.width < panel.x + panel.width <= scene.width
         assert panel.y < box.y
         assert box.y + box.height < panel.y + panel.height <= scene.height
+
+
+@every_plan
+def test_values_are_listed_on_their_cut_and_apart(plan: Plan):
+    scene = arrange(plan)
+    assert [card.index for card in scene.cards] == [gap.index for gap in scene.gaps] == [*range(len(plan.stages) - 1)]
+    for gap, card in zip(scene.gaps, scene.cards, strict=True):
+        assert gap.x < card.x < card.x + card.width < gap.x + gap.width <= scene.width
+        assert gap.y < card.y < card.y + card.height < gap.y + gap.height <= scene.height
+    assert not any(overlap(card, panel) for card in scene.cards for panel in scene.panels)
+
+
+def test_many_values_on_a_cut_make_room_on_their_shelf():
+    values = tuple(Crossing(f"v{i}", (2,), "float32", 8, 0, (1,), True) for i in range(30))
+    plan = make_plan(blocks=2, pp=2, crossings=values)
+    test_values_are_listed_on_their_cut_and_apart(plan)
+    assert "and 24 more" in page(plan)
 
 
 @every_plan

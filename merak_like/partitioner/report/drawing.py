@@ -5,7 +5,8 @@ from __future__ import annotations
 from html import escape
 
 from merak_like.partitioner.plan import Plan, Unit
-from merak_like.partitioner.report.layout import BOX_HEIGHT, BOX_WIDTH, HEADER, Box, Edge, arrange
+from merak_like.partitioner.report.layout import BOX_HEIGHT, BOX_WIDTH, CARD_HEAD, CARD_ROW, LISTED, arrange
+from merak_like.partitioner.report.routing import Box, Edge
 from merak_like.partitioner.report.summary import Cut, cuts, stage_seconds
 from merak_like.partitioner.report.text import (
     bytes_text,
@@ -16,9 +17,6 @@ from merak_like.partitioner.report.text import (
     seconds_text,
     shape_text,
 )
-
-LISTED = 6
-"""Values listed on a cut line; more are in its tip and in the table."""
 
 Tip = dict[str, object]
 """What is shown on pointing at something: ``name``, ``kind``, ``rows`` of (label, text)."""
@@ -38,7 +36,7 @@ def svg(plan: Plan) -> str:
     parts += [f'<rect class="block" {_rect(box)} rx="6"/>' for box in scene.blocks]
     parts += [_line(gap) for gap in scene.gaps]
     parts += [_edge(plan, edge) for edge in scene.edges]
-    parts += [_cut(gap, cut) for gap, cut in zip(scene.gaps, cuts(plan), strict=True)]
+    parts += [_cut(card, cut) for card, cut in zip(scene.cards, cuts(plan), strict=True)]
     parts += [_unit(plan.units[box.index], box, prefix, slowest) for box in scene.units]
     parts += ["</svg>"]
     return "\n".join(parts)
@@ -90,11 +88,12 @@ def _rect(box: Box) -> str:
 def _panel(plan: Plan, box: Box) -> str:
     stage = plan.stages[box.index]
     about = f"{count_text(stage.param_count)} params, {bytes_text(stage.memory.total)}"
+    time = seconds_text(stage_seconds(stage))
     return (
         f'<g class="panel s{box.index}"><rect {_rect(box)} rx="10"/>'
-        f'<text class="stage" x="{box.x + 14:g}" y="20">Stage {box.index}</text>'
-        f'<text class="time" x="{box.x + box.width - 14:g}" y="20">{escape(seconds_text(stage_seconds(stage)))}</text>'
-        f'<text class="about" x="{box.x + 14:g}" y="36">{escape(about)}</text></g>'
+        f'<text class="stage" x="{box.x + 14:g}" y="{box.y + 20:g}">Stage {box.index}</text>'
+        f'<text class="time" x="{box.x + box.width - 14:g}" y="{box.y + 20:g}">{escape(time)}</text>'
+        f'<text class="about" x="{box.x + 14:g}" y="{box.y + 36:g}">{escape(about)}</text></g>'
     )
 
 
@@ -124,29 +123,25 @@ def _edge(plan: Plan, edge: Edge) -> str:
 
 def _line(gap: Box) -> str:
     x = gap.x + gap.width / 2
-    return f'<line class="cut-line" x1="{x:g}" y1="0" x2="{x:g}" y2="{gap.height:g}"/>'
+    return f'<line class="cut-line" x1="{x:g}" y1="{gap.y:g}" x2="{x:g}" y2="{gap.y + gap.height:g}"/>'
 
 
-def _cut(gap: Box, cut: Cut) -> str:
+def _cut(card: Box, cut: Cut) -> str:
     """The label on a cut: bytes, then its values, each with its shape."""
-    x, y = gap.x + gap.width / 2, HEADER + 62
-    listed = cut.crossings[:LISTED]
-    hidden = len(cut.crossings) - len(listed)
-    height = 24 + 34 * len(listed) + (16 if hidden else 0)
-    wide = gap.width - 20
+    x, listed = card.x + card.width / 2, cut.crossings[:LISTED]
     rows: list[str] = []
     for n, crossing in enumerate(listed):
-        base = y + 36 + 34 * n
-        rows.append(f'<text class="value" x="{x:g}" y="{base:g}">{escape(shortened(crossing.value, 21))}</text>')
+        y = card.y + CARD_HEAD + 12 + CARD_ROW * n
+        rows.append(f'<text class="value" x="{x:g}" y="{y:g}">{escape(shortened(crossing.value, 21))}</text>')
         about = shape_text(crossing.shape, crossing.dtype)
-        rows.append(f'<text class="about" x="{x:g}" y="{base + 13:g}">{escape(shortened(about, 25))}</text>')
-    if hidden:
-        rows.append(f'<text class="about" x="{x:g}" y="{y + height - 8:g}">and {hidden} more</text>')
+        rows.append(f'<text class="about" x="{x:g}" y="{y + 13:g}">{escape(shortened(about, 25))}</text>')
+    if hidden := len(cut.crossings) - len(listed):
+        rows.append(f'<text class="about" x="{x:g}" y="{card.y + card.height - 8:g}">and {hidden} more</text>')
     said = f"Cut {cut.after} to {cut.after + 1}: {_values(len(cut.crossings))}, {bytes_text(cut.nbytes)}"
     return (
         f'<g class="cut" data-cut="{cut.after}" tabindex="0" role="img" aria-label="{escape(said)}">'
-        f'<rect x="{x - wide / 2:g}" y="{y:g}" width="{wide:g}" height="{height:g}" rx="8"/>'
-        f'<text class="sum" x="{x:g}" y="{y + 17:g}">{escape(bytes_text(cut.nbytes))}</text>{"".join(rows)}</g>'
+        f'<rect {_rect(card)} rx="8"/>'
+        f'<text class="sum" x="{x:g}" y="{card.y + 17:g}">{escape(bytes_text(cut.nbytes))}</text>{"".join(rows)}</g>'
     )
 
 

@@ -1,19 +1,14 @@
-"""Where everything stands in the picture of a plan: boxes, lanes, cuts, and lines that do not run through boxes.
+"""Where everything stands in the picture of a plan: units in lanes, lanes in panels, panels on shelves.
 
 ::
 
-    panel of stage 0          cut 0      panel of stage 1
-    ┌──────────────┐            ┊       ┌──────────────┐
-    │  ┌───────────┼────────────┊───────┼───┐   bus    │    a value read far away goes up its lane's gutter,
-    │  │ ┌──────┐  │            ┊       │   │ ┌──────┐ │    along the bus and down the gutters of its readers
-    │  │ │ wte  │  │  ┌─────────┊───────┼───┼►│ h.2  │ │
-    │  │ └──┬───┘  │  │         ┊       │   │ └──┬───┘ │
-    │  │ ┌──▼───┐  │  │         ┊       │   │ ┌──▼───┐ │
-    │  └─┤ h.0  ├──┼──┘         ┊       │   └►│ h.3  │ │
-    │    └──────┘  │            ┊       │     └──────┘ │
-    └──────────────┘            ┊       └──────────────┘
-
-Units run top-down in lanes; a stage with many units has several lanes side by side.
+    ┌ stage 0 ─┐  cut 0  ┌ stage 1 ─┐  cut 1
+    │ wte      │    ┊    │ h.2      │    ┊        Units run top-down in lanes; a stage with many units has several lanes
+    │ h.0      │    ┊    │ h.3      │    ┊        side by side. Many stages stand on several shelves, read like lines of
+    │ h.1      │    ┊    │          │    ┊        text. How the lines between units run is in routing.py.
+    └──────────┘    ┊    └──────────┘    ┊
+    ┌ stage 2 ─┐
+    │ h.4      │
 """
 
 from __future__ import annotations
@@ -24,42 +19,26 @@ from itertools import pairwise
 from math import ceil
 
 from merak_like.partitioner.plan import Plan, Unit
+from merak_like.partitioner.report.routing import TRACK, Box, Edge, Frame, Lane, Routes, edges, find_routes
+from merak_like.partitioner.report.summary import cuts
 
 BOX_WIDTH, BOX_HEIGHT, ROW, BLOCK_GAP = 196, 22, 27, 7
-HEADER, PAD, TRACK, GUTTER = 46, 12, 5, 16
+HEADER, PAD, GUTTER, LANE_RIGHT = 46, 12, 16, 18
 GAP = 156
 """Room between two panels, for the cut and its list of values."""
-LANE_RIGHT = 18
+SHELF_GAP = 30
 FIT = (1500, 940)
 """The picture aims at this shape: wider or higher only when it must."""
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """A rectangle; ``index`` is a unit's, a stage's or a cut's, by where it stands in the scene."""
-
-    index: int
-    x: float
-    y: float
-    width: float
-    height: float
-
-
-@dataclass(frozen=True, slots=True)
-class Edge:
-    """A value's way from one unit to its readers: an SVG path, and the tips of its arrows."""
-
-    source: int
-    targets: tuple[int, ...]
-    path: str
-    tips: tuple[tuple[float, float, bool], ...]
-    """(x, y, points down): else it points right."""
-    skip: bool
+SHELF = 1900
+"""Stages that need more width than this go on several shelves."""
+LISTED = 6
+"""Values listed at a cut; more are in its tip and in the table."""
+CARD_HEAD, CARD_ROW, CARD_MORE = 24, 34, 16
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """The whole picture."""
+    """The whole picture. The index of a box is a unit's, a stage's, or that of the stage before a cut."""
 
     width: float
     height: float
@@ -67,78 +46,74 @@ class Scene:
     panels: tuple[Box, ...]
     blocks: tuple[Box, ...]
     gaps: tuple[Box, ...]
+    cards: tuple[Box, ...]
+    """Where the values of each cut are listed."""
     edges: tuple[Edge, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Lane:
-    stage: int
-    units: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Skip:
-    """A value read elsewhere than in the next unit."""
-
-    source: int
-    targets: tuple[int, ...]
-    lanes: tuple[int, ...]
-    """Lanes it touches, its own first."""
 
 
 def arrange(plan: Plan) -> Scene:
     """Place the units of a plan and route what they read."""
-    units = plan.units
-    lanes = _lanes(units, len(plan.stages))
-    lane_of = {u: i for i, lane in enumerate(lanes) for u in lane.units}
+    units, stages = plan.units, len(plan.stages)
+    lanes = _lanes(units, stages)
     offset = _offsets(units, lanes)
-    skips = _skips(units, lane_of)
-    gutter_tracks = _pack_gutters(skips, lanes, lane_of, offset)
-    bus_tracks = pack([(s.lanes[0], max(s.lanes)) if len(s.lanes) > 1 else None for s in skips])
-
-    top = HEADER + PAD + TRACK * (1 + max(bus_tracks, default=-1))
-    bottom = top + max(offset.values(), default=0) + BOX_HEIGHT + PAD
-    lane_x, panels, width = _columns(lanes, gutter_tracks, bottom)
-    boxes = tuple(Box(u, lane_x[lane_of[u]], top + offset[u], BOX_WIDTH, BOX_HEIGHT) for u in sorted(lane_of) if units)
-    chains = [_chain(boxes, u, lane_of, top) for u, unit in enumerate(units) if u and u - 1 in unit.reads]
-    rails = [
-        _rail(
-            skip, boxes, lane_of, lane_x, {i: gutter_tracks[i][n] for i in skip.lanes}, HEADER + PAD / 2 + TRACK * bus
-        )
-        for n, (skip, bus) in enumerate(zip(skips, bus_tracks, strict=True))
-    ]
-    gaps = tuple(
-        Box(left.index, left.x + left.width, 0, right.x - left.x - left.width, bottom)
-        for left, right in pairwise(panels)
+    routes = find_routes(units, lanes, offset)
+    heights = [_card_height(len(cut.crossings)) for cut in cuts(plan)]
+    tops, bottoms = _rows(lanes, routes, offset, heights)
+    lane_x, panels = _columns(lanes, routes, tops, bottoms)
+    lane_of = {u: i for i, lane in enumerate(lanes) for u in lane.units}
+    boxes = tuple(
+        Box(u, lane_x[lane_of[u]], tops[lanes[lane_of[u]].shelf] + offset[u], BOX_WIDTH, BOX_HEIGHT)
+        for u in sorted(lane_of)
     )
-    return Scene(width, bottom, boxes, panels, _blocks(units, lanes, boxes), gaps, (*rails, *chains))
+    gaps = tuple(Box(p.index, p.x + p.width, p.y, GAP, p.height) for p in panels[:-1])
+    card_tops = [tops[shelf] + BOX_HEIGHT + PAD for shelf in _shelf_of(lanes)]
+    cards = tuple(
+        Box(gap.index, gap.x + 10, card_tops[gap.index], GAP - 20, high)
+        for gap, high in zip(gaps, heights, strict=True)
+    )
+    bus = [top - PAD / 2 - TRACK for top in tops]
+    frame = Frame(boxes, lanes, lane_of, lane_x, bus, bottoms, LANE_RIGHT / 2, SHELF_GAP / 2)
+    width = max(box.x + box.width for box in (*panels, *gaps))
+    drawn = edges(units, routes, frame)
+    return Scene(width, bottoms[-1], boxes, panels, _blocks(units, lanes, boxes), gaps, cards, drawn)
 
 
-def _lanes(units: Sequence[Unit], stages: int) -> tuple[_Lane, ...]:
+def _lanes(units: Sequence[Unit], stages: int) -> tuple[Lane, ...]:
     """Units of each stage in lanes of about equal length, broken between blocks, for a picture that fits the eye."""
     by_stage = [[i for i, u in enumerate(units) if u.stage == s] for s in range(stages)]
+    longest = max(map(len, by_stage))
+
+    def width(rows: int) -> float:
+        columns = sum(max(1, ceil(len(mine) / rows)) for mine in by_stage)
+        return columns * (BOX_WIDTH + GUTTER + LANE_RIGHT) + (stages - 1) * GAP
 
     def stretch(rows: int) -> float:
-        columns = sum(max(1, ceil(len(mine) / rows)) for mine in by_stage)
-        width = columns * (BOX_WIDTH + 50) + (stages - 1) * GAP
-        return max(width / FIT[0], min(rows, max(map(len, by_stage))) * (ROW + BLOCK_GAP / 2) / FIT[1])
+        shelves = _shelves(width(rows), stages)
+        height = shelves * (HEADER + SHELF_GAP + min(rows, longest) * (ROW + BLOCK_GAP / 2))
+        return max(width(rows) / shelves / FIT[0], height / FIT[1])
 
     rows = min(range(10, 61), key=stretch)
-    lanes: list[_Lane] = []
+    shelves = _shelves(width(rows), stages)
+    lanes: list[Lane] = []
     for stage, mine in enumerate(by_stage):
+        shelf = stage * shelves // stages
         length = ceil(len(mine) / max(1, ceil(len(mine) / rows)))
         lane: list[int] = []
         for u in mine:
             enough = len(lane) >= length
             if lane and enough and (units[u].block != units[lane[-1]].block or len(lane) >= length + 3):
-                lanes.append(_Lane(stage, tuple(lane)))
+                lanes.append(Lane(stage, shelf, tuple(lane)))
                 lane = []
             lane.append(u)
-        lanes.append(_Lane(stage, tuple(lane)))
+        lanes.append(Lane(stage, shelf, tuple(lane)))
     return tuple(lanes)
 
 
-def _offsets(units: Sequence[Unit], lanes: Sequence[_Lane]) -> dict[int, float]:
+def _shelves(width: float, stages: int) -> int:
+    return min(stages, ceil(width / SHELF))
+
+
+def _offsets(units: Sequence[Unit], lanes: Sequence[Lane]) -> dict[int, float]:
     """Each unit's y below the top of its lane; a little room between blocks."""
     offset: dict[int, float] = {}
     for lane in lanes:
@@ -150,121 +125,52 @@ def _offsets(units: Sequence[Unit], lanes: Sequence[_Lane]) -> dict[int, float]:
     return offset
 
 
-def _skips(units: Sequence[Unit], lane_of: dict[int, int]) -> list[_Skip]:
-    readers: dict[int, list[int]] = {}
-    for u, unit in enumerate(units):
-        for source in unit.reads:
-            if source < u - 1:
-                readers.setdefault(source, []).append(u)
-    return [
-        _Skip(s, tuple(targets), tuple(dict.fromkeys((lane_of[s], *(lane_of[t] for t in targets)))))
-        for s, targets in sorted(readers.items())
-    ]
+def _shelf_of(lanes: Sequence[Lane]) -> list[int]:
+    """The shelf of each stage."""
+    return list({lane.stage: lane.shelf for lane in lanes}.values())
 
 
-def pack(spans: Sequence[tuple[float, float] | None]) -> list[int]:
-    """A track for each span so that no two spans of a track touch, few tracks; -1 for None."""
-    tracks = [-1] * len(spans)
-    ends: list[float] = []
-    for start, end, n in sorted((*span, n) for n, span in enumerate(spans) if span is not None):
-        free = next((t for t, last in enumerate(ends) if last < start), len(ends))
-        ends[free : free + 1] = [end]
-        tracks[n] = free
-    return tracks
+def _card_height(values: int) -> float:
+    return CARD_HEAD + CARD_ROW * min(values, LISTED) + CARD_MORE * (values > LISTED)
 
 
-def _pack_gutters(
-    skips: Sequence[_Skip], lanes: Sequence[_Lane], lane_of: dict[int, int], offset: dict[int, float]
-) -> list[list[int]]:
-    """For each lane the track of each skip in its gutter, -1 where it does not come."""
-    packed: list[list[int]] = []
-    for lane in range(len(lanes)):
-        spans: list[tuple[float, float] | None] = []
-        for skip in skips:
-            ys = [offset[u] for u in (skip.source, *skip.targets) if lane_of[u] == lane]
-            rises = len(skip.lanes) > 1 and lane in skip.lanes
-            spans.append((-1.0 if rises else min(ys), max(ys)) if ys else None)
-        packed.append(pack(spans))
-    return packed
+def _rows(
+    lanes: Sequence[Lane], routes: Routes, offset: dict[int, float], cards: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    """For each shelf the y of its uppermost units and of its lower edge."""
+    shelf_of = _shelf_of(lanes)
+    tops: list[float] = []
+    bottoms: list[float] = []
+    for shelf in range(lanes[-1].shelf + 1):
+        above = bottoms[-1] + SHELF_GAP if bottoms else 0.0
+        tops.append(above + HEADER + PAD + TRACK * (1 + max(routes.buses[shelf], default=-1)))
+        deepest = max((offset[u] for lane in lanes if lane.shelf == shelf for u in lane.units), default=0.0)
+        card = max((high for high, at in zip(cards, shelf_of, strict=False) if at == shelf), default=0.0)
+        bottoms.append(tops[-1] + max(deepest, card + PAD) + BOX_HEIGHT + PAD)
+    return tops, bottoms
 
 
 def _columns(
-    lanes: Sequence[_Lane], gutter_tracks: Sequence[Sequence[int]], bottom: float
-) -> tuple[list[float], tuple[Box, ...], float]:
-    """The x of each lane's boxes, the panels, the width of the picture."""
+    lanes: Sequence[Lane], routes: Routes, tops: Sequence[float], bottoms: Sequence[float]
+) -> tuple[list[float], tuple[Box, ...]]:
+    """The x of each lane's boxes, and the panels."""
     lane_x: list[float] = []
     panels: list[Box] = []
-    x, left, stage = 0.0, 0.0, lanes[0].stage
-    for lane, tracks in zip(lanes, gutter_tracks, strict=True):
-        if lane.stage != stage:
-            panels.append(Box(stage, left, 0, x - left, bottom))
-            x += GAP
-            left, stage = x, lane.stage
-        x += GUTTER + TRACK * (1 + max(tracks, default=-1))
+    margin = TRACK * (3 + max(routes.margin, default=-1)) if lanes[-1].shelf else 0
+    x = left = float(margin)
+    for number, (lane, after) in enumerate(pairwise((*lanes, None))):
+        assert lane is not None
+        x += GUTTER + TRACK * (1 + max(routes.gutters[number], default=-1))
         lane_x.append(x)
         x += BOX_WIDTH + LANE_RIGHT
-    panels.append(Box(stage, left, 0, x - left, bottom))
-    return lane_x, tuple(panels), x
+        if after is None or after.stage != lane.stage:
+            y = bottoms[lane.shelf - 1] + SHELF_GAP if lane.shelf else 0.0
+            panels.append(Box(lane.stage, left, y, x - left, bottoms[lane.shelf] - y))
+            x = left = float(margin) if after and after.shelf != lane.shelf else x + GAP
+    return lane_x, tuple(panels)
 
 
-def _chain(boxes: Sequence[Box], u: int, lane_of: dict[int, int], top: float) -> Edge:
-    """From a unit to the next: straight down, or up beside the lane and over to the next one."""
-    a, b = boxes[u - 1], boxes[u]
-    if lane_of[u - 1] == lane_of[u]:
-        x = b.x + BOX_WIDTH / 2
-        return Edge(u - 1, (u,), f"M{x:g} {a.y + a.height:g}V{b.y - 4:g}", ((x, b.y, True),), False)
-    start, end = a.y + a.height / 2, b.y + b.height / 2
-    turn = a.x + a.width + LANE_RIGHT / 2
-    path = polyline([(a.x + a.width, start), (turn, start), (turn, end), (b.x - 4, end)])
-    return Edge(u - 1, (u,), path, ((b.x, end, False),), False)
-
-
-def _rail(
-    skip: _Skip,
-    boxes: Sequence[Box],
-    lane_of: dict[int, int],
-    lane_x: Sequence[float],
-    tracks: dict[int, int],
-    bus: float,
-) -> Edge:
-    """A value's rails: out of its unit to the gutter, by the bus to other lanes, a tap into every reader."""
-    source, home = boxes[skip.source], lane_of[skip.source]
-    track_x = {lane: lane_x[lane] - 10 - TRACK * track for lane, track in tracks.items()}
-    exit_y = source.y + source.height / 2 + 4
-    way = [(source.x, exit_y), (track_x[home], exit_y)]  # what lanes share is drawn once: twice would look bold
-    parts: list[str] = []
-    tips: list[tuple[float, float, bool]] = []
-    for lane in skip.lanes:
-        ends = [(boxes[t].x, boxes[t].y + boxes[t].height / 2 - 4) for t in skip.targets if lane_of[t] == lane]
-        if not ends:
-            continue
-        x, (last_x, last_y) = track_x[lane], ends[-1]
-        over = [] if lane == home else [(way[-1][0], bus), (x, bus)]
-        parts.append(polyline([*way, *over, (x, last_y), (last_x - 4, last_y)]))
-        parts += [f"M{x:g} {y:g}H{to - 4:g}" for to, y in ends[:-1]]
-        tips += [(to, y, False) for to, y in ends]
-        way = way[-1:] if lane == home else [(x, bus)]
-    return Edge(skip.source, skip.targets, "".join(parts), tuple(tips), True)
-
-
-def polyline(points: Sequence[tuple[float, float]], radius: float = 4) -> str:
-    """An SVG path along points with rounded corners."""
-    (x, y), path = points[0], f"M{points[0][0]:g} {points[0][1]:g}"
-    for (cx, cy), (nx, ny) in pairwise(points[1:]):
-        before, after = max(abs(cx - x), abs(cy - y)), max(abs(nx - cx), abs(ny - cy))
-        r = min(radius, before / 2, after / 2)
-        back = (cx - r * _sign(cx - x), cy - r * _sign(cy - y))
-        on = (cx + r * _sign(nx - cx), cy + r * _sign(ny - cy))
-        path += f"L{back[0]:g} {back[1]:g}Q{cx:g} {cy:g} {on[0]:g} {on[1]:g}"
-        x, y = cx, cy
-    return f"{path}L{points[-1][0]:g} {points[-1][1]:g}"
-
-
-def _sign(number: float) -> int:
-    return (number > 0) - (number < 0)
-
-
-def _blocks(units: Sequence[Unit], lanes: Sequence[_Lane], boxes: Sequence[Box]) -> tuple[Box, ...]:
+def _blocks(units: Sequence[Unit], lanes: Sequence[Lane], boxes: Sequence[Box]) -> tuple[Box, ...]:
     """A frame round the units of one block that stand together."""
     frames: list[Box] = []
     for lane in lanes:
