@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from merak_like.api import auto_parallel as auto_parallel
     from merak_like.partitioner.graph import ProxyGraph as ProxyGraph
     from merak_like.partitioner.hardware import Hardware as Hardware
     from merak_like.partitioner.mesh import Mesh as Mesh
@@ -15,15 +16,18 @@ if TYPE_CHECKING:
     from merak_like.partitioner.planner import make_plan as make_plan
     from merak_like.partitioner.simulator import simulate as simulate
     from merak_like.partitioner.tracer import trace as trace
+    from merak_like.runtime.engine import Engine as Engine
 
 __version__ = "0.1.0"
 
 # The same names again, for the running program: public name -> the module that defines it.
 PUBLIC = {
+    "Engine": "merak_like.runtime.engine",
     "Hardware": "merak_like.partitioner.hardware",
     "Mesh": "merak_like.partitioner.mesh",
     "Plan": "merak_like.partitioner.plan",
     "ProxyGraph": "merak_like.partitioner.graph",
+    "auto_parallel": "merak_like.api",
     "make_plan": "merak_like.partitioner.planner",
     "simulate": "merak_like.partitioner.simulator",
     "trace": "merak_like.partitioner.tracer",

@@ -240,3 +240,41 @@ def _positions(model: nn.Module) -> int | None:
             return module.num_embeddings - module.padding_idx - 1
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return most if isinstance(most, int) and most > 0 else None
+
+
+def initialiser(model: nn.Module) -> Callable[[nn.Module], None]:
+    """How this model initialises one of its modules, its non-persistent buffers included."""
+
+    def initialise(module: nn.Module) -> None:
+        model._init_weights(module)  # type: ignore[operator]
+
+    return initialise
+
+
+TOKEN_LOSSES = frozenset({"ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForConditionalGeneration"})
+"""transformers' names of losses that are means over tokens."""
+
+
+def loss_weight(model: nn.Module) -> Callable[[Mapping[str, Any]], int] | None:
+    """How many items this model's own mean loss is the mean of, for a batch with ``labels``.
+
+    Language models average over target tokens, -100 excluded (a causal one over ``labels[:, 1:]``); classifiers over
+    samples. None where the model does not say.
+    """
+    kind = getattr(model, "loss_type", None)
+    if kind is None and type(model).__name__ in TASKS["causal-lm"].models:
+        kind = "ForCausalLM"  # what transformers falls back to
+    if kind not in TOKEN_LOSSES:
+        return None
+    shifted = kind == "ForCausalLM" or (kind == "ForConditionalGeneration" and not model.config.is_encoder_decoder)  # type: ignore[union-attr]
+
+    def count(batch: Mapping[str, Any]) -> int:
+        labels = batch["labels"]
+        return int(((labels[:, 1:] if shifted else labels) != -100).sum())
+
+    return count
+
+
+def save_pretrained(model: nn.Module, path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Write config and weights so that ``from_pretrained`` loads them."""
+    model.save_pretrained(path, state_dict=dict(state))  # type: ignore[operator]

@@ -20,7 +20,7 @@ class LocalPipeline:
         self.stages = [Stage(code, trace.inputs, trace.device) for code in build_stages(trace, model, starts)]
 
     def step(self, batch: Any) -> dict[str, Tensor]:
-        """Forward through every stage, then backward from the loss; the model's outputs by name, ``loss`` among them."""
+        """Forward through every stage, then backward from the loss; the model's outputs by name, with ``loss``."""
         values: dict[str, Tensor] = {}
         for stage in self.stages:
             values.update(stage.forward(0, batch, values))

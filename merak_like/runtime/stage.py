@@ -35,7 +35,7 @@ class Stage:
         A received value that needs a gradient must say so by its ``requires_grad``.
         """
         found = leaves(batch) if self.paths else {}
-        mine = [found[path] for path in self.paths.values()]
+        mine = [found[path].to(self.device) for path in self.paths.values()]
         grads = torch.is_grad_enabled()
         boundary = {
             name: received[name].detach().requires_grad_(grads and received[name].requires_grad)

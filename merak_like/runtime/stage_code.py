@@ -37,23 +37,24 @@ class StageCode:
     """Names of the model's outputs it makes, ``loss`` among them on the stage that makes the loss."""
 
 
-def build_stages(
-    trace: Trace, model: nn.Module, starts: Sequence[int], *, device: torch.device | None = None
-) -> tuple[StageCode, ...]:
+def build_stages(trace: Trace, model: nn.Module, starts: Sequence[int]) -> tuple[StageCode, ...]:
     """Generate the code of every stage; stage s owns ``graph.ops[starts[s]:starts[s + 1]]``.
 
-    The stages share the model's modules and parameters. ``device`` replaces the traced device in the code.
+    The stages share the model's modules and parameters.
     """
-    crossing = crossings(trace.graph, starts)
-    build = _Builder(trace, model, starts, device or trace.device)
-    sent = {s: tuple(c.value for c in crossing if c.source == s) for s in range(len(starts) - 1)}
-    received = {s: tuple(c.value for c in crossing if s in c.targets) for s in range(len(starts) - 1)}
-    return tuple(build.stage(s, received[s], sent[s]) for s in range(len(starts) - 1))
+    build = _Builder(trace, model, starts)
+    return tuple(build.stage(index) for index in range(len(starts) - 1))
+
+
+def build_stage(trace: Trace, model: nn.Module, starts: Sequence[int], index: int) -> StageCode:
+    """Generate the code of one stage: only its own parameters need be there."""
+    return _Builder(trace, model, starts).stage(index)
 
 
 class _Builder:
-    def __init__(self, trace: Trace, model: nn.Module, starts: Sequence[int], device: torch.device) -> None:
-        self.trace, self.model, self.starts, self.device = trace, model, starts, device
+    def __init__(self, trace: Trace, model: nn.Module, starts: Sequence[int]) -> None:
+        self.trace, self.starts = trace, starts
+        self.crossings = crossings(trace.graph, starts)
         self.nodes = list(trace.code.nodes)
         self.by_stage: list[list[fx.Node]] = [[] for _ in starts[:-1]]
         for node in self.nodes:
@@ -69,7 +70,9 @@ class _Builder:
     def stage_of(self, node: fx.Node) -> int:
         return bisect_right(self.starts, node.meta["index"], hi=len(self.starts) - 1) - 1
 
-    def stage(self, index: int, received: tuple[str, ...], sent: tuple[str, ...]) -> StageCode:
+    def stage(self, index: int) -> StageCode:
+        sent = tuple(c.value for c in self.crossings if c.source == index)
+        received = tuple(c.value for c in self.crossings if index in c.targets)
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         inputs = self.inputs_of(index)
@@ -84,7 +87,6 @@ class _Builder:
             if n.op in ("call_module", "get_attr")
         }
         module = fx.GraphModule(root, graph, class_name=f"Stage{index}")
-        module.train(self.trace.training)
         return StageCode(index, module, inputs, received, sent, tuple(wanted))
 
     def inputs_of(self, index: int) -> tuple[str, ...]:
@@ -101,8 +103,8 @@ class _Builder:
         def switch(wanted: tuple[Any, ...]) -> None:
             nonlocal ambient, state
             if wanted != state:
-                ambient = ambient or graph.call_function(current_state, (self.device.type,))
-                graph.call_function(set_state, (self.device.type, ambient if wanted == base else wanted))
+                ambient = ambient or graph.call_function(current_state, (self.trace.device.type,))
+                graph.call_function(set_state, (self.trace.device.type, ambient if wanted == base else wanted))
                 state = wanted
 
         skip_to = -1
@@ -119,8 +121,6 @@ class _Builder:
             if node.op != "get_attr" and "state" in node.meta:
                 switch(node.meta["state"])
             env[node] = graph.node_copy(node, lambda n: env[n])
-            env[node].args = self.on_device(env[node].args)
-            env[node].kwargs = self.on_device(env[node].kwargs)
         switch(base)
 
     def fold(self, graph: fx.Graph, call: ModuleCall, env: dict[fx.Node, fx.Node]) -> None:
@@ -139,7 +139,7 @@ class _Builder:
                 return slice(word(item.start), word(item.stop), word(item.step))
             return item
 
-        made = graph.call_module(call.path, self.on_device(word(call.args)), self.on_device(word(call.kwargs)))
+        made = graph.call_module(call.path, word(call.args), word(call.kwargs))
         steps: dict[tuple[Any, ...], fx.Node] = {(): made}
 
         def follow(path: tuple[Any, ...]) -> fx.Node:
@@ -157,24 +157,6 @@ class _Builder:
     def unread(self, node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
         value = self.trace.graph.values[node.name]
         return value.shape, getattr(torch, value.dtype)
-
-    def on_device(self, item: Any) -> Any:
-        """Device constants baked into the trace, moved to where the stage runs."""
-        if self.device == self.trace.device:
-            return item
-        return fx.map_arg(_map(item, self.device, self.trace.device), lambda n: n)
-
-
-def _map(item: Any, new: torch.device, old: torch.device) -> Any:
-    if isinstance(item, torch.device):
-        return new if item.type == old.type else item
-    if isinstance(item, str):
-        return str(new) if item == str(old) else item
-    if isinstance(item, (tuple, list)):
-        return type(item)(_map(x, new, old) for x in item)
-    if isinstance(item, dict):
-        return {k: _map(v, new, old) for k, v in item.items()}
-    return item
 
 
 def foldable(trace: Trace, starts: Sequence[int]) -> tuple[ModuleCall, ...]:

@@ -9,6 +9,16 @@ from merak_like.partitioner.schedules.action import USER_OF, Action, Edges, Kind
 from merak_like.partitioner.schedules.validate import validate
 
 
+def forward_only(schedule: Schedule) -> Schedule:
+    """Return the schedule for evaluation: its forwards and their transfers, in the order they have.
+
+    Both ends of a channel lose the same actions, so their orders still agree.
+    """
+    kept = (Kind.F, Kind.SEND_F, Kind.RECV_F)
+    orders = tuple(tuple(action for action in order if action.kind in kept) for order in schedule.orders)
+    return replace(schedule, orders=orders)
+
+
 def add_transfers(schedule: Schedule, edges: Edges, *, ahead: int = 1) -> Schedule:
     """Return the schedule with the sends and receives of every edge between two ranks; 1F1B, p = 2, m = 2:
 

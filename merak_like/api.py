@@ -1,0 +1,150 @@
+"""``auto_parallel``: the straight line from a model to an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merak_like import __version__
+from merak_like.partitioner.hardware import Hardware
+from merak_like.partitioner.mesh import Mesh
+from merak_like.partitioner.plan import Plan
+from merak_like.partitioner.planner import make_plan
+from merak_like.partitioner.this_machine import this_machine
+from merak_like.partitioner.tracer import LossFn, trace
+from merak_like.runtime import collect
+from merak_like.runtime.batches import LossWeight, rows, split, to_device
+from merak_like.runtime.data_parallel import Reducer
+from merak_like.runtime.engine import Engine
+from merak_like.runtime.groups import make_groups
+from merak_like.runtime.initialize import join
+from merak_like.runtime.links import DistLinks, NoLinks
+from merak_like.runtime.materialize import Initialiser, materialize
+from merak_like.runtime.programs import Programs
+from merak_like.runtime.watch import Watch
+
+Degree = int | str
+Save = Callable[[nn.Module, Path, Mapping[str, Tensor]], None]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+def auto_parallel(
+    model: nn.Module,
+    dp: Degree = 1,
+    pp: Degree = 1,
+    tp: Degree = 1,
+    *,
+    example: Any,
+    loss_fn: LossFn | None = None,
+    optimizer: OptimizerFactory | None = None,
+    schedule: str = "1f1b",
+    micro_batches: int | None = None,
+    max_grad_norm: float | None = None,
+    loss_weight: LossWeight | None = None,
+    weights: str | Path | None = None,
+    plan: Plan | None = None,
+    hardware: Hardware | str | None = None,
+    memory_limit: int | None = None,
+    device: torch.device | str | None = None,
+    timeout: float = 600.0,
+    seed: int = 0,
+) -> Engine:
+    """Train an unmodified model over ``dp x pp`` ranks started by torchrun, with the numbers of one process.
+
+    Call it on every rank with the same arguments; without torchrun it is one process, 1 x 1 x 1.
+
+    ``example`` is one whole batch, as ``engine.step`` will get it; it is cut along dimension 0 into
+    ``dp * micro_batches`` micro-batches. The model gives its own loss, or ``loss_fn(outputs, batch)`` does. The model
+    may be on the meta device: each rank then makes or reads (``weights``) only its own part. ``optimizer`` is called with
+    this rank's parameters. ``loss_weight(micro_batch)`` counts the items that a micro-batch's loss is the mean of: by
+    default target tokens for Hugging Face language models, else samples. ``plan`` obeys a plan made before.
+    ``timeout`` in seconds limits every wait for another rank.
+
+    Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
+    traced or cut, memory that does not suffice, and ranks that do not agree.
+    """
+    mesh = Mesh(*(_degree(axis, degree) for axis, degree in (("dp", dp), ("pp", pp), ("tp", tp))))
+    if mesh.tp > 1:
+        raise ValueError(f"tp={mesh.tp}: tensor parallelism is not available yet, use tp=1 and more dp or pp")
+    world = join(mesh, timeout=timeout, device=device)
+    if not model.training:
+        model.train()
+    watch = Watch(world.rank, world.timeout)
+    if plan is None and hardware is None:  # one measurement for all, or each rank would plan for itself
+        hardware = collect.from_first(this_machine if world.rank == 0 else None, world, watch)
+    chosen = plan or _plan(model, mesh, example, loss_fn, schedule, micro_batches, hardware, memory_limit)
+    if chosen.mesh != mesh:
+        raise ValueError(f"the plan is for {chosen.mesh}, asked for {mesh}: make the plan again or change the degrees")
+    collect.agree(
+        {"plan": chosen.digest, "merak_like": __version__, "torch": torch.__version__, "seed": str(seed)}, world, watch
+    )
+    micro = split(example, mesh.dp * chosen.micro_batches)[0]
+    planned = trace(model, to_device(micro, torch.device("cpu")), loss_fn, device=world.device)
+    groups = make_groups(mesh, world, list(chosen.shared.values()))
+    stage = groups.coord.pp
+    initialise, counted, save = _habits(model)
+    parameters = materialize(model, chosen, stage, world.device, seed=seed, initialise=initialise, weights=weights)
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    shared = {name: groups.shared.get(stages) for name, stages in chosen.shared.items()}
+    return Engine(
+        plan=chosen,
+        model=model,
+        parameters=trainable,
+        owned=[name for name in trainable if collect.holders(chosen)[name] == stage],
+        programs=Programs(model, chosen, planned, stage, world.device, loss_fn),
+        links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
+        reducer=Reducer(trainable, {name: shared.get(name, groups.dp) for name in trainable}, watch),
+        optimizer=optimizer(trainable.values()) if optimizer and trainable else None,
+        world=world,
+        groups=groups,
+        watch=watch,
+        loss_weight=loss_weight or (counted if loss_fn is None else None) or rows,
+        max_grad_norm=max_grad_norm,
+        seed=seed,
+        save=save,
+    )
+
+
+def _degree(axis: str, degree: Degree) -> int:
+    if degree == "auto":
+        raise ValueError(f"{axis}='auto' is not available yet: give a number")
+    if not isinstance(degree, int):
+        raise ValueError(f"{axis}={degree!r} is not a degree of parallelism: give a whole number of at least 1")
+    return degree
+
+
+def _plan(
+    model: nn.Module, mesh: Mesh, example: Any, loss_fn: LossFn | None, schedule: str, micro_batches: int | None,
+    hardware: Hardware | str | None, memory_limit: int | None,
+) -> Plan:  # fmt: skip
+    """Plan for the example's batch, rounded up to whole micro-batches."""
+    total = rows(example)
+    parts = mesh.dp * (micro_batches or 1)
+    micro = split(example, parts)[0]
+    graph = trace(model, to_device(micro, torch.device("cpu")), loss_fn, device="cpu").graph
+    return make_plan(
+        graph, mesh, hardware=hardware or "a100-80gb", batch=-(-total // parts) * parts,
+        micro_batches=micro_batches, schedule=schedule, memory_limit=memory_limit,
+    )  # fmt: skip
+
+
+def _habits(model: nn.Module) -> tuple[Initialiser | None, LossWeight | None, Save]:
+    """How this model initialises a module, counts its loss (None: not its own way) and is saved."""
+    if not hasattr(model, "config") or not hasattr(model, "_init_weights"):
+        return None, None, save_safetensors
+    from merak_like import hf
+
+    return hf.initialiser(model), hf.loss_weight(model), hf.save_pretrained
+
+
+def save_safetensors(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write ``model.safetensors``; a tensor known by several names is written once, under the first."""
+    from safetensors.torch import save_file
+
+    path.mkdir(parents=True, exist_ok=True)
+    first = {id(tensor): name for name, tensor in reversed(list(state.items()))}
+    save_file({name: t.contiguous() for name, t in state.items() if first[id(t)] == name}, path / "model.safetensors")

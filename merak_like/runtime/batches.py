@@ -1,0 +1,82 @@
+"""A batch becomes micro-batches: who gets which rows, and what each weighs in the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LossWeight = Callable[[Any], int]
+"""How many items a micro-batch's mean loss is the mean of: target tokens, or samples."""
+
+
+def rows(batch: Any) -> int:
+    """Samples in a batch: the size of dimension 0 of its first tensor that has one. Raises ValueError without one."""
+    for tensor in _tensors(batch):
+        if tensor.dim():
+            return tensor.shape[0]
+    raise ValueError("the batch has no tensor with a batch dimension: it cannot be split into micro-batches")
+
+
+def split(batch: Any, parts: int) -> list[Any]:
+    """Cut a batch into parts along dimension 0 of every tensor that has the batch's size; sizes differ by at most 1.
+
+    Other leaves (scalars, None, tensors of another size) go to every part. Raises ValueError for more parts than rows.
+    """
+    total = rows(batch)
+    if parts > total:
+        raise ValueError(
+            f"a batch of {total} samples cannot be cut into {parts} micro-batches (dp x micro_batches): use a batch "
+            f"of at least {parts} samples or at most {total} micro-batches"
+        )
+    bounds = [total * i // parts for i in range(parts + 1)]
+    return [_rows(batch, total, start, stop) for start, stop in pairwise(bounds)]
+
+
+def _rows(item: Any, total: int, start: int, stop: int) -> Any:
+    if isinstance(item, Tensor):
+        return item[start:stop] if item.dim() and item.shape[0] == total else item
+    if isinstance(item, Mapping):
+        return {key: _rows(value, total, start, stop) for key, value in item.items()}
+    if isinstance(item, tuple) and hasattr(item, "_fields"):
+        return type(item)(*(_rows(x, total, start, stop) for x in item))
+    if isinstance(item, (tuple, list)):
+        return type(item)(_rows(x, total, start, stop) for x in item)
+    return item
+
+
+def _tensors(item: Any) -> list[Tensor]:
+    if isinstance(item, Tensor):
+        return [item]
+    if isinstance(item, Mapping):
+        return [t for value in item.values() for t in _tensors(value)]
+    if isinstance(item, (tuple, list)):
+        return [t for value in item for t in _tensors(value)]
+    return []
+
+
+def signature(batch: Any) -> tuple[Any, ...]:
+    """What a trace depends on: the shapes and dtypes of tensors and the other leaves themselves."""
+    if isinstance(batch, Tensor):
+        return (tuple(batch.shape), batch.dtype, batch.requires_grad)
+    if isinstance(batch, Mapping):
+        return tuple((key, signature(value)) for key, value in batch.items())
+    if isinstance(batch, (tuple, list)):
+        return tuple(signature(value) for value in batch)
+    return (type(batch).__name__, batch if isinstance(batch, (bool, int, float, str, type(None))) else id(batch))
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(x, device) for x in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(x, device) for x in batch)
+    return batch

@@ -1,0 +1,125 @@
+"""What is spread over the stages, brought together on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from merak_like.partitioner.mesh import Coord
+from merak_like.partitioner.plan import Plan
+from merak_like.runtime.groups import Groups
+from merak_like.runtime.initialize import World
+from merak_like.runtime.watch import Watch
+
+
+def state_dict(model: nn.Module, plan: Plan, groups: Groups, world: World, watch: Watch) -> dict[str, Tensor]:
+    """Every entry of the model's state_dict, full, on rank 0; {} elsewhere."""
+    own = model.state_dict(keep_vars=True)
+    first = {alias: names[0] for names in plan.ties for alias in names}
+    entries = {first.get(name, name): tensor for name, tensor in own.items()}
+    stage_of = {name: stage for name, stage in holders(plan).items() if name in entries}
+    gathered = _gather(entries, stage_of, groups, world, watch)
+    return {name: gathered[first.get(name, name)] for name in own} if world.rank == 0 else {}
+
+
+def gradients(
+    parameters: Mapping[str, nn.Parameter], plan: Plan, groups: Groups, world: World, watch: Watch
+) -> dict[str, Tensor]:
+    """The gradient of every trainable parameter that has one, by first name, on rank 0; {} elsewhere."""
+    stage_of = holders(plan)
+    mine: dict[str, Tensor | None] = {}
+    for name, parameter in parameters.items():
+        mine[name] = parameter.grad
+    have = [name for name, grad in mine.items() if grad is not None]
+    everyone = _everyones(have, world)
+    found = {name: grad for name, grad in mine.items() if grad is not None}
+    names = [n for stage in plan.stages for n in stage.params if n in everyone and stage_of[n] == stage.index]
+    return _gather(found, {n: stage_of[n] for n in names}, groups, world, watch)
+
+
+def holders(plan: Plan) -> dict[str, int]:
+    """For each parameter and buffer (first names), the first stage that holds it."""
+    found: dict[str, int] = {}
+    for stage in plan.stages:
+        for name in (*stage.params, *stage.buffers):
+            found.setdefault(name, stage.index)
+    return found
+
+
+def _everyones(names: Sequence[str], world: World) -> set[str]:
+    if world.alone:
+        return set(names)
+    lists: list[Any] = [None] * world.size
+    dist.all_gather_object(lists, list(names))
+    return {name for part in lists for name in part}
+
+
+def _gather(
+    own: Mapping[str, Tensor], stage_of: Mapping[str, int], groups: Groups, world: World, watch: Watch
+) -> dict[str, Tensor]:
+    """Send each tensor from the first replica of its stage to rank 0, one after the other."""
+    out: dict[str, Tensor] = {}
+    for stage in sorted(set(stage_of.values())):
+        owner = groups.mesh.rank(Coord(0, stage, 0))
+        if world.rank not in (0, owner):
+            continue
+        names = [name for name, s in stage_of.items() if s == stage]
+        if owner == 0:
+            out.update((name, own[name].detach().cpu().clone()) for name in names)
+        elif world.rank == owner:
+            meta: list[Any] = [[(name, tuple(own[name].shape), own[name].dtype) for name in names]]
+            dist.send_object_list(meta, 0)
+            for name in names:
+                work = dist.isend(own[name].detach().contiguous(), 0)
+                watch.wait(work, f"the end of sending {name}", "to rank 0")
+        else:
+            received: list[Any] = [None]
+            dist.recv_object_list(received, owner)
+            for name, shape, dtype in received[0]:
+                buffer = torch.empty(shape, dtype=dtype, device=world.device)
+                watch.wait(dist.irecv(buffer, owner), name, f"from rank {owner} (stage {stage})")
+                out[name] = buffer.cpu()
+    return out if world.rank == 0 else {}
+
+
+def barrier(world: World, watch: Watch) -> None:
+    """Wait for every rank."""
+    if not world.alone:
+        token = torch.zeros(1, device=world.device)
+        watch.wait(dist.all_reduce(token, async_op=True), "a barrier", "with all ranks")
+
+
+def from_first(make: Callable[[], Any] | None, world: World, watch: Watch) -> Any:
+    """What rank 0 makes, on every rank."""
+    box = [make() if make is not None else None]
+    if not world.alone:
+        with watch.waiting("what rank 0 measures"):
+            dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def agree(facts: Mapping[str, str], world: World, watch: Watch) -> None:
+    """Raise ValueError on every rank, naming the odd ranks, unless all ranks state the same facts."""
+    if world.alone:
+        return
+    said: list[Any] = [None] * world.size
+    with watch.waiting("the plans of all ranks"):
+        dist.all_gather_object(said, dict(facts))
+    problems = list(_odd(facts, said))
+    if problems:
+        raise ValueError("the ranks do not agree: " + "; ".join(problems))
+
+
+def _odd(facts: Mapping[str, str], said: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    for key in facts:
+        answers = [one.get(key, "nothing") for one in said]
+        usual = max(dict.fromkeys(answers), key=answers.count)
+        odd = [rank for rank, answer in enumerate(answers) if answer != usual]
+        if odd:
+            shorten: Callable[[str], str] = lambda text: text[:12]  # noqa: E731
+            theirs = ", ".join(f"rank {rank} has {shorten(answers[rank])}" for rank in odd)
+            yield f"{key}: {theirs}, the others {shorten(usual)}"

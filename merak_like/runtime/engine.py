@@ -1,0 +1,258 @@
+"""The engine: one rank's stage, its order of actions, and the step.
+
+``for action in order: do[action.kind](action)`` is all there is to a schedule here; what a step does was decided in the
+plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merak_like.partitioner.plan import Plan
+from merak_like.partitioner.schedules import builder
+from merak_like.partitioner.schedules.action import Action, Kind, Order
+from merak_like.partitioner.schedules.passes import add_transfers, forward_only
+from merak_like.partitioner.schedules.validate import validate
+from merak_like.runtime import collect, rng
+from merak_like.runtime.batches import LossWeight, split
+from merak_like.runtime.data_parallel import Reducer
+from merak_like.runtime.groups import Groups
+from merak_like.runtime.initialize import World
+from merak_like.runtime.links import Links
+from merak_like.runtime.optimizer import StepResult, agree_on, check_finite, clip, squared_norm
+from merak_like.runtime.programs import Program, Programs
+from merak_like.runtime.watch import Watch
+
+
+class Engine:
+    """Trains a model as its plan says. Every rank of the job makes the same calls with the same batches."""
+
+    def __init__(
+        self, *, plan: Plan, model: nn.Module, parameters: Mapping[str, nn.Parameter], owned: Sequence[str],
+        programs: Programs, links: Links, reducer: Reducer, optimizer: torch.optim.Optimizer | None,
+        world: World, groups: Groups, watch: Watch, loss_weight: LossWeight, max_grad_norm: float | None, seed: int,
+        save: Callable[[nn.Module, Path, Mapping[str, Tensor]], None],
+    ) -> None:  # fmt: skip
+        self.plan, self.model, self.optimizer = plan, model, optimizer
+        self.world, self.groups = world, groups
+        self.steps = 0
+        """Steps done."""
+        self._parameters, self._owned = parameters, owned
+        self._programs, self._links, self._reducer, self._watch = programs, links, reducer, watch
+        self._loss_weight, self._max_grad_norm, self._seed = loss_weight, max_grad_norm, seed
+        self._save = save
+        self._stage = groups.coord.pp
+        self._orders = self._make_orders()
+        self._do: Mapping[Kind, Callable[[Action], None]] = {
+            Kind.F: self._forward, Kind.B: self._backward,
+            Kind.SEND_F: self._send_forward, Kind.RECV_F: self._post_forward,
+            Kind.SEND_B: self._send_backward, Kind.RECV_B: self._post_backward,
+        }  # fmt: skip
+        self._batches: list[Any] = []
+        self._running: list[Program] = []
+        self._shares: list[float] = []
+        self._made: dict[int, dict[str, Tensor]] = {}
+        self._gradients: dict[int, dict[str, Tensor]] = {}
+        self._losses: dict[int, Tensor] = {}
+
+    def _make_orders(self) -> Mapping[bool, tuple[Order, Mapping[Action, tuple[Action, ...]], int]]:
+        """This rank's orders (True: training, False: forward only), verified; what each computation waits for."""
+        edges = self._programs.edges()
+        plain = builder(self.plan.schedule)(len(self.plan.stages), self.plan.micro_batches)
+        full = add_transfers(plain, edges)
+        validate(full, edges)
+        made = {}
+        for training, schedule in ((True, full), (False, forward_only(full))):
+            order = schedule.orders[self._stage]
+            waits: dict[Action, tuple[Action, ...]] = {}
+            for action in order:
+                user = {Kind.RECV_F: Kind.F, Kind.RECV_B: Kind.B}.get(action.kind)
+                if user is not None:
+                    key = Action(user, action.micro_batch, action.stage)
+                    waits[key] = (*waits.get(key, ()), action)
+            last = max((i for i, action in enumerate(order) if action.kind is Kind.B), default=-1)
+            made[training] = (order, waits, last)
+        return made
+
+    # --- the step ------------------------------------------------------------------------------------------------
+
+    def step(self, batch: Any, *, batch_is_global: bool = True) -> StepResult:
+        """Train on one batch: forward and backward of every micro-batch, reduce, clip, update.
+
+        ``batch`` is the whole batch (the same on every rank) or, with ``batch_is_global=False``, this replica's share.
+        Gradients stay readable until the next step. Raises FloatingPointError for a loss or norm that is not finite,
+        before the weights change, and PeerError when another rank is gone.
+        """
+        self._open()
+        self._clear_gradients()
+        total = self._run(batch, batch_is_global, training=True)
+        self._reducer.finish()
+        own = [self._parameters[name] for name in self._owned] if self.groups.coord.dp == 0 else []
+        loss, norm = self._numbers(squared_norm(own))
+        result = StepResult(loss, norm, total)
+        check_finite(result, self.steps, [i for i, x in self._losses.items() if not torch.isfinite(x)])
+        if self._max_grad_norm is not None:
+            clip(self._parameters.values(), result.grad_norm, self._max_grad_norm)
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.steps += 1
+        return result
+
+    @torch.no_grad()
+    def evaluate(self, batch: Any, *, batch_is_global: bool = True) -> StepResult:
+        """The loss on a batch in evaluation mode; nothing is changed. ``grad_norm`` is 0."""
+        self._open()
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            total = self._run(batch, batch_is_global, training=False)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        loss, _ = self._numbers(0.0)
+        return StepResult(loss, 0.0, total)
+
+    def _run(self, batch: Any, batch_is_global: bool, *, training: bool) -> int:
+        """Run every action of this rank's order; how many items the loss is the mean of."""
+        replicas, count = self.plan.mesh.dp, self.plan.micro_batches
+        parts = split(batch, count * (replicas if batch_is_global else 1))
+        first = self.groups.coord.dp * count
+        self._batches = parts[first : first + count] if batch_is_global else parts
+        weights = [self._loss_weight(part) for part in self._batches]
+        if 0 in weights:
+            raise ValueError(
+                f"micro-batch {weights.index(0)} has no item to learn from (every label is ignored), so its mean loss "
+                "is not a number: leave such samples out, or use fewer micro-batches"
+            )
+        if batch_is_global:
+            total = sum(self._loss_weight(part) for part in parts) if replicas > 1 else sum(weights)
+        else:
+            share = sum(weights) if self._stage == 0 else 0
+            total = int(agree_on({"items": share}, self.world, self._watch)["items"])
+        self._shares = [weight / total for weight in weights]
+        self._running = [self._programs.at(part) for part in self._batches]
+        self._losses.clear()
+        order, self._waits, last = self._orders[training]
+        with self._random_streams():
+            for at, action in enumerate(order):
+                self._reducer.last = at >= last
+                self._do[action.kind](action)
+        self._links.flush()
+        return total
+
+    def _forward(self, action: Action) -> None:
+        index = action.micro_batch
+        program = self._running[index]
+        received: dict[str, Tensor] = {}
+        for receive in self._waits.get(action, ()):
+            received.update(self._links.take(receive))
+        if program.random:
+            self._enter_stream(index, received)
+        made = program.stage.forward(index, self._batches[index], received)
+        if program.random:
+            made[rng.RNG] = rng.state(self.world.device)
+        if "loss" in program.stage.code.results:
+            self._losses[index] = made["loss"].detach()
+        self._made[index] = made
+
+    def _backward(self, action: Action) -> None:
+        index = action.micro_batch
+        program = self._running[index]
+        gradients = self._gradients.setdefault(index, {})
+        if index in self._losses:
+            gradients["loss"] = torch.full_like(self._losses[index], self._shares[index])
+        for receive in self._waits.get(action, ()):
+            for name, gradient in self._links.take(receive).items():
+                gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        self._gradients[index] = program.stage.backward(index, gradients)
+        self._made.pop(index, None)
+
+    def _send_forward(self, action: Action) -> None:
+        made = self._made[action.micro_batch]
+        specs = self._running[action.micro_batch].forward[action.stage, action.peer]
+        self._links.send(action, {spec.name: made[spec.name] for spec in specs})
+
+    def _post_forward(self, action: Action) -> None:
+        self._links.post(action, self._running[action.micro_batch].forward[action.peer, action.stage])
+
+    def _send_backward(self, action: Action) -> None:
+        gradients = self._gradients[action.micro_batch]
+        specs = self._running[action.micro_batch].backward((action.peer, action.stage))
+        device = self.world.device
+        self._links.send(
+            action,
+            {
+                s.name: gradients[s.name] if s.name in gradients else torch.zeros(s.shape, dtype=s.dtype, device=device)
+                for s in specs
+            },
+        )
+
+    def _post_backward(self, action: Action) -> None:
+        specs = self._running[action.micro_batch].backward((action.stage, action.peer))
+        self._links.post(action, [spec._replace(requires_grad=False) for spec in specs])
+
+    # --- around the step -----------------------------------------------------------------------------------------
+
+    def _numbers(self, squares: float) -> tuple[float, float]:
+        """The step's loss and gradient norm, the same on every rank."""
+        loss = sum(float(x) * self._shares[i] for i, x in self._losses.items())
+        agreed = agree_on({"loss": loss, "squares": squares}, self.world, self._watch)
+        return agreed["loss"], agreed["squares"] ** 0.5
+
+    def _clear_gradients(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        self._reducer.begin()
+        self._made.clear()
+        self._gradients.clear()
+
+    @contextmanager
+    def _random_streams(self) -> Any:
+        before = rng.state(self.world.device)
+        try:
+            yield
+        finally:
+            rng.resume(before, self.world.device)
+
+    def _enter_stream(self, index: int, received: dict[str, Tensor]) -> None:
+        if self._stage == 0:
+            rng.start(self._seed, self.steps, self.groups.coord.dp * self.plan.micro_batches + index)
+        else:
+            rng.resume(received.pop(rng.RNG), self.world.device)
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Every parameter and persistent buffer by its name in the user's model, as CPU tensors: on rank 0, else {}."""
+        self._open()
+        return collect.state_dict(self.model, self.plan, self.groups, self.world, self._watch)
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """The last step's gradients by name, as CPU tensors: on rank 0, else {}. Parameters without one are absent."""
+        self._open()
+        return collect.gradients(self._parameters, self.plan, self.groups, self.world, self._watch)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the whole model to a folder: safetensors, and for a Hugging Face model what ``from_pretrained`` needs.
+
+        Every rank calls it; rank 0 writes; all return when the files are there.
+        """
+        state = self.full_state_dict()
+        if self.world.rank == 0:
+            self._save(self.model, Path(path), state)
+        collect.barrier(self.world, self._watch)
+
+    def close(self) -> None:
+        """Let go of the process groups; another engine can be built in the same processes."""
+        if not self._watch.closed:
+            collect.barrier(self.world, self._watch)
+            self._watch.close()
+            self.groups.close()
+
+    def _open(self) -> None:
+        if self._watch.closed:
+            raise ValueError("this engine was closed: build another with auto_parallel")

@@ -1,0 +1,62 @@
+"""From torchrun's environment to a joined world: the only reader of ``os.environ``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from merak_like.partitioner.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of the job."""
+
+    rank: int
+    size: int
+    device: torch.device
+    timeout: timedelta
+    """How long any wait may last before it is an error."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to talk to."""
+        return self.size == 1
+
+
+def world_size() -> int:
+    """How many ranks torchrun (or the caller's own process group) started; 1 without either."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(mesh: Mesh, *, timeout: float, device: torch.device | str | None = None) -> World:
+    """Join the job that torchrun started, or use the process group that already exists.
+
+    Raises ValueError unless the job has as many ranks as the mesh.
+    """
+    size = world_size()
+    if mesh.size != size:
+        raise ValueError(
+            f"dp * pp * tp = {mesh.dp} * {mesh.pp} * {mesh.tp} = {mesh.size}, but "
+            + (f"torchrun started {size} ranks" if size > 1 else "this is a single process")
+            + f": use torchrun --nproc-per-node {mesh.size} (or nodes x processes = {mesh.size}), or change a degree"
+        )
+    limit = timedelta(seconds=timeout)
+    where = torch.device(device) if device is not None else _device()
+    if size == 1:
+        return World(0, 1, where, limit)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=limit)
+    return World(dist.get_rank(), size, where, limit)
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")

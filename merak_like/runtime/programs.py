@@ -1,0 +1,79 @@
+"""What a rank runs for a micro-batch of a given shape: traced once per shape, cut as the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from merak_like.partitioner.cuts import crossings
+from merak_like.partitioner.plan import Plan
+from merak_like.partitioner.realign import realign
+from merak_like.partitioner.schedules.action import Edges
+from merak_like.partitioner.tracer import LossFn, Trace, trace
+from merak_like.runtime import rng
+from merak_like.runtime.batches import signature
+from merak_like.runtime.links import Spec
+from merak_like.runtime.stage import Stage
+from merak_like.runtime.stage_code import build_stage
+
+
+@dataclass(frozen=True)
+class Program:
+    """One stage for one input shape, and what crosses its borders."""
+
+    stage: Stage
+    forward: Mapping[tuple[int, int], tuple[Spec, ...]]
+    """Edge (source, target) to the values that travel along it."""
+    random: bool
+    """Whether the model draws random numbers, so that streams must be kept."""
+
+    def backward(self, edge: tuple[int, int]) -> tuple[Spec, ...]:
+        """The gradients that come back along an edge."""
+        return tuple(spec for spec in self.forward[edge] if spec.requires_grad)
+
+
+class Programs:
+    """Programs by input shape, mode and autocast; traces are kept, so a shape is traced once."""
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, planned: Trace, stage: int, device: torch.device, loss_fn: LossFn | None
+    ) -> None:
+        self.model, self.plan, self.planned = model, plan, planned
+        self.stage, self.device, self.loss_fn = stage, device, loss_fn
+        self._known: dict[Any, Program] = {}
+
+    def at(self, batch: Any) -> Program:
+        """The program for a micro-batch like this one, in the model's present mode."""
+        kind = self.device.type
+        autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        key = (signature(batch), self.model.training, autocast)
+        if key not in self._known:
+            self._known[key] = self._make(batch)
+        return self._known[key]
+
+    def _make(self, batch: Any) -> Program:
+        traced = trace(self.model, batch, self.loss_fn, device=self.device)
+        starts = realign(self.plan, self.planned.graph, traced.graph)
+        stage = Stage(build_stage(traced, self.model, starts, self.stage), traced.inputs, self.device)
+        drawing = any(op.random for op in traced.graph.ops)
+        edges: dict[tuple[int, int], list[Spec]] = {edge: [] for edge in self.edges(traced)}
+        for crossing in crossings(traced.graph, starts):
+            spec = Spec(crossing.value, crossing.shape, getattr(torch, crossing.dtype), crossing.requires_grad)
+            for target in crossing.targets:
+                edges[crossing.source, target].append(spec)
+        if drawing:
+            state = Spec(rng.RNG, tuple(rng.state(self.device).shape), torch.uint8, False)
+            for s in range(len(starts) - 2):
+                edges[s, s + 1].append(state)
+        return Program(stage, {edge: tuple(specs) for edge, specs in edges.items()}, drawing)
+
+    def edges(self, traced: Trace | None = None) -> Edges:
+        """The stage pairs that talk: where values cross, and neighbours (for the random streams)."""
+        graph = (traced or self.planned).graph
+        starts = realign(self.plan, self.planned.graph, graph)
+        found = {(c.source, target) for c in crossings(graph, starts) for target in c.targets}
+        return frozenset(found | {(s, s + 1) for s in range(len(self.plan.stages) - 1)})
