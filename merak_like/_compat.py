@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
+    in_kernel_invocation_manager,
     unset_fake_temporarily,
 )
 from torch.autograd.function import BackwardCFunction
@@ -32,12 +33,15 @@ __all__ = [
     "fake_like",
     "fake_parameter",
     "fake_tensor",
+    "fake_view",
     "is_compiled",
     "is_functorch_tensor",
     "no_torch_function",
     "storage_key",
+    "tensor_methods",
     "tree_flatten_with_path",
     "tree_leaves",
+    "tree_map",
     "unset_fake",
 ]
 
@@ -45,6 +49,7 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, Uns
 """What a fake tensor raises when a result depends on values it does not have."""
 
 tree_leaves = _pytree.tree_leaves
+tree_map = _pytree.tree_map
 unset_fake = unset_fake_temporarily
 no_torch_function = torch._C.DisableTorchFunction
 
@@ -82,6 +87,30 @@ def fake_tensor(
     with unset_fake_temporarily():
         meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     return FakeTensor(mode, meta, device)
+
+
+def fake_view(
+    mode: FakeTensorMode, base: torch.Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int,
+    device: torch.device,
+) -> torch.Tensor:  # fmt: skip
+    """A fake tensor on the memory of ``base``, as a view function would give (a quarter of a dispatched view's time).
+
+    In-place work on either is seen in the ``_version`` of both.
+    """
+    with in_kernel_invocation_manager(mode), torch.no_grad():
+        meta = torch.as_strided(base, shape, stride, offset)
+    return FakeTensor(mode, meta, device)
+
+
+def tensor_methods() -> dict[Any, str]:
+    """The methods of tensors by the function that ``__torch_function__`` is given for them."""
+    found: dict[Any, str] = {}
+    for name in dir(torch.Tensor):
+        method = getattr(torch.Tensor, name)
+        if type(method).__name__ in ("method_descriptor", "wrapper_descriptor", "function"):
+            mine = getattr(torch.Tensor, getattr(method, "__name__", name), None)
+            found[method] = method.__name__ if mine == method else name
+    return found
 
 
 def fake_parameter(mode: FakeTensorMode, parameter: torch.nn.Parameter, device: torch.device) -> torch.Tensor:

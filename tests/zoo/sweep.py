@@ -150,7 +150,11 @@ def attempt(model_type: str, task: str) -> tuple[str, str]:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"[:240], ""
 
 
-def _work(connection: Any) -> None:
+Answer = Callable[[str, str], tuple[str, str]]
+"""What a worker does with (model type, task): (why it failed or "", what else is worth knowing or "")."""
+
+
+def _work(connection: Any, answer: Answer) -> None:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     while True:
@@ -158,27 +162,28 @@ def _work(connection: Any) -> None:
             asked = connection.recv()
         except EOFError:
             return
-        connection.send(attempt(*asked))
+        connection.send(answer(*asked))
 
 
 class Worker:
     """One process that answers pairs, replaced when it hangs or dies."""
 
-    def __init__(self) -> None:
+    def __init__(self, answer: Answer = attempt, seconds: int = SECONDS) -> None:
         self.process: Any = None
+        self.answer, self.seconds = answer, seconds
 
     def attempt(self, model_type: str, task: str) -> tuple[str, str]:
         if self.process is None:
             context = mp.get_context("spawn")
             self.connection, theirs = context.Pipe()
-            self.process = context.Process(target=_work, args=(theirs,), daemon=True)
+            self.process = context.Process(target=_work, args=(theirs, self.answer), daemon=True)
             self.process.start()
             theirs.close()
         try:
             self.connection.send((model_type, task))
-            if self.connection.poll(SECONDS):
+            if self.connection.poll(self.seconds):
                 return self.connection.recv()
-            failure = f"not done in {SECONDS} s"
+            failure = f"not done in {self.seconds} s"
         except (EOFError, OSError):
             self.process.join()
             failure = f"the process died with exit code {self.process.exitcode}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch import fx, nn
 from merak_like._compat import FakeTensorMode, fake_like
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.tracer.assemble import assemble
-from merak_like.partitioner.tracer.calls import Calls, ModuleCall, routed
-from merak_like.partitioner.tracer.draft import Descend, Draft
+from merak_like.partitioner.tracer.calls import Calls, Choices, ModuleCall, routed
+from merak_like.partitioner.tracer.draft import CannotStayWhole, Descend, Draft, ReadsData
 from merak_like.partitioner.tracer.errors import TraceError
 from merak_like.partitioner.tracer.example import LossFn, arguments, find_loss, leaves, name_of, replace_tensors
 from merak_like.partitioner.tracer.fakes import (
@@ -26,9 +26,12 @@ from merak_like.partitioner.tracer.fakes import (
     changed_attributes,
     clean_caches,
     fake_model,
+    no_garbage,
     plain_attributes,
 )
 from merak_like.partitioner.tracer.recorder import Recorder
+from merak_like.partitioner.tracer.repeatable import accept_changes, surely
+from merak_like.partitioner.tracer.writer import Writer
 
 __all__ = ["LossFn", "Trace", "TraceError", "trace"]
 
@@ -72,23 +75,53 @@ def trace(
     if torch.is_inference_mode_enabled():
         raise TraceError("tracing under torch.inference_mode() would record no gradients: leave that context")
     where = torch.device(device) if device is not None else _device_of(model)
-    descend: set[str] = set()
-    whole = set(atomic)
+    return surely(lambda: _with_choices(model, example, loss_fn, Choices(frozenset(atomic)), where))
+
+
+def _with_choices(
+    model: nn.Module, example: Any, loss_fn: LossFn | None, choices: Choices, device: torch.device
+) -> Trace:
+    """Begin again with another choice wherever the model turns out to need one."""
     memo = True
     while True:
         try:
-            return _trace(model, example, loss_fn, frozenset(whole), frozenset(descend), where, memo)
+            return _trace(model, example, loss_fn, choices, device, memo)
+        except KeepWhole as keep:
+            choices = replace(choices, atomic=choices.atomic | keep.paths)
+        except Descend as leaf:
+            path = str(leaf)
+            if path in choices.descend:
+                raise TraceError(f"a tensor made inside {path} is used outside it, past its results") from None
+            choices = replace(choices, descend=choices.descend | {path})
+        except ReadsData as reads:
+            choices = _rehearse(model, choices, reads.path, reads.error)
+        except CannotStayWhole as cannot:
+            choices = _rehearse(model, choices, cannot.caller, cannot.error, instead_of=cannot.path)
         except RuntimeError:
             if not memo:
                 raise
             memo = False  # see memo.py: the model may need real autograd history
-        except KeepWhole as keep:
-            whole |= keep.paths
-        except Descend as leaf:
-            path = str(leaf)
-            if path in descend:
-                raise TraceError(f"a tensor made inside {path} is used outside it, past its results") from None
-            descend.add(path)
+
+
+def _rehearse(model: nn.Module, choices: Choices, path: str, error: TraceError, instead_of: str = "") -> Choices:
+    """Keep a module whole that looks at its data, and all others of its class. Raises the error for a large part."""
+    modules = dict(model.named_modules())
+    module = modules.get(path)
+    if not path or module is None or path in choices.rehearse or _share(model, module) > LARGEST_SHARE:
+        raise error
+    alike = {path}
+    if not type(module).__module__.startswith("torch."):
+        alike |= {p for p, m in modules.items() if type(m) is type(module)}
+    inner = {p for p in choices.rehearse if type(modules[p]) is type(modules.get(instead_of))}
+    return replace(choices, rehearse=(choices.rehearse - inner) | alike)
+
+
+LARGEST_SHARE = 0.6
+"""Of a model's parameters: a module that holds more is no piece of it, and keeping it whole leaves nothing to cut."""
+
+
+def _share(model: nn.Module, module: nn.Module) -> float:
+    return sum(p.numel() for p in module.parameters()) / max(1, sum(p.numel() for p in model.parameters()))
 
 
 class KeepWhole(Exception):
@@ -105,50 +138,29 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _trace(
-    model: nn.Module, example: Any, loss_fn: LossFn | None, atomic: frozenset[str], descend: frozenset[str],
-    device: torch.device, memo: bool,
-) -> Trace:  # fmt: skip
+    model: nn.Module, example: Any, loss_fn: LossFn | None, choices: Choices, device: torch.device, memo: bool
+) -> Trace:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_model(model, mode, device) as fake:
+    with no_garbage(), fake_model(model, mode, device) as fake:
         before = plain_attributes(model)
-        recorder, calls, outputs = _record(model, fake, mode, example, loss_fn, atomic, descend, device, memo)
-        leaf_paths = {c.path for c in calls.calls if c.opaque == "a leaf"}
-        changed = [n for n in changed_attributes(model, before) if n.rpartition(".")[0] not in leaf_paths]
-        if (
-            changed
-        ):  # a second pass from the changed state must come to rest, or the model behaves differently each step
+        recorder, calls, outputs = _record(model, fake, example, loss_fn, choices, device, memo)
+        ours = {c.path for c in calls.calls if c.opaque == "a leaf"}
+        if any(name.rpartition(".")[0] not in ours for name in changed_attributes(model, before)):
+            # A second pass from the changed state must come to rest, or the model behaves differently each step.
             before, first = plain_attributes(model), recorder
-            recorder, calls, outputs = _record(model, fake, mode, example, loss_fn, atomic, descend, device, memo)
-            again = [
-                n for n in changed_attributes(model, before, tensors=False) if n.rpartition(".")[0] not in leaf_paths
-            ]
-            owners = {n.rpartition(".")[0] for n in again} - atomic
+            recorder, calls, outputs = _record(model, fake, example, loss_fn, choices, device, memo)
+            again = [n for n in changed_attributes(model, before, tensors=False) if n.rpartition(".")[0] not in ours]
+            owners = {n.rpartition(".")[0] for n in again} - choices.atomic
             if "" in owners:
-                unread = [n for n in again if "." not in n]
-                _same_ops(first, recorder, unread)
-                warnings.warn(
-                    f"forward changes the attributes {unread} of the model itself at every call; they did not change what it "
-                    "computes, and training will leave them alone",
-                    stacklevel=4,
-                )
-                owners.discard("")
-            if owners:
+                accept_changes(first.writer.graph, recorder.writer.graph, [n for n in again if "." not in n])
+            if owners := owners - {""}:
                 raise KeepWhole(owners)
-        graph = assemble(recorder, calls.calls, fake, outputs, type(model).__name__)
+        graph = assemble(recorder.writer, calls.calls, fake, outputs, type(model).__name__)
+    writer = recorder.writer
     return Trace(
-        graph, recorder.graph, tuple(calls.calls), recorder.constants,
-        {node.name: node.meta["path"] for node in recorder.inputs}, device, _state(device), model.training,
+        graph, writer.graph, tuple(calls.calls), writer.constants,
+        {node.name: node.meta["path"] for node in writer.inputs}, device, _state(device), model.training,
     )  # fmt: skip
-
-
-def _same_ops(first: Recorder, second: Recorder, attributes: list[str]) -> None:
-    """Raise TraceError if the model computed something else once its attributes had changed."""
-    one, two = ([(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in r.graph.nodes] for r in (first, second))
-    if one != two:
-        raise TraceError(
-            f"forward changes the attributes {attributes} of the model and computes something else at the next call: a "
-            "recorded graph cannot follow; register them as buffers, or move them into a sub-module, which can stay whole"
-        )
 
 
 def _state(device: torch.device) -> tuple[Any, ...]:
@@ -156,20 +168,20 @@ def _state(device: torch.device) -> tuple[Any, ...]:
 
 
 def _record(
-    model: nn.Module, fake: FakeModel, mode: FakeTensorMode, example: Any, loss_fn: LossFn | None,
-    atomic: frozenset[str], descend: frozenset[str], device: torch.device, memo: bool,
+    model: nn.Module, fake: FakeModel, example: Any, loss_fn: LossFn | None, choices: Choices, device: torch.device,
+    memo: bool,
 ) -> tuple[Recorder, Calls, dict[str, str]]:  # fmt: skip
     """One forward pass on fake tensors; the names of the output values, loss first."""
-    recorder = Recorder(fake, device, mode, memo)
-    calls = Calls(recorder, model, atomic, descend)
-    batch = _inputs(recorder, mode, example)
+    recorder = Recorder(fake, device, memo)
+    calls = Calls(recorder, choices)
+    batch = _inputs(recorder.writer, fake, example)
     passed = arguments(model, batch, loss_fn is not None)
     with (
         warnings.catch_warnings(),
         clean_caches(),
         torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda t: t),
-        mode,
+        torch.autograd.graph.saved_tensors_hooks(recorder.costs.pack, lambda t: t),
+        fake.mode,
         routed(calls),
         recorder,
     ):
@@ -178,32 +190,31 @@ def _record(
         loss = find_loss(outputs, model) if loss_fn is None else loss_fn(outputs, batch)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or loss.dim() > 1:
         raise TraceError(f"loss_fn must give a scalar tensor, found {getattr(loss, 'shape', type(loss).__name__)}")
-    names = {"loss": recorder.nodes[id(loss)].name}
+    names = {"loss": recorder.writer.nodes[id(loss)].name}
     for path, leaf in leaves(outputs).items():
-        node = recorder.nodes.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None
+        node = recorder.writer.nodes.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None
         if node is not None and leaf is not loss:
             names[name_of(path).removeprefix("batch_") if path else "output"] = node.name
     return recorder, calls, names
 
 
-def _inputs(recorder: Recorder, mode: FakeTensorMode, example: Any) -> Any:
+def _inputs(writer: Writer, fake: FakeModel, example: Any) -> Any:
     """A placeholder and a fake tensor for each tensor of the example."""
-    names = {id(leaf): name_of(path) for path, leaf in leaves(example).items() if isinstance(leaf, torch.Tensor)}
     paths = {id(leaf): path for path, leaf in leaves(example).items() if isinstance(leaf, torch.Tensor)}
     made: dict[int, torch.Tensor] = {}
 
     def new(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) in made:
             return made[id(tensor)]
-        fake = fake_like(mode, tensor.detach(), recorder.device)
-        fake.requires_grad_(tensor.requires_grad)
-        node = recorder.graph.placeholder(names[id(tensor)])
-        node.meta.update(index=len(recorder.drafts), path=paths[id(tensor)], changes=())
-        recorder.inputs[node] = tensor
+        stand_in = fake_like(fake.mode, tensor.detach(), writer.device)
+        stand_in.requires_grad_(tensor.requires_grad)
+        node = writer.graph.placeholder(name_of(paths[id(tensor)]))
+        node.meta.update(index=len(writer.drafts), path=paths[id(tensor)])
+        writer.inputs[node] = tensor
         draft = Draft(node.name, "input", node.name, "", node)
-        recorder.drafts.append(draft)
-        recorder.adopt(draft, node, fake)
-        made[id(tensor)] = fake
-        return fake
+        writer.drafts.append(draft)
+        writer.adopt(draft, node, stand_in)
+        made[id(tensor)] = stand_in
+        return stand_in
 
     return replace_tensors(example, new)

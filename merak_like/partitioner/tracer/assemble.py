@@ -1,4 +1,4 @@
-"""From the recorder's drafts to the frozen proxy graph."""
+"""From the writer's drafts to the frozen proxy graph."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from merak_like.partitioner.tracer.calls import ModuleCall
 from merak_like.partitioner.tracer.draft import Draft
 from merak_like.partitioner.tracer.errors import TraceError
 from merak_like.partitioner.tracer.fakes import FakeModel
-from merak_like.partitioner.tracer.recorder import Recorder
+from merak_like.partitioner.tracer.writer import Writer
 
 
 def assemble(
-    recorder: Recorder, calls: Sequence[ModuleCall], fake: FakeModel, outputs: Mapping[str, str], model: str
+    writer: Writer, calls: Sequence[ModuleCall], fake: FakeModel, outputs: Mapping[str, str], model: str
 ) -> ProxyGraph:
     """Freeze what was recorded. Raises TraceError for an atomic module that cannot stay whole."""
     for call in calls:
         if call.atomic and call.opaque and call.stop > call.first:
             raise TraceError(
-                f"{call.path or 'the model'} must stay whole (it is compiled, has backward hooks or was named atomic), but "
-                f"{call.opaque}: apply that to a smaller module"
+                f"{call.path or 'the model'} must stay whole (it is compiled, has backward hooks or was named atomic), "
+                f"but {call.opaque}: apply that to a smaller module"
             )
     return ProxyGraph(
-        ops=tuple(_op(draft) for draft in recorder.drafts),
+        ops=tuple(_op(draft) for draft in writer.drafts),
         parameters=fake.parameters,
         calls=tuple(Call(c.path, c.type, c.first, c.stop, c.depth) for c in calls if c.stop > c.first),
-        pinned=_pinned(recorder, calls, fake),
+        pinned=_pinned(writer, calls, fake),
         outputs=dict(outputs),
         model=model,
     )
@@ -40,17 +40,17 @@ def _op(draft: Draft) -> Op:
     )  # fmt: skip
 
 
-def _pinned(recorder: Recorder, calls: Sequence[ModuleCall], fake: FakeModel) -> tuple[tuple[int, int], ...]:
+def _pinned(writer: Writer, calls: Sequence[ModuleCall], fake: FakeModel) -> tuple[tuple[int, int], ...]:
     """Op intervals that may not be cut.
 
     A tensor changed in place is made in the stage that changes it. What every stage has its own copy of (an input, a
     parameter, a buffer) is changed only if all its readers are in one stage.
     """
-    drafts = recorder.drafts
+    drafts = writer.drafts
     made: dict[int, int] = {}
     storage: dict[str, int] = {}
     for index, draft in enumerate(drafts):
-        for value, key in zip(draft.outputs, _storages(recorder, draft), strict=True):
+        for value, key in zip(draft.outputs, _storages(writer, draft), strict=True):
             made.setdefault(key, index)
             storage[value.name] = key
     own_names = set(fake.names.values())
@@ -69,6 +69,6 @@ def _pinned(recorder: Recorder, calls: Sequence[ModuleCall], fake: FakeModel) ->
     return tuple(sorted(intervals))
 
 
-def _storages(recorder: Recorder, draft: Draft) -> list[int]:
-    by_name = recorder.by_name
+def _storages(writer: Writer, draft: Draft) -> list[int]:
+    by_name = writer.by_name
     return [by_name[value.name].meta["storages"][0] for value in draft.outputs]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,12 @@ from torch import fx, nn
 
 from merak_like._compat import CheckpointFunction, call_module, compiled_function_stance, is_compiled
 from merak_like.partitioner.tracer.counting import tensors_in
-from merak_like.partitioner.tracer.draft import Draft
+from merak_like.partitioner.tracer.draft import CannotStayWhole, Draft
 from merak_like.partitioner.tracer.encode import Attribute, Opaque, encode, results
 from merak_like.partitioner.tracer.errors import TraceError
 from merak_like.partitioner.tracer.recorder import Recorder
+from merak_like.partitioner.tracer.rehearsal import rehearse
+from merak_like.partitioner.tracer.writer import outputs_of
 
 _ONE_TRACE = threading.RLock()
 """Tracing replaces ``nn.Module.__call__`` for the whole process while it runs."""
@@ -40,6 +42,18 @@ class ModuleCall:
     """Why the call cannot be one node; empty when it can."""
 
 
+@dataclass(frozen=True)
+class Choices:
+    """Paths of modules that are not recorded the usual way."""
+
+    atomic: frozenset[str] = frozenset()
+    """Stay whole in the code; also class names."""
+    descend: frozenset[str] = frozenset()
+    """Childless, but recorded inside."""
+    rehearse: frozenset[str] = frozenset()
+    """One op each, run for real because they look at their data."""
+
+
 class CustomFunction:
     """A custom autograd function as a node's target: calls ``apply``, so that its own backward is kept."""
 
@@ -56,111 +70,130 @@ class CustomFunction:
 class Calls:
     """Routes module calls into the recorder."""
 
-    def __init__(self, recorder: Recorder, model: nn.Module, atomic: Collection[str], descend: Collection[str]) -> None:
-        self.recorder = recorder
-        self.paths: dict[int, str] = {}
-        for path, module in model.named_modules():
-            self.paths.setdefault(id(module), path)
-        self.atomic = atomic
-        self.descend = descend
+    def __init__(self, recorder: Recorder, choices: Choices) -> None:
+        self.recorder, self.writer, self.costs = recorder, recorder.writer, recorder.costs
+        self.paths = recorder.writer.fake.paths
+        self.choices = choices
         self.calls: list[ModuleCall] = []
-        self.depth = 0
+        self.open: list[ModuleCall] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Stands for ``nn.Module.__call__`` during the trace."""
         path = self.paths.get(id(module))
-        if self.recorder.quiet or path is None:
+        if self.recorder.quiet:
             return call_module(module, *args, **kwargs)
-        if not any(True for _ in module.children()) and path not in self.descend and path:
+        if path is None:
+            for call in self.open:
+                call.opaque = call.opaque or "it makes modules in its forward"
+            return call_module(module, *args, **kwargs)
+        if path in self.choices.rehearse:
+            return self.leaf(module, path, args, kwargs)
+        if path and not module._modules and path not in self.choices.descend:
             return self.leaf(module, path, args, kwargs)
         return self.inside(module, path, args, kwargs)
 
     def leaf(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One op for the whole call."""
-        rec = self.recorder
+        writer, costs = self.writer, self.costs
+        rehearsed = path in self.choices.rehearse
         draft = Draft("", "module", path, path)
         try:
-            rec.emit(draft, "call_module", path, args, kwargs)
-        except Opaque:
+            writer.emit(draft, "call_module", path, args, kwargs)
+        except Opaque as error:
+            if rehearsed:
+                raise CannotStayWhole(path, writer.scope[-1], TraceError(f"{path} is called with {error}")) from None
             return self.inside(module, path, args, kwargs)
-        before = rec.current
-        rec.current = draft
+        before, costs.current = costs.current, draft
         own = [*module.parameters(), *module.buffers()]
-        watched = [*tensors_in(args), *tensors_in(dict(kwargs)), *own]
-        versions = [t._version for t in watched]
         with self.silent(path):
-            out = call_module(module, *args, **kwargs)
+            if rehearsed:
+                out, changed = self.rehearse(draft, module, path, args, kwargs)
+            else:
+                watched = [*tensors_in(args), *tensors_in(kwargs), *own]
+                versions = [t._version for t in watched]
+                out = call_module(module, *args, **kwargs)
+                changed = [t for t, v in zip(watched, versions, strict=True) if t._version != v]
         try:
-            found = results(out)
-        except Opaque:  # it hides tensors in an object: take the op back and record its inside
-            rec.graph.erase_node(draft.node)
-            rec.current = before
+            found = outputs_of(out) or results(out)
+        except Opaque as error:  # it hides tensors in an object: take the op back and record its inside
+            if rehearsed:
+                raise CannotStayWhole(path, writer.scope[-1], TraceError(f"{path} gives {error}")) from None
+            assert draft.node is not None
+            writer.graph.erase_node(draft.node)
+            costs.current = before
             return self.inside(module, path, args, kwargs)
         for tensor in own:
-            rec.reference(tensor, draft)
-        changed = [t for t, v in zip(watched, versions, strict=True) if t._version != v]
-        self.calls.append(ModuleCall(path, type(module).__qualname__, len(rec.drafts), self.depth, False, rec.state()))
-        rec.finish(draft, found, changed)
-        self.calls[-1].stop = len(rec.drafts)
-        self.calls[-1].opaque = "a leaf"
+            writer.reference(tensor, draft)
+        call = ModuleCall(path, type(module).__qualname__, len(writer.drafts), len(self.open), False, writer.state())
+        writer.finish(draft, found, changed)
+        call.stop = len(writer.drafts)
+        call.opaque = "a leaf"
+        self.calls.append(call)
         return out
+
+    def rehearse(self, draft: Draft, module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """What a module that looks at its data gives and changes."""
+        try:
+            done = rehearse(self.recorder, draft, lambda a, k: call_module(module, *a, **k), module, args, kwargs)
+        except TraceError as error:
+            raise CannotStayWhole(path, self.writer.scope[-2], error) from error
+        return done.out, done.changed
 
     def inside(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Record what the module does, and remember the call."""
-        rec = self.recorder
+        writer = self.writer
         kind = type(getattr(module, "_orig_mod", module))
         hooked = bool(module._backward_hooks or module._backward_pre_hooks)
-        atomic = is_compiled(module) or hooked or path in self.atomic or kind.__name__ in self.atomic
-        call = ModuleCall(path, kind.__qualname__, len(rec.drafts), self.depth, atomic, rec.state())
+        atomic = is_compiled(module) or hooked or path in self.choices.atomic or kind.__name__ in self.choices.atomic
+        call = ModuleCall(path, kind.__qualname__, len(writer.drafts), len(self.open), atomic, writer.state())
         self.calls.append(call)
         try:
-            call.args = encode(tuple(args), rec.reference, _no_objects)
-            call.kwargs = encode(dict(kwargs), rec.reference, _no_objects)
+            call.args = encode(tuple(args), writer.reference, _no_objects)
+            call.kwargs = encode(dict(kwargs), writer.reference, _no_objects)
         except Opaque as error:
             call.opaque = f"it is called with {error}"
-        rec.scope.append(path)
-        self.depth += 1
+        writer.scope.append(path)
+        self.open.append(call)
         try:
             out = _without_backward_hooks(module, args, kwargs) if hooked else call_module(module, *args, **kwargs)
         finally:
-            rec.scope.pop()
-            self.depth -= 1
-        call.stop = len(rec.drafts)
+            writer.scope.pop()
+            self.open.pop()
+        call.stop = len(writer.drafts)
         try:
-            call.outputs = [(p, rec.reference(t)) for p, t in results(out)]
+            call.outputs = [(p, writer.reference(t)) for p, t in results(out)]
         except Opaque as error:
             call.opaque = call.opaque or f"it gives {error}"
         return out
 
     def function(self, cls: type, original: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Stands for ``torch.autograd.Function.apply``: one op that keeps its own backward."""
-        rec = self.recorder
-        if rec.quiet:
+        writer = self.writer
+        if self.recorder.quiet:
             return original(*args)
         if cls is CheckpointFunction:  # recomputing is the plan's business: record what is checkpointed
             return args[0](*args[2:])
-        draft = Draft("", "function", f"{cls.__module__}.{cls.__qualname__}", rec.scope[-1], custom=True)
-        rec.emit(draft, "call_function", CustomFunction(cls), args, {})
-        rec.current = draft
+        draft = Draft("", "function", f"{cls.__module__}.{cls.__qualname__}", writer.scope[-1], custom=True)
+        writer.emit(draft, "call_function", CustomFunction(cls), args, {})
+        self.costs.current = draft
         watched = tensors_in(args)
         versions = [t._version for t in watched]
-        with self.silent(rec.scope[-1]):
+        with self.silent(writer.scope[-1]):
             out = original(*args)
         changed = [t for t, v in zip(watched, versions, strict=True) if t._version != v]
-        rec.finish(draft, results(out), changed)
+        writer.finish(draft, results(out), changed)
         return out
 
     @contextmanager
     def silent(self, path: str) -> Iterator[None]:
         """Inside a leaf nothing is recorded, only counted."""
-        rec = self.recorder
-        rec.quiet += 1
-        rec.scope.append(path)
+        self.recorder.quiet += 1
+        self.writer.scope.append(path)
         try:
             yield
         finally:
-            rec.scope.pop()
-            rec.quiet -= 1
+            self.writer.scope.pop()
+            self.recorder.quiet -= 1
 
 
 def _no_objects(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from merak_like._compat import storage_key
+from merak_like.partitioner.tracer.words import in_place
 
 Counter = Callable[[Sequence[Any], Mapping[str, Any], torch.Tensor], int]
 
@@ -69,23 +70,33 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     """The tensors of plain nested arguments (fast: no registry look-ups)."""
     if isinstance(tree, torch.Tensor):
         return [tree]
-    if isinstance(tree, (tuple, list)):
-        return [t for item in tree for t in tensors_in(item)]
+    found: list[torch.Tensor] = []
+    if isinstance(tree, (tuple, list, dict, slice)):
+        _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[torch.Tensor]) -> None:
     if isinstance(tree, dict):
-        return [t for item in tree.values() for t in tensors_in(item)]
-    if isinstance(tree, slice):
-        return tensors_in((tree.start, tree.stop, tree.step))
-    return []
+        tree = tree.values()
+    elif isinstance(tree, slice):
+        tree = (tree.start, tree.stop, tree.step)
+    for item in tree:
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list, dict, slice)):
+            _collect(item, found)
 
 
 def count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], outs: Sequence[torch.Tensor]) -> tuple[int, int]:
     """Flops and bytes moved by one call; a call that only makes views moves nothing and counts nothing."""
-    ins = tensors_in(args) + tensors_in(kwargs)
     if not outs:
         return 0, 0
-    storages = {storage_key(t) for t in ins}
-    if not name.endswith("_") and all(storage_key(t) in storages for t in outs):
-        return 0, 0
+    ins = tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)
+    if not in_place(name):
+        storages = {storage_key(t) for t in ins}
+        if all(storage_key(t) in storages for t in outs):
+            return 0, 0
     moved = sum(t.numel() * t.element_size() for t in (*ins, *outs))
     if name == "embedding":  # reads only the rows it looks up
         moved = 2 * outs[0].numel() * outs[0].element_size()

@@ -1,4 +1,4 @@
-"""An op while it is being recorded."""
+"""An op while it is being recorded, and the reasons to begin again."""
 
 from __future__ import annotations
 
@@ -7,10 +7,27 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from merak_like.partitioner.graph import Value
+from merak_like.partitioner.tracer.errors import TraceError
 
 
 class Descend(Exception):
     """A module recorded as a leaf lets a tensor escape: trace again with its inside recorded."""
+
+
+class ReadsData(Exception):
+    """A module asks for data that is not known: trace again with that module kept whole and run for real."""
+
+    def __init__(self, path: str, error: TraceError) -> None:
+        super().__init__(path)
+        self.path, self.error = path, error
+
+
+class CannotStayWhole(Exception):
+    """A module that should be kept whole and run for real cannot: its caller may."""
+
+    def __init__(self, path: str, caller: str, error: TraceError) -> None:
+        super().__init__(path)
+        self.path, self.caller, self.error = path, caller, error
 
 
 @dataclass

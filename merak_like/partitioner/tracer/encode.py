@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import BuiltinFunctionType, EllipsisType, FunctionType, NoneType
 from typing import Any
 
+import numpy as np
 import torch
 
 from merak_like._compat import tree_flatten_with_path
@@ -37,9 +38,11 @@ def encode(item: Any, of_tensor: Callable[[torch.Tensor], Any], of_object: Calla
     """
     if isinstance(item, torch.Tensor):
         return of_tensor(item)
+    kind = type(item)
+    if isinstance(item, np.generic):  # code would need numpy to write it down; torch takes it for a Python number
+        return item.item()
     if isinstance(item, CONSTANTS):
         return item
-    kind = type(item)
     if kind is tuple or kind is torch.Size:
         return tuple(encode(x, of_tensor, of_object) for x in item)
     if kind is list:

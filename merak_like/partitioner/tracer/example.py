@@ -58,8 +58,8 @@ def arguments(model: nn.Module, batch: Any, has_loss_fn: bool) -> Arguments:
             return Arguments((), {k: v for k, v in batch.items() if k in names})
         if not accepts_any and (unknown := sorted(set(batch) - names)):
             raise TraceError(
-                f"{type(model).__name__}.forward has no arguments {unknown} (it takes {sorted(names)}): leave them out, "
-                "or give a loss_fn(outputs, batch) that uses them"
+                f"{type(model).__name__}.forward has no arguments {unknown} (it takes {sorted(names)}): leave them "
+                "out, or give a loss_fn(outputs, batch) that uses them"
             )
         return Arguments((), dict(batch))
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
@@ -85,8 +85,8 @@ def find_loss(outputs: Any, model: nn.Module) -> torch.Tensor:
     if not isinstance(loss, torch.Tensor) or loss.dim() > 1 or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else "none"
         raise TraceError(
-            f"{type(model).__name__} should give a scalar loss, found {found} in its {type(outputs).__name__}: put labels "
-            "into the example, or give loss_fn(outputs, batch)"
+            f"{type(model).__name__} should give a scalar loss, found {found} in its {type(outputs).__name__}: put "
+            "labels into the example, or give loss_fn(outputs, batch)"
         )
     return loss
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -26,8 +26,16 @@ class FakeModel:
     parameters: tuple[Parameter, ...]
     tensors: tuple[torch.Tensor, ...]
     """Keeps the fakes alive, so that their ids stay theirs."""
+    originals: Mapping[int, torch.Tensor]
+    """``id`` of each fake tensor to the parameter or buffer it stands for."""
+    lasting: Mapping[str, torch.Tensor]
+    """The buffers and frozen parameters that have data, by their first name."""
+    paths: Mapping[int, str]
+    """``id`` of each of the model's modules to its first path."""
+    mode: FakeTensorMode
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
@@ -55,14 +63,17 @@ def describe(model: nn.Module) -> tuple[Parameter, ...]:
 @contextmanager
 def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iterator[FakeModel]:
     """Swap every parameter and buffer for a fake one; on leaving, every module's attributes are as before."""
-    modules = list(model.modules())
-    before = [(m, dict(m.__dict__), _registries(m)) for m in modules]
+    named = list(model.named_modules())
+    before = [(m, dict(m.__dict__), _registries(m)) for _, m in named]
+    belongings = _belongings(m for _, m in named)
     parameters = describe(model)
     canonical = {alias: p.name for p in parameters for alias in (p.name, *p.tied)}
     fakes: dict[int, torch.Tensor] = {}
     names: dict[int, str] = {}
+    originals: dict[int, torch.Tensor] = {}
+    lasting: dict[str, torch.Tensor] = {}
     try:
-        for path, module in model.named_modules():
+        for path, module in named:
             for registry in ("_parameters", "_buffers"):
                 entries = module.__dict__[registry]
                 for key, tensor in entries.items():
@@ -72,11 +83,15 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> 
                     if fake is None:
                         make = fake_parameter if isinstance(tensor, nn.Parameter) else fake_like
                         fake = make(mode, tensor, device)
-                        fakes[id(tensor)] = fake
-                        names[id(fake)] = canonical[f"{path}.{key}" if path else key]
+                        name = canonical[f"{path}.{key}" if path else key]
+                        fakes[id(tensor)], originals[id(fake)], names[id(fake)] = fake, tensor, name
+                        if not tensor.requires_grad and tensor.device.type != "meta":
+                            lasting[name] = tensor.detach()
                     entries[key] = fake
-        buffers = frozenset(p.name for p in parameters if p.buffer)
-        yield FakeModel(names, buffers, parameters, tuple(fakes.values()))
+        yield FakeModel(
+            names, frozenset(p.name for p in parameters if p.buffer), parameters, tuple(fakes.values()), originals,
+            lasting, {id(m): path for path, m in named}, mode,
+        )  # fmt: skip
     finally:
         for module, attributes, registries in before:
             module.__dict__.clear()
@@ -84,16 +99,49 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> 
             for name, entries in registries.items():
                 module.__dict__[name].clear()
                 module.__dict__[name].update(entries)
+        for owned, content in belongings:
+            _restore(owned, content)
+
+
+def _belongings(modules: Iterable[nn.Module]) -> list[tuple[Any, Any]]:
+    """The containers and objects (configs) that modules hold, each with a shallow copy of its content."""
+    found: dict[int, tuple[Any, Any]] = {}
+    for module in modules:
+        for key, item in module.__dict__.items():
+            if _of_torch(key) or id(item) in found or isinstance(item, (nn.Module, torch.Tensor, type)):
+                continue
+            if type(item) in (list, dict, set):
+                found[id(item)] = (item, item.copy())
+            elif isinstance(getattr(item, "__dict__", None), dict) and not callable(item):
+                found[id(item)] = (item, dict(item.__dict__))
+    return list(found.values())
+
+
+def _restore(owned: Any, content: Any) -> None:
+    if type(owned) is list:
+        owned[:] = content
+        return
+    inner = owned if type(owned) in (dict, set) else owned.__dict__
+    if type(inner) is set or inner.keys() != content.keys() or any(inner[k] is not content[k] for k in content):
+        inner.clear()
+        inner.update(content)
+
+
+@contextmanager
+def no_garbage() -> Iterator[None]:
+    """Leave cyclic garbage for later: a trace makes many objects and drops almost none."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @contextmanager
 def clean_caches() -> Iterator[None]:
-    """Forget what ``functools.lru_cache`` kept during the trace: a cached fake tensor would poison real runs.
-
-    Cyclic garbage is left for later: a trace makes many objects and drops almost none.
-    """
-    collecting = gc.isenabled()
-    gc.disable()
+    """Forget what ``functools.lru_cache`` kept during the trace: a cached fake tensor would poison real runs."""
     before = {id(cache): cache.cache_info().misses for cache in _caches()}
     try:
         yield
@@ -101,8 +149,6 @@ def clean_caches() -> Iterator[None]:
         for cache in _caches():
             if cache.cache_info().misses != before.get(id(cache), 0):
                 cache.cache_clear()
-        if collecting:
-            gc.enable()
 
 
 def _caches() -> list[Any]:
@@ -120,7 +166,7 @@ def changed_attributes(
         for path, attributes in after.items()
         for key, value in attributes.items()
         if (tensors or not isinstance(value, torch.Tensor))
-        and (key not in before[path] or not _same(before[path][key], value))
+        and not (key in (was := before.get(path, {})) and _same(was[key], value))
     )
 
 

@@ -16,12 +16,20 @@ class Unknowable(Exception):
     """The value depends on weights or on random numbers, so it has no value that holds for every step."""
 
 
+class Chance(Unknowable):
+    """The value depends on random numbers."""
+
+
 class Shadow:
     """Evaluates nodes of a graph under construction with the example's real tensors."""
 
-    def __init__(self, inputs: Mapping[fx.Node, torch.Tensor], constants: Mapping[str, Any]) -> None:
+    def __init__(
+        self, inputs: Mapping[fx.Node, torch.Tensor], constants: Mapping[str, Any], lasting: Mapping[str, torch.Tensor]
+    ) -> None:
         self.inputs = inputs
         self.constants = constants
+        self.lasting = lasting
+        """Real buffers and frozen parameters by name: as good as constants while nothing changes them."""
 
     def value(self, node: fx.Node) -> torch.Tensor:
         """The tensor a node stands for. Raises Unknowable if it depends on parameters, activations or chance."""
@@ -31,7 +39,7 @@ class Shadow:
             if any(n.meta.get("random") for n in order):
                 high = self._run(order, node, lambda t: torch.full_like(t, 1 - 2**-24))
                 if not torch.equal(low, high):
-                    raise Unknowable("it depends on random numbers (layer drop? set its probability to 0)")
+                    raise Chance("it depends on random numbers (layer drop? set its probability to 0)")
             return low
 
     def _slice(self, node: fx.Node) -> list[fx.Node]:
@@ -62,9 +70,10 @@ class Shadow:
                     raise Unknowable("the example has no values: give an example with real tensors")
                 made[node] = self.inputs[node].clone()
             elif node.op == "get_attr":
-                if node.target not in self.constants:
+                name = str(node.target)
+                if name not in self.constants and name not in self.lasting:
                     raise Unknowable("it depends on the model's weights or buffers")
-                made[node] = self.constants[str(node.target)]
+                made[node] = self.constants[name] if name in self.constants else self.lasting[name].clone()
             elif node.op == "call_module":
                 raise Unknowable("it depends on the model's activations")
             elif node.op == "call_method":
@@ -73,7 +82,7 @@ class Shadow:
                 made[node] = node.target(*args, **kwargs)  # type: ignore[operator]
                 if node.meta.get("random"):
                     if getattr(node.target, "__name__", "") not in ("rand", "rand_like"):
-                        raise Unknowable("it depends on random numbers")
+                        raise Chance("it depends on random numbers")
                     made[node] = chance(made[node])
         return made[last]
 

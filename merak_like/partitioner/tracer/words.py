@@ -49,3 +49,14 @@ def draws(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         training = kwargs.get("training", args[2] if name.endswith("dropout") and len(args) > 2 else True)
         return bool(chance) and bool(training)
     return name in RANDOM
+
+
+_IN_PLACE_OPERATORS = frozenset(
+    "__setitem__ __set__ __delitem__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ifloordiv__ __imod__ __ipow__ "
+    "__iand__ __ior__ __ixor__ __ilshift__ __irshift__ __imatmul__".split()
+)
+
+
+def in_place(name: str) -> bool:
+    """Whether a torch function of this name changes its first argument: ``add_``, ``__setitem__``."""
+    return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
