@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from merak_like.cli import main
-from merak_like.partitioner.plan import Plan
+from merak_like.partitioner.mesh import Mesh
+from merak_like.partitioner.plan import Crossing, Plan, StageMemory, StagePlan, Unit
 from tests.plans import make_plan
 
 MERAK = [sys.executable, "-m", "merak_like.cli"]
@@ -266,3 +269,10 @@ def test_hardware_of_ones_own(gpt2: Path, capsys: pytest.CaptureFixture[str]):
 def test_debug_shows_where(folder: Path):
     with pytest.raises(ValueError, match="there is no plan"):
         main(["--debug", "show", "nowhere.json"])
+
+
+def test_the_page_about_plans_names_every_field_and_option(capsys: pytest.CaptureFixture[str]):
+    told = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
+    names = {field.name for kind in (Plan, StagePlan, StageMemory, Crossing, Unit, Mesh) for field in fields(kind)}
+    names |= {option for option in re.findall(r"--[a-z-]+", run(capsys, "plan", "--help")) if option != "--help"}
+    assert [name for name in sorted(names) if f"`{name}`" not in told] == []
