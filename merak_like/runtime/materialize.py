@@ -31,8 +31,8 @@ def materialize(
 ) -> dict[str, nn.Parameter]:
     """Put one stage's tensors on the device and everything else on meta, in place; the stage's parameters by name.
 
-    Tensors that have data keep it. Tensors on meta are read from ``weights`` (a safetensors file or a folder of them) or
-    initialised as the model itself would. Raises ValueError for a tensor that neither can fill.
+    Tensors that have data keep it. Tensors on meta are read from ``weights`` (a safetensors file or a folder of them)
+    or initialised as the model itself would. Raises ValueError for a tensor that neither can fill.
     """
     keep = {*plan.stages[stage].params, *plan.stages[stage].buffers}
     first = {alias: names[0] for names in plan.ties for alias in names}
@@ -41,14 +41,7 @@ def materialize(
         _read(model, {n: t for n, t in _named(model) if first.get(n, n) in keep}, Path(weights), first)
     elif empty:
         _initialise(model, empty, seed, initialise or reset_parameters)
-    parameters = dict(model.named_parameters())
-    return {
-        name: parameters[name] for name in parameters if first.get(name, name) in keep and name not in _later(first)
-    }
-
-
-def _later(first: Mapping[str, str]) -> set[str]:
-    return {alias for alias, name in first.items() if alias != name}
+    return {name: p for name, p in model.named_parameters() if name in keep}
 
 
 def _named(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -102,8 +95,8 @@ def _initialise(model: nn.Module, empty: Collection[str], seed: int, initialise:
     missed = sorted(name for name, tensor in _named(model) if name in versions and tensor._version == versions[name])
     if missed:
         raise ValueError(
-            f"nothing initialises {missed[:5]} of {type(model).__name__}, which is on the meta device: give the module that "
-            "owns them a reset_parameters(), build the model on the CPU, or pass weights=, a folder of safetensors"
+            f"nothing initialises {missed[:5]} of {type(model).__name__}, which is on the meta device: give the module "
+            "that owns them a reset_parameters(), build the model on the CPU, or pass weights=, a folder of safetensors"
         )
 
 

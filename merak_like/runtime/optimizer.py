@@ -37,8 +37,8 @@ def clip(parameters: Iterable[nn.Parameter], norm: float, limit: float) -> None:
     scale = limit / (norm + 1e-6)
     if scale < 1:
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, scale)
+        for gradient in gradients:
+            gradient.mul_(scale)
 
 
 def agree_on(numbers: Mapping[str, float], world: World, watch: Watch) -> dict[str, float]:
@@ -56,6 +56,6 @@ def check_finite(result: StepResult, step: int, bad: list[int]) -> None:
         return
     where = f", in micro-batches {bad} of this rank" if bad else ""
     raise FloatingPointError(
-        f"step {step}: the loss is {result.loss} and the gradient norm {result.grad_norm}{where}; the weights are as they "
-        "were before the step"
+        f"step {step}: the loss is {result.loss} and the gradient norm {result.grad_norm}{where}; the weights are as "
+        "they were before the step"
     )

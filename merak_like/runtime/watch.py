@@ -58,8 +58,8 @@ class Watch:
                 continue
             told = now
             self._report(
-                f"[merak] rank {self.rank} has been waiting {time.monotonic() - now[1]:.0f} s for {now[0]}; it will give "
-                f"up after {self.limit.total_seconds():.0f} s"
+                f"[merak] rank {self.rank} has been waiting {time.monotonic() - now[1]:.0f} s for {now[0]}; it will "
+                f"give up after {self.limit.total_seconds():.0f} s"
             )
 
     @property
