@@ -60,8 +60,8 @@ def auto_parallel(
     ``example`` is one whole batch, as ``engine.step`` will get it; it is cut along dimension 0 into
     ``dp * micro_batches`` micro-batches. The model gives its own loss, or ``loss_fn(outputs, batch)`` does. The model
     may be on the meta device: each rank then makes or reads (``weights``) only its own part. ``optimizer`` is called
-    with this rank's parameters. ``loss_weight(micro_batch)`` counts the items that a micro-batch's loss is the mean of: by
-    default target tokens for Hugging Face language models, else samples. ``plan`` obeys a plan made before.
+    with this rank's parameters. ``loss_weight(micro_batch)`` counts the items that a micro-batch's loss is the mean of:
+    by default target tokens for Hugging Face language models, else samples. ``plan`` obeys a plan made before.
     ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
