@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch._functorch.apis as _functorch_apis
 import torch.utils._pytree as _pytree
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.autograd.function import BackwardCFunction
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
 __all__ = [
@@ -27,9 +29,13 @@ __all__ = [
     "CheckpointFunction",
     "FakeTensor",
     "FakeTensorMode",
+    "TorchDispatchMode",
+    "around_vmap",
+    "as_in_a_real_run",
     "call_module",
     "compiled_call",
     "compiled_function_stance",
+    "converting_modules",
     "fake_like",
     "fake_parameter",
     "fake_tensor",
@@ -141,6 +147,62 @@ def call_module(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return compiled_call(module)(*args, **kwargs)
 
 
+@contextmanager
+def converting_modules(convert: Callable[..., torch.nn.Module]) -> Iterator[None]:
+    """Send what ``Module.to`` and its like do to each tensor through ``convert(module, fn, recurse=True)``."""
+    original = torch.nn.Module._apply
+    torch.nn.Module._apply = convert  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module._apply = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def around_vmap(outermost: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Enter ``outermost()`` around every call of ``torch.vmap`` that is not inside another."""
+    original, depth = _functorch_apis.vmap_impl, [0]
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        depth[0] += 1
+        try:
+            with outermost() if depth[0] == 1 else nullcontext():
+                return original(*args, **kwargs)
+        finally:
+            depth[0] -= 1
+
+    _functorch_apis.vmap_impl = wrapped
+    try:
+        yield
+    finally:
+        _functorch_apis.vmap_impl = original
+
+
 def compiled_function_stance() -> AbstractContextManager[Any]:
     """Run functions wrapped by ``torch.compile`` eagerly; costs nothing where nothing is compiled."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def as_in_a_real_run() -> Iterator[Callable[[], bool]]:
+    """Libraries that look for fake tensors see none, so that they choose kernels and masks as in a real run.
+
+    transformers builds a full attention mask for fake tensors, which keeps the flash kernels out, and skips checks of
+    the batch. Yields whether anybody asked.
+    """
+    module = sys.modules.get("transformers.utils.import_utils")
+    asked = False
+
+    def no(_: object) -> bool:
+        nonlocal asked
+        asked = True
+        return False
+
+    before = getattr(module, "is_fake_tensor", None)
+    if before is not None:
+        setattr(module, "is_fake_tensor", no)  # noqa: B010
+    try:
+        yield lambda: asked
+    finally:
+        if before is not None:
+            setattr(module, "is_fake_tensor", before)  # noqa: B010

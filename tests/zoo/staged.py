@@ -68,18 +68,34 @@ def whole(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     return loss.detach()
 
 
-def compare(model: nn.Module, batch: Any, loss_fn: LossFn | None = None, stages: Sequence[int] = (2, 3)) -> Compared:
-    """Trace a model in train mode, then run it whole and cut into each number of stages, from the same seed."""
-    recorded = trace(model, batch, loss_fn)
+def compare(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFn | None = None,
+    stages: Sequence[int] = (2, 3),
+    *,
+    settled: bool = False,
+) -> Compared:
+    """Trace a model in train mode, then run it whole and cut into each number of stages, from the same seed.
+
+    ``settled``: compare with the second forward of the plain model. Some replace modules in their first one, and draw
+    random numbers to fill weights that they then throw away.
+    """
+    recorded = trace(model, copy.deepcopy(batch), loss_fn)
     plain = copy.deepcopy(model)
+    if settled:
+        with torch.no_grad():
+            plain(**copy.deepcopy(batch))
+            for (_, mine), (_, theirs) in zip(plain.named_buffers(), model.named_buffers(), strict=True):
+                mine.copy_(theirs)
     seed()
-    loss = whole(plain, batch, loss_fn)
+    loss = whole(plain, copy.deepcopy(batch), loss_fn)
     worst, where = 0.0, ""
     for count in stages:
         ours = copy.deepcopy(model)
         pipeline = LocalPipeline(recorded, ours, even_starts(recorded.graph, count))
         seed()
-        found = {"loss": difference(pipeline.step(batch)["loss"], loss)}
+        found = {"loss": difference(pipeline.step(copy.deepcopy(batch))["loss"], loss)}
         theirs = dict(plain.named_parameters())
         found |= {name: difference(mine.grad, theirs[name].grad) for name, mine in ours.named_parameters()}
         buffers = dict(plain.named_buffers())

@@ -47,8 +47,11 @@ def attempt(model_type: str, task: str) -> tuple[str, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = compare(model, batch, loss_fn)
-        if found.worst < TOLERANCE:
-            return "", f"{found.worst:.1e}"
+            if found.worst < TOLERANCE:
+                return "", f"{found.worst:.1e}"
+            again = compare(model, batch, loss_fn, settled=True)
+        if again.worst < TOLERANCE:
+            return "", f"{again.worst:.1e} from the second forward on"
         return f"differs by {found.worst:.1e}: {found.where}", ""
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400], ""

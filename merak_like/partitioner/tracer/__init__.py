@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from merak_like._compat import FakeTensorMode, fake_like
+from merak_like._compat import FakeTensorMode, as_in_a_real_run, fake_like
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.tracer.assemble import assemble
 from merak_like.partitioner.tracer.calls import Calls, Choices, ModuleCall, routed
@@ -31,6 +31,7 @@ from merak_like.partitioner.tracer.fakes import (
 )
 from merak_like.partitioner.tracer.recorder import Recorder
 from merak_like.partitioner.tracer.repeatable import accept_changes, surely
+from merak_like.partitioner.tracer.shadow import Question, questions
 from merak_like.partitioner.tracer.writer import Writer
 
 __all__ = ["LossFn", "Trace", "TraceError", "trace"]
@@ -53,6 +54,16 @@ class Trace:
     state: tuple[Any, ...]
     """Grad mode and autocast in force around the model."""
     training: bool
+    questions: tuple[Question, ...] = ()
+    """What the model asked of the batch's data."""
+
+    def fits(self, batch: Any) -> bool:
+        """Whether a batch of the traced shape gets the answers the example got, and so takes the same way."""
+        if not self.questions:
+            return True
+        found = leaves(batch)
+        inputs = {name: found[path] for name, path in self.inputs.items()}
+        return all(question.holds(inputs) for question in self.questions)
 
 
 def trace(
@@ -75,7 +86,21 @@ def trace(
     if torch.is_inference_mode_enabled():
         raise TraceError("tracing under torch.inference_mode() would record no gradients: leave that context")
     where = torch.device(device) if device is not None else _device_of(model)
-    return surely(lambda: _with_choices(model, example, loss_fn, Choices(frozenset(atomic)), where))
+
+    def attempt() -> Trace:
+        return surely(lambda: _with_choices(model, example, loss_fn, Choices(frozenset(atomic)), where))
+
+    with as_in_a_real_run() as asked:
+        try:
+            return attempt()
+        except TraceError as error:
+            if not asked():
+                raise
+            first = error
+    try:  # what the model checks in a real run cannot be known here: take the way it keeps for fake tensors
+        return attempt()
+    except TraceError:
+        raise first from None
 
 
 def _with_choices(
@@ -160,6 +185,7 @@ def _trace(
     return Trace(
         graph, writer.graph, tuple(calls.calls), writer.constants,
         {node.name: node.meta["path"] for node in writer.inputs}, device, _state(device), model.training,
+        questions(writer.graph, recorder.shadow),
     )  # fmt: skip
 
 

@@ -43,16 +43,23 @@ def _op(draft: Draft) -> Op:
 def _pinned(writer: Writer, calls: Sequence[ModuleCall], fake: FakeModel) -> tuple[tuple[int, int], ...]:
     """Op intervals that may not be cut.
 
-    A tensor changed in place is made in the stage that changes it. What every stage has its own copy of (an input, a
-    parameter, a buffer) is changed only if all its readers are in one stage.
+    A tensor changed in place is made in the stage that changes it. A parameter or buffer is changed only if all its
+    readers are in one stage. Every stage has its own copy of an input: whoever reads it after the change, under a name
+    it had before, is in the stage that changes it.
     """
     drafts = writer.drafts
     made: dict[int, int] = {}
+    maker: dict[str, int] = {}
     storage: dict[str, int] = {}
     for index, draft in enumerate(drafts):
         for value, key in zip(draft.outputs, _storages(writer, draft), strict=True):
             made.setdefault(key, index)
             storage[value.name] = key
+            maker[value.name] = index
+
+    def old(name: str, key: int, index: int) -> bool:
+        return storage.get(name) == key and maker[name] < index
+
     own_names = set(fake.names.values())
     intervals = {(c.first, c.stop - 1) for c in calls if c.atomic and c.stop - c.first > 1}
     for index, draft in enumerate(drafts):
@@ -61,7 +68,10 @@ def _pinned(writer: Writer, calls: Sequence[ModuleCall], fake: FakeModel) -> tup
             if name in own_names:
                 touching = [i for i, d in enumerate(drafts) if name in d.params or name in d.buffers]
             elif drafts[made[key]].kind == "input":
-                touching = [i for i, d in enumerate(drafts) if any(storage.get(n) == key for n in d.inputs)]
+                touching = [index if drafts[maker[name]].kind == "input" else maker[name], index]
+                touching += [
+                    i for i in range(index + 1, len(drafts)) if any(old(n, key, index) for n in drafts[i].inputs)
+                ]
             else:
                 touching = [made[key], index]
             if touching[0] < touching[-1]:

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from merak_like._compat import CheckpointFunction, call_module, compiled_function_stance, is_compiled
+from merak_like._compat import (
+    CheckpointFunction,
+    FakeTensor,
+    call_module,
+    compiled_function_stance,
+    converting_modules,
+    is_compiled,
+)
 from merak_like.partitioner.tracer.counting import tensors_in
 from merak_like.partitioner.tracer.draft import CannotStayWhole, Draft
 from merak_like.partitioner.tracer.encode import Attribute, Opaque, encode, results
@@ -169,7 +176,9 @@ class Calls:
     def function(self, cls: type, original: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Stands for ``torch.autograd.Function.apply``: one op that keeps its own backward."""
         writer = self.writer
-        if self.recorder.quiet:
+        if self.recorder.below and any(t.requires_grad for t in tensors_in(args)):
+            raise TraceError(f"{cls.__qualname__}.apply under torch.vmap in {writer.where}: its backward would be lost")
+        if self.recorder.quiet or self.recorder.below:
             return original(*args)
         if cls is CheckpointFunction:  # recomputing is the plan's business: record what is checkpointed
             return args[0](*args[2:])
@@ -225,8 +234,16 @@ def routed(calls: Calls) -> Iterator[None]:
     def patched_apply(cls: type, *args: Any) -> Any:
         return calls.function(cls, apply.__get__(None, cls), args)
 
+    def convert(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        for tensor in [*self.parameters(recurse), *self.buffers(recurse)]:
+            if isinstance(tensor, FakeTensor) and fn(tensor) is not tensor:
+                raise TraceError(f"{calls.writer.where} converts the weights of a module in its forward: do it before")
+        return self
+
     with ExitStack() as stack:
         stack.callback(_ONE_TRACE.release)
+        stack.enter_context(calls.recorder.vmapped())
+        stack.enter_context(converting_modules(convert))
         stack.enter_context(compiled_function_stance())
         nn.Module.__call__ = call  # type: ignore[method-assign]
         torch.autograd.Function.apply = classmethod(patched_apply)  # type: ignore[assignment]

@@ -12,6 +12,7 @@ from merak_like._compat import FakeTensorMode, storage_key
 from merak_like.partitioner.tracer.counting import count
 from merak_like.partitioner.tracer.draft import Draft
 from merak_like.partitioner.tracer.memo import Memo
+from merak_like.partitioner.tracer.words import draws
 
 
 class Costs:
@@ -34,6 +35,7 @@ class Costs:
         current.flops += flops
         current.moved += moved
         current.kernels += bool(moved)
+        current.random = current.random or draws(name, args, kwargs)
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         """Saved-tensor hook: the op that first keeps a storage for the backward pays for it."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from merak_like._compat import DATA_DEPENDENT, FakeTensor, tensor_methods, unset_fake
+from merak_like._compat import DATA_DEPENDENT, FakeTensor, around_vmap, tensor_methods, unset_fake
 from merak_like.partitioner.tracer import guards
+from merak_like.partitioner.tracer.below import Below
 from merak_like.partitioner.tracer.costs import Costs
 from merak_like.partitioner.tracer.counting import tensors_in
 from merak_like.partitioner.tracer.draft import Draft, ReadsData
@@ -34,12 +36,15 @@ class Recorder(TorchFunctionMode):
         self.shadow = Shadow(self.writer.inputs, self.writer.constants, fake.lasting)
         self.quiet = 0
         self.rehearsing = False
+        self.below = False
         self.dynamic = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", None) or type(func).__name__
         writer, costs = self.writer, self.costs
+        if self.below:
+            return func(*args, **kwargs)
         if self.rehearsing:
             out = func(*args, **kwargs)
             costs.tally(name, args, kwargs, tensors_in(out))
@@ -58,6 +63,7 @@ class Recorder(TorchFunctionMode):
             raise TraceError(f"{name}() inside the forward of {writer.where} cannot be part of a recorded graph")
         ins = tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)
         versions = [t._version for t in ins]
+        before = costs.current
         draft = costs.current = Draft("", "function", name, writer.scope[-1])
         self.dynamic = False
         try:
@@ -71,10 +77,14 @@ class Recorder(TorchFunctionMode):
         found = outputs_of(out)
         if not found and not changed:
             if not ins or name == "__get__" or name in QUERIES or name.startswith("is_"):
+                costs.current = before
                 return out
             raise TraceError(
                 f"{name}() in {writer.where} takes a tensor and returns none: the trace cannot tell what it changes"
             )
+        if not changed and found and all(any(t is a for a in ins) for _, t in found):
+            costs.current = before
+            return out  # nothing happened: .to() of what is there already, .contiguous() of what is
         self.write(draft, func, name, args, kwargs)
         writer.finish(draft, found, changed)
         costs.tally(name, args, kwargs, [t for _, t in found])
@@ -82,6 +92,23 @@ class Recorder(TorchFunctionMode):
             for _, tensor in found:
                 self.guard(guards.check_shape, (tensor, tuple(tensor.shape), writer.where))
         return out
+
+    def vmapped(self) -> AbstractContextManager[None]:
+        """Record one level below while a vmapped function runs."""
+
+        @contextmanager
+        def switch() -> Iterator[None]:
+            if self.quiet:
+                yield
+                return
+            self.below = True
+            try:
+                with Below(self.writer, self.costs):
+                    yield
+            finally:
+                self.below = False
+
+        return around_vmap(switch)
 
     def run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Call the function on fakes, with the rules for those that need data or have no fake kernel."""

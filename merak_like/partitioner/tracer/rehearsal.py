@@ -104,7 +104,7 @@ def _once(
             return source
         else:
             made = fake_view(mode, source, tuple(item.shape), item.stride(), int(item.storage_offset()), device)
-        return made.requires_grad_(item.requires_grad)
+        return made.requires_grad_().clone() if item.requires_grad else made  # a clone may be changed in place
 
     attributes = plain_attributes(module)
     with _real_weights(recorder, module, stands_for, keep):

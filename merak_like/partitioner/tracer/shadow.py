@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import fx
 
 from merak_like._compat import unset_fake
 from merak_like.partitioner.tracer.errors import TraceError
+from merak_like.partitioner.tracer.guards import check_value
 
 
 class Unknowable(Exception):
@@ -85,6 +87,40 @@ class Shadow:
                         raise Chance("it depends on random numbers")
                     made[node] = chance(made[node])
         return made[last]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A guard that can be checked before a batch is run: it depends on the batch alone."""
+
+    guard: fx.Node
+    order: tuple[fx.Node, ...]
+    """The recorded ops that lead to the tensor it reads."""
+    attributes: Mapping[str, Any]
+    """The constants and buffers among them."""
+
+    def holds(self, inputs: Mapping[str, torch.Tensor]) -> bool:
+        """Whether these inputs, by name, give the answer the traced example gave."""
+        tensor, reader, expected, _ = self.guard.args
+        given = {node: inputs[node.name] for node in self.order if node.op == "placeholder"}
+        shadow = Shadow(given, self.attributes, {})
+        with torch.no_grad():
+            value = shadow._run(list(self.order), tensor, torch.zeros_like)  # type: ignore[arg-type]
+        return bool(getattr(value, str(reader))() == expected)
+
+
+def questions(graph: fx.Graph, shadow: Shadow) -> tuple[Question, ...]:
+    """The value guards of a recorded graph, with what each needs."""
+    found: list[Question] = []
+    for node in graph.nodes:
+        if node.target is check_value:
+            tensor = node.args[0]
+            assert isinstance(tensor, fx.Node)
+            order = shadow._slice(tensor)
+            known = {**shadow.lasting, **shadow.constants}
+            needed = {str(n.target): known[str(n.target)] for n in order if n.op == "get_attr"}
+            found.append(Question(node, tuple(order), needed))
+    return tuple(found)
 
 
 def refuse(what: str, where: str, reason: object) -> TraceError:

@@ -29,15 +29,12 @@ def run_with_real(
 
     Integers and masks must have known data; floating-point tensors only lend their shape. Raises Unknowable.
     """
-    grads = False
 
     def real(item: Any) -> Any:
-        nonlocal grads
         if isinstance(item, FakeTensor):
-            grads = grads or item.requires_grad
             if item.is_floating_point() and name not in ("nonzero", "unique", "argwhere"):
                 with unset_fake():
-                    return torch.zeros(tuple(item.shape), dtype=item.dtype)
+                    return torch.zeros(tuple(item.shape), dtype=item.dtype, requires_grad=item.requires_grad)
             return value(item)
         if isinstance(item, (tuple, list)):
             return type(item)(real(x) for x in item)
@@ -46,15 +43,15 @@ def run_with_real(
         return item
 
     real_args, real_kwargs = real(tuple(args)), {k: real(v) for k, v in kwargs.items()}
-    with unset_fake(), torch.no_grad():
+    with unset_fake():
         out = func(*real_args, **real_kwargs)
     if not isinstance(out, torch.Tensor):
         if not (isinstance(out, tuple) and all(isinstance(t, torch.Tensor) for t in out)):
             raise Unknowable(f"{name} has no result that a trace can stand in for")
-        return tuple(_fake(t, grads) for t in out)
-    return _fake(out, grads)
+        return tuple(_fake(t) for t in out)
+    return _fake(out)
 
 
-def _fake(tensor: torch.Tensor, grads: bool) -> torch.Tensor:
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
     made = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype)  # fake: the mode is on
-    return made.requires_grad_() if grads and tensor.is_floating_point() else made
+    return made.requires_grad_().clone() if tensor.requires_grad else made  # a clone may be changed in place

@@ -33,7 +33,7 @@ RANDOM = frozenset(
 """Functions that draw random numbers: kept even when nothing reads them, so that the stream of numbers is the same."""
 
 CHANCES: Mapping[str, tuple[str, int]] = {
-    "scaled_dot_product_attention": ("dropout_p", 4), "multi_head_attention_forward": ("dropout_p", 11),
+    "scaled_dot_product_attention": ("dropout_p", 4), "multi_head_attention_forward": ("dropout_p", 10),
     "lstm": ("dropout", 5), "gru": ("dropout", 5), "rnn_tanh": ("dropout", 5), "rnn_relu": ("dropout", 5),
     "dropout": ("p", 1), "dropout1d": ("p", 1), "dropout2d": ("p", 1), "dropout3d": ("p", 1),
     "alpha_dropout": ("p", 1), "feature_alpha_dropout": ("p", 1), "native_dropout": ("p", 1),
