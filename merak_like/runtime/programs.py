@@ -28,6 +28,7 @@ class Program:
     stage: Stage
     forward: Mapping[tuple[int, int], tuple[Spec, ...]]
     """Edge (source, target) to the values that travel along it."""
+    traced: Trace
     random: bool
     """Whether the model draws random numbers, so that streams must be kept."""
 
@@ -36,24 +37,36 @@ class Program:
         return tuple(spec for spec in self.forward[edge] if spec.requires_grad)
 
 
+KEPT = 64
+"""Shapes kept: a model whose Python asks for numbers that differ from batch to batch needs a trace for each."""
+
+
 class Programs:
-    """Programs by input shape, mode and autocast; traces are kept, so a shape is traced once."""
+    """Programs by input shape, mode and autocast; traces are kept, so a shape is traced once.
+
+    Where the model's Python looked at the data, a batch that gives other answers gets a trace of its own.
+    """
 
     def __init__(
         self, model: nn.Module, plan: Plan, planned: Trace, stage: int, device: torch.device, loss_fn: LossFn | None
     ) -> None:
         self.model, self.plan, self.planned = model, plan, planned
         self.stage, self.device, self.loss_fn = stage, device, loss_fn
-        self._known: dict[Any, Program] = {}
+        self._known: dict[Any, list[Program]] = {}
 
     def at(self, batch: Any) -> Program:
         """The program for a micro-batch like this one, in the model's present mode."""
         kind = self.device.type
         autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         key = (signature(batch), self.model.training, autocast)
-        if key not in self._known:
-            self._known[key] = self._make(batch)
-        return self._known[key]
+        for program in self._known.get(key, ()):
+            if program.traced.fits(batch):
+                return program
+        if len(self._known) >= KEPT:
+            self._known.pop(next(iter(self._known)))
+        made = self._make(batch)
+        self._known.setdefault(key, []).append(made)
+        return made
 
     def _make(self, batch: Any) -> Program:
         traced = trace(self.model, batch, self.loss_fn, device=self.device)
@@ -69,7 +82,7 @@ class Programs:
             state = Spec(rng.RNG, tuple(rng.state(self.device).shape), torch.uint8, False)
             for s in range(len(starts) - 2):
                 edges[s, s + 1].append(state)
-        return Program(stage, {edge: tuple(specs) for edge, specs in edges.items()}, drawing)
+        return Program(stage, {edge: tuple(specs) for edge, specs in edges.items()}, traced, drawing)
 
     def edges(self, traced: Trace | None = None) -> Edges:
         """The stage pairs that talk: where values cross, and neighbours (for the random streams)."""
