@@ -77,9 +77,11 @@ def test_recompute_in_full_before_each_backward() -> None:
             for order in compute_only.orders
         ),
     )
-    by_action = simulate(recomputing, Costs((StageCosts(1, 2, recompute=1),) * 4))
+    by_action_costs = Costs((StageCosts(1, 2, recompute=1),) * 4)
+    by_action = simulate(recomputing, by_action_costs)
     inside_backward = simulate(compute_only, equal(4, 1, 3))
     assert inside_backward.makespan == 44
+    assert simulate(replace(compute_only, recomputes=frozenset(range(4))), by_action_costs).makespan == 44
     # R needs no gradient, so it runs while the stage waits for one: hidden on all stages but the last, 44 - (p - 1) r.
     assert by_action.makespan == 41
 
@@ -111,12 +113,18 @@ def test_published_bubbles_of_1f1b(
 def longest_path(schedule: Schedule, costs: Costs, edges: Edges) -> float:
     """Seconds of the step: nodes are computations and transfers, a need is an arc as long as what it waits for."""
     seconds = {Kind.F: "forward", Kind.R: "recompute", Kind.B: "backward", Kind.W: "weight"}
+    recomputed, weighed = schedule.apart(Kind.R), schedule.apart(Kind.W)
     graph: nx.DiGraph = nx.DiGraph()
 
     def length(node: Action) -> float:
         if node.kind in RECEIVE_OF:
             return costs.transfer.get((min(node.stage, node.peer), max(node.stage, node.peer)), 0.0)
-        return getattr(costs.stages[node.stage], seconds[node.kind])
+        cost, at = costs.stages[node.stage], (node.micro_batch, node.stage)
+        return (
+            getattr(cost, seconds[node.kind])
+            + (node.kind is Kind.B and at not in weighed) * cost.weight
+            + (node.kind is Kind.B and node.stage in schedule.recomputes and at not in recomputed) * cost.recompute
+        )
 
     def need(before: Action, after: Action, delay: float = 0.0) -> None:
         graph.add_edge(before, after, weight=length(before) + delay)
@@ -155,6 +163,7 @@ def test_the_makespan_is_the_longest_path(seed: int, stages: int, micro_batches:
     random = Random(seed)
     edges = random_edges(random, stages)
     schedule = random_schedule(random, edges, stages, micro_batches, ranks)
+    schedule = replace(schedule, recomputes=frozenset(range(random.randrange(stages + 1))))
     costs = Costs(
         tuple(StageCosts(random.random(), random.random(), random.random(), random.random()) for _ in range(stages)),
         {edge: random.uniform(0, 2) for edge in sorted(edges) if random.random() < 0.8},
@@ -214,6 +223,32 @@ def test_memory_is_held_from_forward_to_the_last_backward() -> None:
     assert simulate(one_f_one_b(4, 8), costs).peak_bytes == (4, 6, 6, 4)
 
 
+def test_a_backward_does_what_has_no_action_of_its_own() -> None:
+    """One stage, one micro-batch: f = 1, r = 2, b = 4, w = 8."""
+    costs = Costs((StageCosts(1, 4, recompute=2, weight=8),))
+    for order, inside, apart in (("F0.0 B0.0", 15, 13), ("F0.0 R0.0 B0.0 W0.0", 15, 15), ("F0.0 B0.0 W0.0", 15, 13)):
+        plain = Schedule(1, 1, (tuple(map(Action.parse, order.split())),), (0,))
+        assert simulate(plain, costs).makespan == apart
+        assert simulate(replace(plain, recomputes=frozenset({0})), costs).makespan == inside
+
+
+def test_a_recompute_holds_little_before_it_and_a_put_off_weight_gradient_little_after() -> None:
+    costs = Costs((StageCosts(1, 1, 1, 1, activation_bytes=10, kept_bytes=1, weight_bytes=4),))
+
+    def held(order: str, recomputes: frozenset[int] = frozenset()) -> int:
+        actions = tuple(map(Action.parse, order.split()))
+        timeline = simulate(Schedule(1, 3, (actions,), (0,), recomputes), costs)
+        assert timeline.rank_peak_bytes == timeline.peak_bytes
+        return timeline.peak_bytes[0]
+
+    assert held("F0.0 F1.0 F2.0 B0.0 B1.0 B2.0") == 30
+    assert held("F0.0 F1.0 F2.0 R0.0 B0.0 R1.0 B1.0 R2.0 B2.0") == 12
+    assert held("F0.0 F1.0 F2.0 B0.0 B1.0 B2.0", frozenset({0})) == 12
+    assert held("F0.0 F1.0 F2.0 R0.0 R1.0 B0.0 B1.0 R2.0 B2.0") == 21
+    assert held("F0.0 F1.0 B0.0 B1.0 F2.0 B2.0 W0.0 W1.0 W2.0") == 20
+    assert held("F0.0 B0.0 F1.0 B1.0 F2.0 B2.0 W0.0 W1.0 W2.0") == 18
+
+
 def test_a_rank_holds_the_most_of_its_stages_together() -> None:
     """Both stages of the rank hold two micro-batches at their peak, but never at the same time."""
     order = tuple(map(Action.parse, "F0.0 F1.0 F0.1 B0.1 B0.0 F1.1 B1.1 B1.0".split()))
@@ -263,6 +298,8 @@ def test_costs_that_make_no_sense_are_refused() -> None:
     for seconds in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite and not negative"):
             StageCosts(1.0, seconds)
+    with pytest.raises(ValueError, match="cannot be 3 of 2 bytes"):
+        StageCosts(1, 2, activation_bytes=2, kept_bytes=3)
     with pytest.raises(ValueError, match="transfer 1 -> 0"):
         Costs((StageCosts(1, 2),) * 2, {(1, 0): 1.0})
 

@@ -17,7 +17,6 @@ from merak_like.partitioner.schedules.action import (
     Schedule,
     chain,
     check_edges,
-    live_changes,
 )
 from merak_like.partitioner.schedules.clock import deadlock, run_clock
 
@@ -26,8 +25,12 @@ from merak_like.partitioner.schedules.clock import deadlock, run_clock
 class StageCosts:
     """Seconds and bytes of one micro-batch on one stage.
 
-    B costs `backward`, W costs `weight`: for a split backward give the halves. A stage that recomputes without an R of
-    its own in the schedule has the recompute inside `backward`.
+    `backward` is the backward for the inputs and `weight` the one for the weights: a B without a W does both. Who never
+    splits the backward may give all of it as `backward`. `recompute` is paid by an R, or by the B of a stage that
+    recomputes without one.
+
+    A live micro-batch holds `activation_bytes`; between its F and its recompute only `kept_bytes`, and between its B
+    and its W only `weight_bytes`. Where these are not given, it holds everything throughout.
     """
 
     forward: float
@@ -35,11 +38,26 @@ class StageCosts:
     recompute: float = 0.0
     weight: float = 0.0
     activation_bytes: int = 0
+    kept_bytes: int | None = None
+    weight_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for seconds in (self.forward, self.backward, self.recompute, self.weight, self.activation_bytes):
             if not (isfinite(seconds) and seconds >= 0):
                 raise ValueError(f"costs must be finite and not negative: {self}")
+        for part in (self.kept_bytes, self.weight_bytes):
+            if part is not None and not 0 <= part <= self.activation_bytes:
+                raise ValueError(f"a part of the activations cannot be {part} of {self.activation_bytes} bytes: {self}")
+
+    @property
+    def kept(self) -> int:
+        """Bytes between F and the recompute."""
+        return self.activation_bytes if self.kept_bytes is None else self.kept_bytes
+
+    @property
+    def held_for_weight(self) -> int:
+        """Bytes between B and W."""
+        return self.activation_bytes if self.weight_bytes is None else self.weight_bytes
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,15 @@ class Timeline:
     rank_peak_bytes: tuple[int, ...]
     """Per rank, the most activation bytes at once; less than the sum of its stages' peaks if these come apart."""
 
+    @property
+    def span(self) -> float:
+        """The longest time from a rank's first computation to its last.
+
+        It is what a step takes when no rank waits for the others before the next one, as Zero Bubble's optimizer does.
+        """
+        computed = [[entry for entry in rank if entry.action.peer < 0] for rank in self.entries]
+        return max((rank[-1].end - rank[0].start for rank in computed if rank), default=0.0)
+
 
 def simulate(schedule: Schedule, costs: Costs, edges: Edges | None = None) -> Timeline:
     """Return the timeline of one step. Edges default to the chain, plus whatever edges the schedule's transfers use.
@@ -92,12 +119,7 @@ def simulate(schedule: Schedule, costs: Costs, edges: Edges | None = None) -> Ti
         raise ValueError(f"{len(costs.stages)} stage costs for a schedule of {schedule.stages} stages: give one each")
     edges = chain(schedule.stages) if edges is None else edges
     check_edges(edges, schedule.stages)
-    seconds = {
-        Kind.F: [stage.forward for stage in costs.stages],
-        Kind.R: [stage.recompute for stage in costs.stages],
-        Kind.B: [stage.backward for stage in costs.stages],
-        Kind.W: [stage.weight for stage in costs.stages],
-    }
+    seconds = _seconds(schedule, costs)
     clock = run_clock(schedule, edges, seconds, costs.transfer)
     if clock.waits:
         raise ValueError(deadlock(schedule, clock.waits)[1])
@@ -106,26 +128,65 @@ def simulate(schedule: Schedule, costs: Costs, edges: Edges | None = None) -> Ti
         for order, starts, ends in zip(schedule.orders, clock.starts, clock.ends, strict=True)
     )
     makespan = max((ends[-1] for ends in clock.ends if ends), default=0.0)
-    busy = [sum(seconds[a.kind][a.stage] for a in order if a.peer < 0) for order in schedule.orders]
+    busy = [sum(seconds[a.kind][a.stage][a.micro_batch] for a in order if a.peer < 0) for order in schedule.orders]
     rank_bubble = tuple(1.0 - each / makespan if makespan > 0 else 0.0 for each in busy)
-    peak_live = schedule.peak_live()
+    peak_bytes, rank_peak_bytes = _peak_bytes(schedule, costs)
     return Timeline(
         entries=entries,
         makespan=makespan,
         bubble=sum(rank_bubble) / len(rank_bubble),
         rank_bubble=rank_bubble,
-        peak_live=peak_live,
-        peak_bytes=tuple(live * stage.activation_bytes for live, stage in zip(peak_live, costs.stages, strict=True)),
-        rank_peak_bytes=_rank_peak_bytes(schedule, costs),
+        peak_live=schedule.peak_live(),
+        peak_bytes=peak_bytes,
+        rank_peak_bytes=rank_peak_bytes,
     )
 
 
-def _rank_peak_bytes(schedule: Schedule, costs: Costs) -> tuple[int, ...]:
-    peaks: list[int] = []
+def _seconds(schedule: Schedule, costs: Costs) -> dict[Kind, list[list[float]]]:
+    """Return seconds[kind][stage][micro_batch]; a B does what has no action of its own."""
+    micro_batches, stages = schedule.micro_batches, costs.stages
+    recomputed, weighed = schedule.apart(Kind.R), schedule.apart(Kind.W)
+
+    def backward(stage: int, i: int) -> float:
+        cost = stages[stage]
+        inside = cost.recompute if stage in schedule.recomputes and (i, stage) not in recomputed else 0.0
+        return inside + cost.backward + (0.0 if (i, stage) in weighed else cost.weight)
+
+    return {
+        Kind.F: [[cost.forward] * micro_batches for cost in stages],
+        Kind.R: [[cost.recompute] * micro_batches for cost in stages],
+        Kind.B: [[backward(stage, i) for i in range(micro_batches)] for stage in range(len(stages))],
+        Kind.W: [[cost.weight] * micro_batches for cost in stages],
+    }
+
+
+def _peak_bytes(schedule: Schedule, costs: Costs) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the most activation bytes at once of each stage, and of each rank."""
+    recomputed, weighed = schedule.apart(Kind.R), schedule.apart(Kind.W)
+    stage_held, stage_peak = [0] * schedule.stages, [0] * schedule.stages
+    rank_peaks: list[int] = []
     for order in schedule.orders:
         held = peak = 0
-        for stage, change in live_changes(order):
-            held += change * costs.stages[stage].activation_bytes
-            peak = max(peak, held)
-        peaks.append(peak)
-    return tuple(peaks)
+        for kind, i, stage, peer in order:
+            if peer >= 0:
+                continue
+            cost = costs.stages[stage]
+            apart = (i, stage) in recomputed
+            kept = cost.kept if apart or stage in schedule.recomputes else cost.activation_bytes
+            during = after = 0  # more bytes while the action runs, and once it has
+            if kind is Kind.F:
+                during = after = kept
+            elif kind is Kind.R:
+                during = after = cost.activation_bytes - kept
+            elif kind is Kind.B:
+                during = 0 if apart else cost.activation_bytes - kept
+                left = cost.held_for_weight if (i, stage) in weighed else 0
+                after = during + left - cost.activation_bytes
+            elif kind is Kind.W:
+                after = -cost.held_for_weight
+            stage_peak[stage] = max(stage_peak[stage], stage_held[stage] + during)
+            peak = max(peak, held + during)
+            stage_held[stage] += after
+            held += after
+        rank_peaks.append(peak)
+    return tuple(stage_peak), tuple(rank_peaks)

@@ -98,12 +98,17 @@ Order = tuple[Action, ...]
 
 @dataclass(frozen=True)
 class Schedule:
-    """All ranks' orders: orders[r] is what pipeline rank r does, stage_rank[s] is the rank that runs stage s."""
+    """All ranks' orders: orders[r] is what pipeline rank r does, stage_rank[s] is the rank that runs stage s.
+
+    A B does all the backward that has no action of its own: the weight gradients where no W follows, and, on the stages
+    in `recomputes`, the forward again where no R came before. Such a recompute waits for the gradient, an R does not.
+    """
 
     stages: int
     micro_batches: int
     orders: tuple[Order, ...]
     stage_rank: tuple[int, ...]
+    recomputes: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.micro_batches < 1:
@@ -116,6 +121,9 @@ class Schedule:
             raise ValueError(
                 f"stage_rank {self.stage_rank} must give each of {self.stages} stages one of the ranks 0 to {ranks - 1}"
             )
+        absent = sorted(self.recomputes - set(range(self.stages)))
+        if absent:
+            raise ValueError(f"stage {absent[0]} cannot recompute: there are stages 0 to {self.stages - 1}")
 
     def __str__(self) -> str:
         """One line per rank, in program order; grid.picture shows the same over time."""
@@ -125,6 +133,10 @@ class Schedule:
     @property
     def ranks(self) -> int:
         return len(self.orders)
+
+    def apart(self, kind: Kind) -> set[tuple[int, int]]:
+        """Return the (micro-batch, stage) pairs whose `kind` (R or W) is an action of its own."""
+        return {(action.micro_batch, action.stage) for order in self.orders for action in order if action.kind is kind}
 
     @property
     def has_transfers(self) -> bool:

@@ -39,16 +39,18 @@ class Clock:
     waits: tuple[Wait, ...]
 
 
-def run_clock(
-    schedule: Schedule, edges: Edges, seconds: Mapping[Kind, Sequence[float]], hop: Mapping[tuple[int, int], float]
-) -> Clock:
-    """Run the schedule with seconds[kind][stage] per computation and hop[source, target] per transfer (absent: 0)."""
+#: Seconds[kind][stage][micro_batch] of a computation.
+Seconds = Mapping[Kind, Sequence[Sequence[float]]]
+
+
+def run_clock(schedule: Schedule, edges: Edges, seconds: Seconds, hop: Mapping[tuple[int, int], float]) -> Clock:
+    """Run the schedule with these seconds per computation and hop[source, target] per transfer (absent: 0)."""
     return _Run(schedule, edges, seconds, hop).to_the_end()
 
 
 def run_unit_clock(schedule: Schedule, edges: Edges) -> Clock:
     """Run the schedule with one second per computation and none per transfer."""
-    return run_clock(schedule, edges, dict.fromkeys(COMPUTE, [1.0] * schedule.stages), {})
+    return run_clock(schedule, edges, dict.fromkeys(COMPUTE, [[1.0] * schedule.micro_batches] * schedule.stages), {})
 
 
 def deadlock(schedule: Schedule, waits: Sequence[Wait]) -> tuple[Wait, str]:
@@ -103,7 +105,7 @@ class _Run:
         self,
         schedule: Schedule,
         edges: Edges,
-        seconds: Mapping[Kind, Sequence[float]],
+        seconds: Seconds,
         hop: Mapping[tuple[int, int], float],
     ) -> None:
         self.schedule, self.seconds, self.hop = schedule, seconds, hop
@@ -174,7 +176,7 @@ class _Run:
                 if there + need.delay > now:
                     now = there + need.delay
             starts[index] = now
-            now += seconds[kind][stage]
+            now += seconds[kind][stage][micro_batch]
             ends[index] = done[kind][stage][micro_batch] = now
             if action in waiting:
                 self._wake(action)
