@@ -89,12 +89,13 @@ def auto_parallel(
     initialise, counted, save = _habits(model)
     parameters = materialize(model, chosen, stage, world.device, seed=seed, initialise=initialise, weights=weights)
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    holders = collect.holders(chosen)
     shared = {name: groups.shared.get(stages) for name, stages in chosen.shared.items()}
     return Engine(
         plan=chosen,
         model=model,
         parameters=trainable,
-        owned=[name for name in trainable if collect.holders(chosen)[name] == stage],
+        owned=[name for name in trainable if holders[name] == stage],
         programs=Programs(model, chosen, planned, stage, world.device, loss_fn),
         links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
         reducer=Reducer(trainable, {name: shared.get(name, groups.dp) for name in trainable}, watch),
@@ -121,15 +122,19 @@ def _plan(
     model: nn.Module, mesh: Mesh, example: Any, loss_fn: LossFn | None, schedule: str, micro_batches: int | None,
     hardware: Hardware | str | None, memory_limit: int | None,
 ) -> Plan:  # fmt: skip
-    """Plan for the example's batch, rounded up to whole micro-batches."""
-    total = rows(example)
-    parts = mesh.dp * (micro_batches or 1)
-    micro = split(example, parts)[0]
-    graph = trace(model, to_device(micro, torch.device("cpu")), loss_fn, device="cpu").graph
-    return make_plan(
-        graph, mesh, hardware=hardware or "a100-80gb", batch=-(-total // parts) * parts,
-        micro_batches=micro_batches, schedule=schedule, memory_limit=memory_limit,
-    )  # fmt: skip
+    """Plan for the example's batch, rounded up to whole micro-batches, traced at the micro-batch size that is chosen."""
+    total, parts = rows(example), mesh.dp * (micro_batches or 1)
+    while True:
+        micro = split(example, parts)[0]
+        graph = trace(model, to_device(micro, torch.device("cpu")), loss_fn, device="cpu").graph
+        plan = make_plan(
+            graph, mesh, hardware=hardware or "a100-80gb", batch=-(-total // parts) * parts,
+            micro_batches=micro_batches, schedule=schedule, memory_limit=memory_limit,
+        )  # fmt: skip
+        if micro_batches is not None:
+            return plan
+        micro_batches = plan.micro_batches
+        parts = mesh.dp * micro_batches
 
 
 def _habits(model: nn.Module) -> tuple[Initialiser | None, LossWeight | None, Save]:
