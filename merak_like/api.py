@@ -15,9 +15,9 @@ from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.this_machine import this_machine
-from merak_like.partitioner.tracer import LossFn, trace
+from merak_like.partitioner.tracer import LossFn, Trace, trace
 from merak_like.runtime import collect
-from merak_like.runtime.batches import LossWeight, rows, split, to_device
+from merak_like.runtime.batches import LossWeight, rows, signature, split, to_device
 from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.groups import make_groups
@@ -76,14 +76,18 @@ def auto_parallel(
     watch = Watch(world.rank, world.timeout)
     if plan is None and hardware is None:  # one measurement for all, or each rank would plan for itself
         hardware = collect.from_first(this_machine if world.rank == 0 else None, world, watch)
-    chosen = plan or _plan(model, mesh, example, loss_fn, schedule, micro_batches, hardware, memory_limit)
+    cpu = torch.device("cpu")
+    first = _micro_batch(example, mesh, micro_batches or 1)
+    traced = None if plan else trace(model, first, loss_fn, device=cpu)
+    chosen = plan or _plan(traced, mesh, rows(example), schedule, micro_batches, hardware, memory_limit)
     if chosen.mesh != mesh:
         raise ValueError(f"the plan is for {chosen.mesh}, asked for {mesh}: make the plan again or change the degrees")
     collect.agree(
         {"plan": chosen.digest, "merak_like": __version__, "torch": torch.__version__, "seed": str(seed)}, world, watch
     )
-    micro = split(example, mesh.dp * chosen.micro_batches)[0]
-    planned = trace(model, to_device(micro, torch.device("cpu")), loss_fn, device=world.device)
+    micro = _micro_batch(example, mesh, chosen.micro_batches)
+    reuse = traced is not None and world.device == cpu and signature(micro) == signature(first)
+    planned = traced if reuse else trace(model, micro, loss_fn, device=world.device)
     groups = make_groups(mesh, world, list(chosen.shared.values()))
     stage = groups.coord.pp
     initialise, counted, save = _habits(model)
@@ -96,7 +100,7 @@ def auto_parallel(
         model=model,
         parameters=trainable,
         owned=[name for name in trainable if holders[name] == stage],
-        programs=Programs(model, chosen, planned, stage, world.device, loss_fn),
+        programs=Programs(model, chosen, planned, micro, stage, world.device, loss_fn),
         links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
         reducer=Reducer(trainable, {name: shared.get(name, groups.dp) for name in trainable}, watch),
         optimizer=optimizer(trainable.values()) if optimizer and trainable else None,
@@ -118,23 +122,20 @@ def _degree(axis: str, degree: Degree) -> int:
     return degree
 
 
+def _micro_batch(example: Any, mesh: Mesh, micro_batches: int) -> Any:
+    return to_device(split(example, mesh.dp * micro_batches)[0], torch.device("cpu"))
+
+
 def _plan(
-    model: nn.Module, mesh: Mesh, example: Any, loss_fn: LossFn | None, schedule: str, micro_batches: int | None,
+    traced: Trace, mesh: Mesh, samples: int, schedule: str, micro_batches: int | None,
     hardware: Hardware | str | None, memory_limit: int | None,
 ) -> Plan:  # fmt: skip
-    """Plan for the example's batch, rounded up to whole micro-batches, traced at the micro-batch size that is chosen."""
-    total, parts = rows(example), mesh.dp * (micro_batches or 1)
-    while True:
-        micro = split(example, parts)[0]
-        graph = trace(model, to_device(micro, torch.device("cpu")), loss_fn, device="cpu").graph
-        plan = make_plan(
-            graph, mesh, hardware=hardware or "a100-80gb", batch=-(-total // parts) * parts,
-            micro_batches=micro_batches, schedule=schedule, memory_limit=memory_limit,
-        )  # fmt: skip
-        if micro_batches is not None:
-            return plan
-        micro_batches = plan.micro_batches
-        parts = mesh.dp * micro_batches
+    """Plan for the example's batch, rounded up to whole micro-batches."""
+    parts = mesh.dp * (micro_batches or 1)
+    return make_plan(
+        traced.graph, mesh, hardware=hardware or "a100-80gb", batch=-(-samples // parts) * parts,
+        micro_batches=micro_batches, schedule=schedule, memory_limit=memory_limit,
+    )  # fmt: skip
 
 
 def _habits(model: nn.Module) -> tuple[Initialiser | None, LossWeight | None, Save]:

@@ -107,8 +107,8 @@ def torch_pipelining(config: GPT2Config, ids: Tensor, micro_batches: int, cut: i
 
 def deepspeed_pipeline(config: GPT2Config, ids: Tensor, micro_batches: int) -> Callable[[], float]:
     """DeepSpeed's PipelineModule, cut as it likes."""
-    import deepspeed
-    from deepspeed.pipe import PipelineModule
+    import deepspeed  # pyright: ignore[reportMissingImports]
+    from deepspeed.pipe import PipelineModule  # pyright: ignore[reportMissingImports]
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would compile an op on the spot
     deepspeed.init_distributed("gloo")
@@ -119,14 +119,14 @@ def deepspeed_pipeline(config: GPT2Config, ids: Tensor, micro_batches: int) -> C
         layers, num_stages=dist.get_world_size(), loss_fn=shifted_loss, partition_method="parameters"
     )
     rows = ids.shape[0] // micro_batches
-    engine, *_ = deepspeed.initialize(
+    engine: Any = deepspeed.initialize(
         model=module,
         optimizer=torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=LR),
         config={
             "train_batch_size": ids.shape[0], "train_micro_batch_size_per_gpu": rows, "gradient_clipping": 0.0,
             "gradient_accumulation_steps": micro_batches, "steps_per_print": 10**9,
         },
-    )  # fmt: skip
+    )[0]  # fmt: skip
     parts = [(part, part) for part in ids.chunk(micro_batches)]
     return lambda: float(engine.train_batch(iter(parts)))
 

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/pipeline/main.py
 
-One job runs every contender in turn, a few steps each, round after round, so that what else the machine does hits all of
-them. A step is timed from a barrier before it to a barrier after it. Ratios are taken per round.
+One job runs every contender in turn, a few steps each, round after round, so that what else the machine does hits all
+of them. A step is timed from a barrier before it to a barrier after it. Ratios are taken per round.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def report(
             "first loss on rank 0": losses[name],
         }
     setting = {
-        "layers": args.layers, "hidden": args.hidden, "sequence": SEQ, "micro-batches": f"{MICRO_BATCHES} x {MICRO_BATCH}",
+        "layers": args.layers, "hidden": args.hidden, "sequence": SEQ,
+        "micro-batches": f"{MICRO_BATCHES} x {MICRO_BATCH}",
         "rounds": args.rounds, "steps per round": args.steps, "torch": torch.__version__,
         "transformers": transformers.__version__, "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "load average": os.getloadavg()[0],

@@ -47,13 +47,18 @@ def build_stages(trace: Trace, model: nn.Module, starts: Sequence[int]) -> tuple
 
 
 def build_stage(trace: Trace, model: nn.Module, starts: Sequence[int], index: int) -> StageCode:
-    """Generate the code of one stage: only its own parameters need be there."""
-    return _Builder(trace, model, starts).stage(index)
+    """Generate the code of one stage: only its own parameters need be there.
+
+    Questions about the batch's data are left out: whoever runs a single stage asks ``trace.fits(batch)`` before, where
+    the batch is still on the host, and spares the device a wait.
+    """
+    return _Builder(trace, model, starts, asked=True).stage(index)
 
 
 class _Builder:
-    def __init__(self, trace: Trace, model: nn.Module, starts: Sequence[int]) -> None:
+    def __init__(self, trace: Trace, model: nn.Module, starts: Sequence[int], asked: bool = False) -> None:
         self.trace, self.starts = trace, starts
+        self.answered = {question.guard for question in trace.questions} if asked else set[fx.Node]()
         self.crossings = crossings(trace.graph, starts)
         self.nodes = list(trace.code.nodes)
         self.by_stage: list[list[fx.Node]] = [[] for _ in starts[:-1]]
@@ -110,7 +115,7 @@ class _Builder:
         skip_to = -1
         for node in nodes:
             at = node.meta["index"]
-            if at < skip_to:
+            if at < skip_to or node in self.answered:
                 continue
             call = self.folds.get(at)
             if call is not None:
