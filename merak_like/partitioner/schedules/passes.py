@@ -19,6 +19,28 @@ def forward_only(schedule: Schedule) -> Schedule:
     return replace(schedule, orders=orders)
 
 
+def first_micro_batches(schedule: Schedule, micro_batches: int) -> Schedule:
+    """Return the schedule with only the first so many micro-batches: what is left keeps its order, so nothing hangs."""
+    orders = tuple(tuple(a for a in order if a.micro_batch < micro_batches) for order in schedule.orders)
+    return replace(schedule, micro_batches=micro_batches, orders=orders)
+
+
+def split_backward(schedule: Schedule) -> Schedule:
+    """Return the schedule with every backward split, the weights right after the inputs: gradients leave earlier."""
+    apart = schedule.apart(Kind.W)
+    orders = tuple(
+        tuple(
+            step
+            for action in order
+            for step in (action, action._replace(kind=Kind.W))[
+                : 2 if action.kind is Kind.B and (action.micro_batch, action.stage) not in apart else 1
+            ]
+        )
+        for order in schedule.orders
+    )
+    return replace(schedule, orders=orders)
+
+
 def add_transfers(schedule: Schedule, edges: Edges, *, ahead: int = 1) -> Schedule:
     """Return the schedule with the sends and receives of every edge between two ranks; 1F1B, p = 2, m = 2:
 
