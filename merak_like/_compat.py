@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch._functorch.apis as _functorch_apis
 import torch.utils._pytree as _pytree
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._functorch import apis as _functorch_apis
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -128,7 +129,7 @@ def fake_parameter(mode: FakeTensorMode, parameter: torch.nn.Parameter, device: 
 
 def is_functorch_tensor(tensor: torch.Tensor) -> bool:
     """Whether a tensor belongs to a vmap or grad transform in progress."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return is_functorch_wrapped_tensor(tensor)
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
@@ -161,7 +162,8 @@ def converting_modules(convert: Callable[..., torch.nn.Module]) -> Iterator[None
 @contextmanager
 def around_vmap(outermost: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
     """Enter ``outermost()`` around every call of ``torch.vmap`` that is not inside another."""
-    original, depth = _functorch_apis.vmap_impl, [0]
+    apis: Any = _functorch_apis
+    original, depth = apis.vmap_impl, [0]
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         depth[0] += 1
@@ -171,11 +173,11 @@ def around_vmap(outermost: Callable[[], AbstractContextManager[Any]]) -> Iterato
         finally:
             depth[0] -= 1
 
-    _functorch_apis.vmap_impl = wrapped
+    apis.vmap_impl = wrapped
     try:
         yield
     finally:
-        _functorch_apis.vmap_impl = original
+        apis.vmap_impl = original
 
 
 def compiled_function_stance() -> AbstractContextManager[Any]:

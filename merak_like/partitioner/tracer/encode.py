@@ -43,15 +43,13 @@ def encode(item: Any, of_tensor: Callable[[torch.Tensor], Any], of_object: Calla
         return item.item()
     if isinstance(item, CONSTANTS):
         return item
-    if kind is tuple or kind is torch.Size:
-        return tuple(encode(x, of_tensor, of_object) for x in item)
+    if kind is tuple or kind is torch.Size or kind.__module__ == "torch.return_types":
+        return tuple([encode(x, of_tensor, of_object) for x in item])
     if kind is list:
         return [encode(x, of_tensor, of_object) for x in item]
-    if isinstance(item, tuple) and kind.__module__ == "torch.return_types":
-        return tuple(encode(x, of_tensor, of_object) for x in item)
-    if kind is dict and all(isinstance(k, str) for k in item):
+    if isinstance(item, dict) and kind is dict and all(isinstance(k, str) for k in item):
         return {k: encode(v, of_tensor, of_object) for k, v in item.items()}
-    if kind is slice:
+    if isinstance(item, slice):
         return slice(*(encode(x, of_tensor, of_object) for x in (item.start, item.stop, item.step)))
     if kind in (FunctionType, BuiltinFunctionType) and not getattr(item, "__closure__", None):
         return of_object(item)
