@@ -73,45 +73,49 @@ def auto_parallel(
     world = join(mesh, timeout=timeout, device=device)
     if not model.training:
         model.train()
-    watch = Watch(world.rank, world.timeout)
-    if plan is None and hardware is None:  # one measurement for all, or each rank would plan for itself
-        hardware = collect.from_first(this_machine if world.rank == 0 else None, world, watch)
-    cpu = torch.device("cpu")
-    first = _micro_batch(example, mesh, micro_batches or 1)
-    traced = None if plan else trace(model, first, loss_fn, device=cpu)
-    chosen = plan or _plan(traced, mesh, rows(example), schedule, micro_batches, hardware, memory_limit)
-    if chosen.mesh != mesh:
-        raise ValueError(f"the plan is for {chosen.mesh}, asked for {mesh}: make the plan again or change the degrees")
-    collect.agree(
-        {"plan": chosen.digest, "merak_like": __version__, "torch": torch.__version__, "seed": str(seed)}, world, watch
-    )
-    micro = _micro_batch(example, mesh, chosen.micro_batches)
-    reuse = traced is not None and world.device == cpu and signature(micro) == signature(first)
-    planned = traced if reuse else trace(model, micro, loss_fn, device=world.device)
-    groups = make_groups(mesh, world, list(chosen.shared.values()))
-    stage = groups.coord.pp
-    initialise, counted, save = _habits(model)
-    parameters = materialize(model, chosen, stage, world.device, seed=seed, initialise=initialise, weights=weights)
-    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
-    holders = collect.holders(chosen)
-    shared = {name: groups.shared.get(stages) for name, stages in chosen.shared.items()}
-    return Engine(
-        plan=chosen,
-        model=model,
-        parameters=trainable,
-        owned=[name for name in trainable if holders[name] == stage],
-        programs=Programs(model, chosen, planned, micro, stage, world.device, loss_fn),
-        links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
-        reducer=Reducer(trainable, {name: shared.get(name, groups.dp) for name in trainable}, watch),
-        optimizer=optimizer(trainable.values()) if optimizer and trainable else None,
-        world=world,
-        groups=groups,
-        watch=watch,
-        loss_weight=loss_weight or (counted if loss_fn is None else None) or rows,
-        max_grad_norm=max_grad_norm,
-        seed=seed,
-        save=save,
-    )
+    watch = Watch(world.rank, world.timeout, world.pulse)
+    with watch.starting():
+        if plan is None and hardware is None:  # one measurement for all, or each rank would plan for itself
+            hardware = collect.from_first(this_machine if world.rank == 0 else None, world, watch)
+        first: Any = None
+        rough: Trace | None = None
+        if plan is None:  # on the CPU whatever the device, so that a plan does not depend on where it was made
+            first = _micro_batch(example, mesh, micro_batches or 1)
+            rough = trace(model, first, loss_fn, device="cpu")
+            plan = _plan(rough, mesh, rows(example), schedule, micro_batches, hardware, memory_limit)
+        if plan.mesh != mesh:
+            raise ValueError(
+                f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
+            )
+        facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
+        collect.agree(facts | {"seed": str(seed), "max_grad_norm": str(max_grad_norm)}, world, watch)
+        micro = _micro_batch(example, mesh, plan.micro_batches)
+        if rough is None or world.device.type != "cpu" or signature(micro) != signature(first):
+            rough = trace(model, micro, loss_fn, device=world.device)
+        groups = make_groups(mesh, world, list(plan.shared.values()))
+        stage = groups.coord.pp
+        initialise, counted, save = _habits(model)
+        parameters = materialize(model, plan, stage, world.device, seed=seed, initialise=initialise, weights=weights)
+        trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+        holders = collect.holders(plan)
+        shared = {name: groups.shared.get(stages) for name, stages in plan.shared.items()}
+        return Engine(
+            plan=plan,
+            model=model,
+            parameters=trainable,
+            owned=[name for name in trainable if holders[name] == stage],
+            programs=Programs(model, plan, rough, micro, stage, world.device, loss_fn),
+            links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
+            reducer=Reducer(trainable, {name: shared.get(name, groups.dp) for name in trainable}, watch),
+            optimizer=optimizer(trainable.values()) if optimizer and trainable else None,
+            world=world,
+            groups=groups,
+            watch=watch,
+            loss_weight=loss_weight or (counted if loss_fn is None else None) or rows,
+            max_grad_norm=max_grad_norm,
+            seed=seed,
+            save=save,
+        )
 
 
 def _degree(axis: str, degree: Degree) -> int:

@@ -35,7 +35,7 @@ def gradients(
     for name, parameter in parameters.items():
         mine[name] = parameter.grad
     have = [name for name, grad in mine.items() if grad is not None]
-    everyone = _everyones(have, world)
+    everyone = _everyones(have, world, watch)
     found = {name: grad for name, grad in mine.items() if grad is not None}
     names = [n for stage in plan.stages for n in stage.params if n in everyone and stage_of[n] == stage.index]
     return _gather(found, {n: stage_of[n] for n in names}, groups, world, watch)
@@ -50,11 +50,12 @@ def holders(plan: Plan) -> dict[str, int]:
     return found
 
 
-def _everyones(names: Sequence[str], world: World) -> set[str]:
+def _everyones(names: Sequence[str], world: World, watch: Watch) -> set[str]:
     if world.alone:
         return set(names)
     lists: list[Any] = [None] * world.size
-    dist.all_gather_object(lists, list(names))
+    with watch.waiting("the names of all gradients"):
+        dist.all_gather_object(lists, list(names))
     return {name for part in lists for name in part}
 
 
@@ -72,13 +73,15 @@ def _gather(
             out.update((name, own[name].detach().cpu().clone()) for name in names)
         elif world.rank == owner:
             meta: list[Any] = [[(name, tuple(own[name].shape), own[name].dtype) for name in names]]
-            dist.send_object_list(meta, 0)
+            with watch.waiting("rank 0 to take the names of tensors"):
+                dist.send_object_list(meta, 0)
             for name in names:
                 work = dist.isend(own[name].detach().contiguous(), 0)
                 watch.wait(work, f"the end of sending {name}", "to rank 0")
         else:
             received: list[Any] = [None]
-            dist.recv_object_list(received, owner)
+            with watch.waiting(f"the names of tensors from rank {owner}"):
+                dist.recv_object_list(received, owner)
             for name, shape, dtype in received[0]:
                 buffer = torch.empty(shape, dtype=dtype, device=world.device)
                 watch.wait(dist.irecv(buffer, owner), name, f"from rank {owner} (stage {stage})")

@@ -96,8 +96,9 @@ class Reducer:
         bucket = self.buckets[self._next]
         if bucket.touched:
             bucket.counts[list(bucket.touched)] = 1
-        work = dist.all_reduce(bucket.flat, group=bucket.group, async_op=True)
-        self._works.append((work, f"the sum of gradient bucket {self._next}"))
+        what = f"the sum of gradient bucket {self._next}"
+        with self.watch.waiting(f"the start of {what}"):
+            self._works.append((dist.all_reduce(bucket.flat, group=bucket.group, async_op=True), what))
         self._next += 1
 
 

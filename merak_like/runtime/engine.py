@@ -6,7 +6,7 @@ plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from merak_like.partitioner.plan import Plan
-from merak_like.partitioner.schedules import builder
-from merak_like.partitioner.schedules.action import Action, Kind, Order
-from merak_like.partitioner.schedules.passes import add_transfers, forward_only
-from merak_like.partitioner.schedules.validate import validate
+from merak_like.partitioner.schedules.action import Action, Edges, Kind
 from merak_like.runtime import collect, rng
 from merak_like.runtime.batches import LossWeight, split
 from merak_like.runtime.data_parallel import Reducer
@@ -26,6 +23,7 @@ from merak_like.runtime.groups import Groups
 from merak_like.runtime.initialize import World
 from merak_like.runtime.links import Links
 from merak_like.runtime.optimizer import StepResult, agree_on, check_finite, clip, squared_norm
+from merak_like.runtime.orders import Orders
 from merak_like.runtime.programs import Program, Programs
 from merak_like.runtime.watch import Watch
 
@@ -48,37 +46,20 @@ class Engine:
         self._loss_weight, self._max_grad_norm, self._seed = loss_weight, max_grad_norm, seed
         self._save = save
         self._stage = groups.coord.pp
-        self._orders = self._make_orders()
+        self._orders = Orders(plan, self._stage)
+        self._orders.at(programs.edges(), training=True)
         self._do: Mapping[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward, Kind.B: self._backward,
             Kind.SEND_F: self._send_forward, Kind.RECV_F: self._post_forward,
             Kind.SEND_B: self._send_backward, Kind.RECV_B: self._post_backward,
         }  # fmt: skip
+        self._waits: Mapping[Action, tuple[Action, ...]] = {}
         self._batches: list[Any] = []
         self._running: list[Program] = []
         self._shares: list[float] = []
         self._made: dict[int, dict[str, Tensor]] = {}
         self._gradients: dict[int, dict[str, Tensor]] = {}
         self._losses: dict[int, Tensor] = {}
-
-    def _make_orders(self) -> Mapping[bool, tuple[Order, Mapping[Action, tuple[Action, ...]], int]]:
-        """This rank's orders (True: training, False: forward only), verified; what each computation waits for."""
-        edges = self._programs.edges()
-        plain = builder(self.plan.schedule)(len(self.plan.stages), self.plan.micro_batches)
-        full = add_transfers(plain, edges)
-        validate(full, edges)
-        made = {}
-        for training, schedule in ((True, full), (False, forward_only(full))):
-            order = schedule.orders[self._stage]
-            waits: dict[Action, tuple[Action, ...]] = {}
-            for action in order:
-                user = {Kind.RECV_F: Kind.F, Kind.RECV_B: Kind.B}.get(action.kind)
-                if user is not None:
-                    key = Action(user, action.micro_batch, action.stage)
-                    waits[key] = (*waits.get(key, ()), action)
-            last = max((i for i, action in enumerate(order) if action.kind is Kind.B), default=-1)
-            made[training] = (order, waits, last)
-        return made
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -89,34 +70,35 @@ class Engine:
         Gradients stay readable until the next step. Raises FloatingPointError for a loss or norm that is not finite,
         before the weights change, and PeerError when another rank is gone.
         """
-        self._open()
-        self._clear_gradients()
-        total = self._run(batch, batch_is_global, training=True)
-        self._reducer.finish()
-        own = [self._parameters[name] for name in self._owned] if self.groups.coord.dp == 0 else []
-        loss, norm = self._numbers(squared_norm(own))
-        result = StepResult(loss, norm, total)
-        check_finite(result, self.steps, [i for i, x in self._losses.items() if not torch.isfinite(x)])
-        if self._max_grad_norm is not None:
-            clip(self._parameters.values(), result.grad_norm, self._max_grad_norm)
-        if self.optimizer is not None:
-            self.optimizer.step()
-        self.steps += 1
-        return result
+        with self._at_work():
+            self._clear_gradients()
+            total = self._run(batch, batch_is_global, training=True)
+            self._reducer.finish()
+            own = [self._parameters[name] for name in self._owned] if self.groups.coord.dp == 0 else []
+            loss, norm = self._numbers(squared_norm(own))
+            result = StepResult(loss, norm, total)
+            check_finite(result, self.steps, [i for i, x in self._losses.items() if not torch.isfinite(x)])
+            if self._max_grad_norm is not None:
+                clip(self._parameters.values(), result.grad_norm, self._max_grad_norm)
+            if self.optimizer is not None:
+                self.optimizer.step()
+            self.steps += 1
+            return result
 
     @torch.no_grad()
     def evaluate(self, batch: Any, *, batch_is_global: bool = True) -> StepResult:
         """The loss on a batch in evaluation mode; nothing is changed. ``grad_norm`` is 0."""
-        self._open()
         modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            total = self._run(batch, batch_is_global, training=False)
-        finally:
-            for module, training in modes.items():
-                module.training = training
-        loss, _ = self._numbers(0.0)
-        return StepResult(loss, 0.0, total)
+        with self._at_work():
+            self.model.eval()
+            try:
+                total = self._run(batch, batch_is_global, training=False)
+            finally:
+                self._made.clear()
+                for module, training in modes.items():
+                    module.training = training
+            loss, _ = self._numbers(0.0)
+            return StepResult(loss, 0.0, total)
 
     def _run(self, batch: Any, batch_is_global: bool, *, training: bool) -> int:
         """Run every action of this rank's order; how many items the loss is the mean of."""
@@ -124,27 +106,33 @@ class Engine:
         parts = split(batch, count * (replicas if batch_is_global else 1))
         first = self.groups.coord.dp * count
         self._batches = parts[first : first + count] if batch_is_global else parts
-        weights = [self._loss_weight(part) for part in self._batches]
-        if 0 in weights:
+        weights = [self._loss_weight(part) for part in parts]
+        own = weights[first : first + count] if batch_is_global else weights
+        counts = {"items": sum(weights), "empty": weights.count(0)}
+        if not batch_is_global:
+            alone = self._stage == 0
+            counts = agree_on({k: n if alone else 0 for k, n in counts.items()}, self.world, self._watch)
+        if counts["empty"]:
             raise ValueError(
-                f"micro-batch {weights.index(0)} has no item to learn from (every label is ignored), so its mean loss "
-                "is not a number: leave such samples out, or use fewer micro-batches"
+                f"{counts['empty']:.0f} micro-batches have no item to learn from (every label is ignored), so their "
+                "mean loss is not a number: leave such samples out, or use fewer micro-batches"
             )
-        if batch_is_global:
-            total = sum(self._loss_weight(part) for part in parts) if replicas > 1 else sum(weights)
-        else:
-            share = sum(weights) if self._stage == 0 else 0
-            total = int(agree_on({"items": share}, self.world, self._watch)["items"])
-        self._shares = [weight / total for weight in weights]
+        total = int(counts["items"])
+        self._shares = [weight / total for weight in own]
         self._running = [self._programs.at(part) for part in self._batches]
         self._losses.clear()
-        order, self._waits, last = self._orders[training]
+        work = self._orders.at(self._edges(), training=training)
+        self._waits = work.waits
         with self._random_streams():
-            for at, action in enumerate(order):
-                self._reducer.last = at >= last
+            for at, action in enumerate(work.order):
+                self._reducer.last = at >= work.last_backward
                 self._do[action.kind](action)
         self._links.flush()
         return total
+
+    def _edges(self) -> Edges:
+        """The stage pairs that talk in this step."""
+        return frozenset(edge for program in self._running for edge in program.forward)
 
     def _forward(self, action: Action) -> None:
         index = action.micro_batch
@@ -175,11 +163,12 @@ class Engine:
 
     def _send_forward(self, action: Action) -> None:
         made = self._made[action.micro_batch]
-        specs = self._running[action.micro_batch].forward[action.stage, action.peer]
+        specs = self._running[action.micro_batch].forward.get((action.stage, action.peer), ())
         self._links.send(action, {spec.name: made[spec.name] for spec in specs})
 
     def _post_forward(self, action: Action) -> None:
-        self._links.post(action, self._running[action.micro_batch].forward[action.peer, action.stage])
+        specs = self._running[action.micro_batch].forward.get((action.peer, action.stage), ())
+        self._links.post(action, specs)
 
     def _send_backward(self, action: Action) -> None:
         gradients = self._gradients[action.micro_batch]
@@ -213,12 +202,15 @@ class Engine:
         self._gradients.clear()
 
     @contextmanager
-    def _random_streams(self) -> Any:
-        before = rng.state(self.world.device)
-        try:
+    def _random_streams(self) -> Iterator[None]:
+        with torch.random.fork_rng([self.world.device] if self.world.device.type == "cuda" else []):
             yield
-        finally:
-            rng.resume(before, self.world.device)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        self._open()
+        with self._watch.telling():
+            yield
 
     def _enter_stream(self, index: int, received: dict[str, Tensor]) -> None:
         if self._stage == 0:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from merak_like.partitioner.mesh import Mesh
+from merak_like.runtime.pulse import Pulse
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class World:
     device: torch.device
     timeout: timedelta
     """How long any wait may last before it is an error."""
+    pulse: Pulse | None = None
+    """None alone, and where the caller made the process group without torchrun's environment."""
 
     @property
     def alone(self) -> bool:
@@ -53,7 +56,18 @@ def join(mesh: Mesh, *, timeout: float, device: torch.device | str | None = None
         torch.cuda.set_device(where)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=limit)
-    return World(dist.get_rank(), size, where, limit)
+    return World(dist.get_rank(), size, where, limit, _pulse(limit))
+
+
+def _pulse(limit: timedelta) -> Pulse | None:
+    """A connection of its own to the job's store: the watch's thread uses it while the rank waits elsewhere."""
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not host or not port:
+        return None
+    store = dist.TCPStore(host, int(port), is_master=False, timeout=limit)  # pyright: ignore[reportPrivateImportUsage]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = dist.PrefixStore(f"merak/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
+    return Pulse(own, dist.get_rank(), dist.get_world_size())
 
 
 def _device() -> torch.device:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merak_like.partitioner.schedules.action import Action
 from merak_like.runtime.groups import Groups
-from merak_like.runtime.watch import PeerError, Watch
+from merak_like.runtime.watch import Watch
 
 
 class Spec(NamedTuple):
@@ -86,10 +86,8 @@ class DistLinks:
         assert not self._posted, f"receives nobody used: {list(self._posted)}"
 
     def _start(self, start: Any, tensor: Tensor, peer: int, group: Any, action: Action) -> Any:
-        try:
+        with self.watch.waiting(f"the start of {action} with rank {peer}"):
             return start(tensor, peer, group=group)
-        except RuntimeError as error:
-            raise PeerError(f"rank {self.watch.rank} could not start {action} with rank {peer}: {error}") from error
 
 
 class NoLinks:

@@ -34,7 +34,7 @@ class Program:
 
     def backward(self, edge: tuple[int, int]) -> tuple[Spec, ...]:
         """The gradients that come back along an edge."""
-        return tuple(spec for spec in self.forward[edge] if spec.requires_grad)
+        return tuple(spec for spec in self.forward.get(edge, ()) if spec.requires_grad)
 
 
 KEPT = 64
@@ -48,28 +48,38 @@ class Programs:
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, planned: Trace, stage: int, device: torch.device, loss_fn: LossFn | None
-    ) -> None:
+        self, model: nn.Module, plan: Plan, planned: Trace, example: Any, stage: int, device: torch.device,
+        loss_fn: LossFn | None,
+    ) -> None:  # fmt: skip
+        """``planned`` is the trace of ``example``, a micro-batch, in the model's present mode."""
         self.model, self.plan, self.planned = model, plan, planned
         self.stage, self.device, self.loss_fn = stage, device, loss_fn
-        self._known: dict[Any, list[Program]] = {}
+        self._known: dict[Any, list[Program]] = {self._key(example): [self._program(planned)]}
 
     def at(self, batch: Any) -> Program:
         """The program for a micro-batch like this one, in the model's present mode."""
-        kind = self.device.type
-        autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        key = (signature(batch), self.model.training, autocast)
+        key = self._key(batch)
         for program in self._known.get(key, ()):
             if program.traced.fits(batch):
                 return program
-        if len(self._known) >= KEPT:
-            self._known.pop(next(iter(self._known)))
-        made = self._make(batch)
+        made = self._program(trace(self.model, batch, self.loss_fn, device=self.device))
+        if sum(map(len, self._known.values())) >= KEPT:
+            self._forget_one()
         self._known.setdefault(key, []).append(made)
         return made
 
-    def _make(self, batch: Any) -> Program:
-        traced = trace(self.model, batch, self.loss_fn, device=self.device)
+    def _forget_one(self) -> None:
+        oldest = next(iter(self._known))
+        self._known[oldest].pop(0)
+        if not self._known[oldest]:
+            del self._known[oldest]
+
+    def _key(self, batch: Any) -> Any:
+        kind = self.device.type
+        autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        return signature(batch), self.model.training, autocast
+
+    def _program(self, traced: Trace) -> Program:
         starts = realign(self.plan, self.planned.graph, traced.graph)
         stage = Stage(build_stage(traced, self.model, starts, self.stage), traced.inputs, self.device)
         drawing = any(op.random for op in traced.graph.ops)

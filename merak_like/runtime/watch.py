@@ -5,10 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
+
+from merak_like.runtime.pulse import GAVE_UP, INTERVAL, PATIENCE, Pulse
+
+ACTION = "look at that rank's output and machine, then start the job again from its last checkpoint"
 
 
 class PeerError(RuntimeError):
@@ -18,12 +22,18 @@ class PeerError(RuntimeError):
 class Watch:
     """Waits with a limit, and says what it waits for when a wait gets long."""
 
-    def __init__(self, rank: int, limit: timedelta, *, report: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, rank: int, limit: timedelta, pulse: Pulse | None = None, *, report: Callable[[str], None] | None = None
+    ) -> None:
         self.rank = rank
         self.limit = limit
         self.report_after = min(30.0, limit.total_seconds() / 2)
         self._report = report or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._pulse = pulse
         self._now: tuple[str, float] | None = None
+        self._noted = False
+        self._blame: str | None = None
+        self._looked = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._look, name="merak-watch", daemon=True)
         self._thread.start()
@@ -34,25 +44,64 @@ class Watch:
         Raises PeerError, naming this rank, the peer and the action, when the peer is gone or the limit has passed.
         """
         with self.waiting(f"{what} {peer}"):
-            try:
-                done = work.wait() if work_is_queued(work) else work.wait(self.limit)
-            except RuntimeError as error:
-                raise PeerError(f"rank {self.rank} gave up waiting for {what} {peer}: {_reason(error)}") from error
-        if done is False:
-            raise PeerError(f"rank {self.rank} gave up waiting for {what} {peer}: nothing for {self.limit}")
+            if (work.wait() if work_is_queued(work) else work.wait(self.limit)) is False:
+                raise RuntimeError(f"timed out after {self.limit.total_seconds():.0f} s")
 
     @contextmanager
-    def waiting(self, what: str) -> Any:
-        """Mark a wait, so that the watch can tell of it."""
+    def waiting(self, what: str) -> Iterator[None]:
+        """Mark a wait, so that the watch can tell of it. What fails inside is a PeerError."""
         self._now = (what, time.monotonic())
         try:
             yield
+        except RuntimeError as error:
+            why = self._who() or _reason(error)
+            raise PeerError(f"rank {self.rank} gave up waiting for {what}: {why}; {ACTION}") from None
         finally:
             self._now = None
 
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Let the other ranks know what this one failed with."""
+        if self._noted:
+            self._note("")
+        try:
+            yield
+        except PeerError:
+            raise
+        except Exception as error:
+            self._note(f"{type(error).__name__}: {error}".splitlines()[0][:300])
+            raise
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around the building of an engine: without one there is nothing to watch."""
+        try:
+            with self.telling():
+                yield
+        except BaseException:
+            self.close()
+            raise
+
+    def _note(self, why: str) -> None:
+        self._noted = bool(why)
+        if self._pulse is not None:
+            with suppress(RuntimeError):  # the store goes with its host
+                self._pulse.note(why)
+
+    def _who(self) -> str:
+        """Who is to blame, found by the watch's thread on every rank at the same time; empty if nobody knows."""
+        if self._pulse is None:
+            return ""
+        with suppress(RuntimeError):
+            self._pulse.alarm()
+            self._pulse.note(GAVE_UP)
+        self._looked.wait(PATIENCE + 4 * INTERVAL)
+        return self._blame or ""
+
     def _look(self) -> None:
         told: tuple[str, float] | None = None
-        while not self._closed.wait(min(1.0, self.report_after / 4)):
+        while not self._closed.wait(min(INTERVAL, self.report_after / 4)):
+            self._feel()
             now = self._now
             if now is None or now is told or time.monotonic() - now[1] < self.report_after:
                 continue
@@ -61,6 +110,25 @@ class Watch:
                 f"[merak] rank {self.rank} has been waiting {time.monotonic() - now[1]:.0f} s for {now[0]}; it will "
                 f"give up after {self.limit.total_seconds():.0f} s"
             )
+
+    def _feel(self) -> None:
+        """Give a sign of life, and find out whose is missing when a rank has lost another."""
+        if self._pulse is None or self._looked.is_set():
+            return
+        try:
+            self._pulse.beat()
+            if self._pulse.alarmed():
+                self._blame = self._pulse.look()
+                self._linger()
+                self._looked.set()
+        except RuntimeError:
+            self._blame = self._blame or "the job's store is gone, and rank 0 or its agent with it"
+            self._looked.set()
+
+    def _linger(self) -> None:
+        """The host of the store leaves last: the others still read there."""
+        if self.rank == 0:
+            time.sleep(2 * INTERVAL)
 
     @property
     def closed(self) -> bool:
@@ -79,9 +147,9 @@ def work_is_queued(work: Any) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error)
-    if "closed by peer" in text.lower() or "connection reset" in text.lower() or "broken pipe" in text.lower():
-        return f"the peer is gone ({text.splitlines()[0][-120:]})"
-    if "timed out" in text.lower() or "timeout" in text.lower():
-        return f"nothing came in time ({text.splitlines()[0][-120:]})"
-    return text.splitlines()[0][-200:] if text else type(error).__name__
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if any(words in text.lower() for words in ("closed by peer", "connection reset", "broken pipe")):
+        return f"the peer is gone ({text[-120:]})"
+    if any(words in text.lower() for words in ("timed out", "timeout")):
+        return f"nothing came in time ({text[-120:]})"
+    return text[-200:]

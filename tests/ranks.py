@@ -1,0 +1,243 @@
+"""Functions of the tests in several processes: many calls in one torchrun job, or bare processes that may be killed.
+
+    torchrun([Call("a", "tests.scenarios:two_steps", {"dp": 2})], world=2).result("a")
+
+Every rank makes the same calls one after the other and writes what each returned. A failed assertion is noted and the
+rank goes on (so a scenario asserts when its engine is closed); after any other exception the rank leaves the job.
+No process outlives its job: they are found by a mark in their environment, wherever they went.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+MARK = "MERAK_TEST_JOB"
+
+
+class Call(NamedTuple):
+    """``module:function`` with keyword arguments, on every rank; what it returns must fit into JSON."""
+
+    name: str
+    function: str
+    arguments: Mapping[str, Any] = {}
+
+
+class Said(NamedTuple):
+    """What a call came to on one rank."""
+
+    value: Any
+    error: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one process left. ``code`` is None where only its agent knows it."""
+
+    code: int | None
+    stderr: str
+    said: Mapping[str, Said]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a whole job left."""
+
+    ranks: tuple[Rank, ...]
+    code: int | None = None
+    """Of torchrun."""
+    output: str = ""
+    """Of torchrun."""
+
+    def results(self, name: str) -> list[Any]:
+        """What a call returned, by rank; AssertionError with every rank's own words if it failed anywhere."""
+        failed = [f"--- rank {i}: {r.said[name].error}" for i, r in enumerate(self.ranks) if self._error(r, name)]
+        silent = [f"--- rank {i} never got there:\n{r.stderr[-3000:]}" for i, r in enumerate(self.ranks)
+                  if name not in r.said]  # fmt: skip
+        wrong = failed + silent
+        assert not wrong, f"{name}\n" + "\n".join(wrong)
+        return [rank.said[name].value for rank in self.ranks]
+
+    @staticmethod
+    def _error(rank: Rank, name: str) -> bool:
+        return name in rank.said and bool(rank.said[name].error)
+
+
+def torchrun(calls: Sequence[Call], world: int, *, timeout: float = 300.0, options: Sequence[str] = ()) -> Job:
+    """Run the calls under real torchrun on this machine."""
+    with tempfile.TemporaryDirectory() as name, _processes() as environment:
+        folder = Path(name)
+        _write(folder, calls)
+        where = options or ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--nnodes=1")
+        command = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={world}"]
+        agent = subprocess.Popen(
+            [*command, "-m", "tests.ranks", name],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        try:
+            output, _ = agent.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            agent.kill()
+            output = f"killed after {timeout:.0f} s\n" + (agent.communicate()[0] or "")
+        job = Job(tuple(_read(folder, rank) for rank in range(world)), agent.returncode, output)
+        nobody_left(environment[MARK])
+    return job
+
+
+@dataclass
+class Bare:
+    """Processes with torchrun's environment but without its agent, which would end all when one ends."""
+
+    folder: Path
+    mark: str
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list[subprocess.Popen[bytes]])
+
+    def kill(self, rank: int, number: signal.Signals) -> None:
+        """Send a signal to one rank."""
+        self.processes[rank].send_signal(number)
+
+    def until(self, name: str, rank: int, timeout: float = 120.0) -> None:
+        """Wait until a rank has called ``here(name)``."""
+        end = time.monotonic() + timeout
+        while not (self.folder / f"{rank}.{name}").exists():
+            code = self.processes[rank].poll()
+            assert code is None, f"rank {rank} ended with {code} before {name!r}: {self.read(rank).stderr[-3000:]}"
+            assert time.monotonic() < end, f"rank {rank} did not reach {name!r} in {timeout:.0f} s"
+            time.sleep(0.02)
+
+    def wait(self, ranks: Sequence[int], timeout: float) -> float:
+        """Wait until these ranks have ended; how many seconds it took."""
+        begin = time.monotonic()
+        for rank in ranks:
+            try:
+                self.processes[rank].wait(max(0.1, begin + timeout - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"rank {rank} still runs after {timeout:.0f} s") from None
+        return time.monotonic() - begin
+
+    def read(self, rank: int) -> Rank:
+        """What a rank left so far."""
+        return _read(self.folder, rank, self.processes[rank].poll())
+
+
+@contextmanager
+def bare(call: Call, world: int) -> Iterator[Bare]:
+    """Start the call on every rank; at the end all that still runs is killed."""
+    with tempfile.TemporaryDirectory() as name, _processes() as environment:
+        _write(Path(name), [call])
+        job = Bare(Path(name), environment[MARK])
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+        for rank in range(world):
+            mine = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            job.processes.append(subprocess.Popen([sys.executable, "-m", "tests.ranks", name], cwd=ROOT, env=mine))
+        try:
+            yield job
+        finally:
+            for process in job.processes:
+                process.kill()
+                process.wait()
+            nobody_left(job.mark)
+
+
+def here(name: str) -> None:
+    """Tell the test that this rank has come to a place (in a process of ``bare``)."""
+    (Path(sys.argv[1]) / f"{os.environ['RANK']}.{name}").touch()
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on now."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def nobody_left(mark: str, patience: float = 10.0) -> None:
+    """Raise AssertionError, after killing them, if processes of a job still run ``patience`` seconds after its end."""
+    end = time.monotonic() + patience
+    while (left := marked(mark)) and time.monotonic() < end:
+        time.sleep(0.05)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    assert not left, f"the job left processes behind: {left}"
+
+
+def marked(mark: str) -> list[int]:
+    """Processes whose environment has this mark, zombies excluded."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{MARK}={mark}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue  # it ended, or it is not ours
+    return found
+
+
+@contextmanager
+def _processes() -> Iterator[dict[str, str]]:
+    """An environment whose mark tells the job's processes; none of them outlives the block."""
+    mark = uuid.uuid4().hex
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "COV", "TORCHELASTIC", "GROUP_"))}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    try:
+        yield kept | {MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    finally:
+        for process in marked(mark):
+            os.kill(process, signal.SIGKILL)
+
+
+def _write(folder: Path, calls: Sequence[Call]) -> None:
+    (folder / "calls.json").write_text(json.dumps(calls))
+
+
+def _read(folder: Path, rank: int, code: int | None = None) -> Rank:
+    def text(kind: str) -> str:
+        path = folder / f"{rank}.{kind}"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    lines = [json.loads(line) for line in text("said").splitlines()]
+    return Rank(code, text("stderr"), {line.pop("name"): Said(**line) for line in lines})
+
+
+def main(folder: Path) -> None:
+    """Make the calls, in one of the processes."""
+    rank = os.environ["RANK"]
+    stream = os.open(folder / f"{rank}.stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    for call in (Call(*fields) for fields in json.loads((folder / "calls.json").read_text())):
+        module, _, name = call.function.partition(":")
+        begin, error, value = time.monotonic(), "", None
+        leave: BaseException | None = None
+        try:
+            function: Callable[..., Any] = getattr(import_module(module), name)
+            value = function(**call.arguments)
+        except AssertionError:
+            error = traceback.format_exc()
+        except BaseException as problem:
+            error, leave = traceback.format_exc(), problem
+        said = {"name": call.name, "value": value, "error": error, "seconds": time.monotonic() - begin}
+        with (folder / f"{rank}.said").open("a") as file:
+            file.write(json.dumps(said) + "\n")
+        if leave is not None:
+            raise leave
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
