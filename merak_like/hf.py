@@ -243,10 +243,15 @@ def _positions(model: nn.Module) -> int | None:
 
 
 def initialiser(model: nn.Module) -> Callable[[nn.Module], None]:
-    """How this model initialises one of its modules, its non-persistent buffers included."""
+    """How this model initialises one of its modules, its non-persistent buffers included.
+
+    Of models in models (a vision encoder with a text decoder) the innermost one says how, as in transformers itself.
+    """
+    outers = [outer for outer in model.modules() if isinstance(outer, transformers.PreTrainedModel)]
+    of = {inner: outer for outer in outers for inner in outer.modules()}
 
     def initialise(module: nn.Module) -> None:
-        model._init_weights(module)  # type: ignore[operator]
+        of[module]._init_weights(module)
 
     return initialise
 

@@ -1,6 +1,6 @@
 """Give a rank its own weights, and only those: from the user's model, its own initialisation, or safetensors.
 
-Initialisation is seeded per module by the module's path, so every layout starts from the same weights.
+Initialisation is seeded per tensor by its name, so every layout starts from the same weights.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from merak_like.partitioner.plan import Plan
 
 Initialiser = Callable[[nn.Module], None]
-"""Fills the parameters and buffers that a module itself owns."""
+"""Fills the parameters and buffers of a module, those of its inner modules too where they are its own business."""
 
 
 def materialize(
@@ -83,21 +85,53 @@ def reset_parameters(module: nn.Module) -> None:
         reset()
 
 
-def _initialise(model: nn.Module, empty: Collection[str], seed: int, initialise: Initialiser) -> None:
+def _initialise(model: nn.Module, empty: set[str], seed: int, initialise: Initialiser) -> None:
+    """Inner modules first: an attention that scales its own output projection has the last word, as in a real build."""
+    names: dict[int, str] = {}
+    for name, tensor in _named(model):
+        if name in empty or id(tensor) not in names:
+            names[id(tensor)] = name
     versions = {name: tensor._version for name, tensor in _named(model) if name in empty}
+    own = {module: path for path, module in model.named_modules()}
+    inner_first = sorted(own, key=lambda module: own[module].count(".") + bool(own[module]), reverse=True)
     with torch.random.fork_rng(), torch.no_grad():
-        for path, module in model.named_modules():
-            own = [*module._parameters.values(), *module._buffers.values()]
-            if any(t is not None and not t.is_meta for t in own):
-                digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
-                torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        for module in inner_first:
+            held = {names[id(tensor)]: tensor for _, tensor in _named(module)}
+            if not empty & held.keys():
+                continue
+            data = {name: t.clone() for name, t in held.items() if name not in empty and not t.is_meta}
+            with Streams(f"{seed}/{own[module]}", names):
                 initialise(module)
+            for name, tensor in data.items():
+                held[name].copy_(tensor)
     missed = sorted(name for name, tensor in _named(model) if name in versions and tensor._version == versions[name])
     if missed:
         raise ValueError(
             f"nothing initialises {missed[:5]} of {type(model).__name__}, which is on the meta device: give the module "
             "that owns them a reset_parameters(), build the model on the CPU, or pass weights=, a folder of safetensors"
         )
+
+
+class Streams(TorchFunctionMode):
+    """Random numbers for each tensor by its name, so that tensors that are on other ranks need not be drawn here."""
+
+    def __init__(self, seed: str, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.seed, self.names = seed, names
+        self.now, self.turns = "", 0
+        self._begin()
+
+    def _begin(self) -> None:
+        digest = hashlib.sha256(f"{self.seed}/{self.now}/{self.turns}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        told = (self.names.get(id(item)) for item in (*args, *(kwargs or {}).values()) if isinstance(item, Tensor))
+        name = next(filter(None, told), self.now)
+        if name != self.now:
+            self.now, self.turns = name, self.turns + 1
+            self._begin()
+        return func(*args, **(kwargs or {}))
 
 
 def _read(model: nn.Module, wanted: Mapping[str, Tensor], path: Path, first: Mapping[str, str]) -> None:
