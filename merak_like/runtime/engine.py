@@ -173,14 +173,9 @@ class Engine:
     def _send_backward(self, action: Action) -> None:
         gradients = self._gradients[action.micro_batch]
         specs = self._running[action.micro_batch].backward((action.peer, action.stage))
-        device = self.world.device
-        self._links.send(
-            action,
-            {
-                s.name: gradients[s.name] if s.name in gradients else torch.zeros(s.shape, dtype=s.dtype, device=device)
-                for s in specs
-            },
-        )
+        unread = [spec for spec in specs if spec.name not in gradients]  # had no part in the loss
+        zeros = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=self.world.device) for s in unread}
+        self._links.send(action, {s.name: zeros[s.name] if s in unread else gradients.pop(s.name) for s in specs})
 
     def _post_backward(self, action: Action) -> None:
         specs = self._running[action.micro_batch].backward((action.stage, action.peer))
