@@ -77,21 +77,28 @@ def auto_parallel(
     with watch.starting():
         if plan is None and hardware is None:  # one measurement for all, or each rank would plan for itself
             hardware = collect.from_first(this_machine if world.rank == 0 else None, world, watch)
-        first: Any = None
-        rough: Trace | None = None
-        if plan is None:  # on the CPU whatever the device, so that a plan does not depend on where it was made
-            first = _micro_batch(example, mesh, micro_batches or 1)
-            rough = trace(model, first, loss_fn, device="cpu")
-            plan = _plan(rough, mesh, rows(example), schedule, micro_batches, hardware, memory_limit)
-        if plan.mesh != mesh:
+        if plan is not None and plan.mesh != mesh:
             raise ValueError(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
             )
+        micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
+        rough: Trace | None = None
+        if plan is None:  # on the CPU whatever the device, so that a plan does not depend on where it was made
+            rough = trace(model, micro, loss_fn, device="cpu")
+            plan = _plan(rough, mesh, rows(example), schedule, micro_batches, hardware, memory_limit)
+            if signature(chosen := _micro_batch(example, mesh, plan.micro_batches)) != signature(micro):
+                # again for the micro-batches it chose: one sample may run fewer ops than many
+                micro, rough = chosen, trace(model, chosen, loss_fn, device="cpu")
+                plan = _plan(rough, mesh, rows(example), schedule, plan.micro_batches, hardware, memory_limit)
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
         collect.agree(facts | {"seed": str(seed), "max_grad_norm": str(max_grad_norm)}, world, watch)
-        micro = _micro_batch(example, mesh, plan.micro_batches)
-        if rough is None or world.device.type != "cpu" or signature(micro) != signature(first):
+        if rough is None or world.device.type != "cpu":
             rough = trace(model, micro, loss_fn, device=world.device)
+        if plan.starts[-1] != len(rough.graph.ops):
+            raise ValueError(
+                f"the plan cuts {plan.starts[-1]} ops, but {type(model).__name__} runs {len(rough.graph.ops)} for "
+                f"micro-batches of {rows(micro)} samples: make the plan from this model and an example of that size"
+            )
         groups = make_groups(mesh, world, list(plan.shared.values()))
         stage = groups.coord.pp
         initialise, counted, save = _habits(model)
