@@ -58,12 +58,21 @@ def encode(item: Any, of_tensor: Callable[[torch.Tensor], Any], of_object: Calla
 
 def results(item: Any) -> list[tuple[tuple[Any, ...], torch.Tensor]]:
     """The tensors of a call's result with the path to each. Raises Opaque where an unknown object may hide one."""
-    if isinstance(item, torch.Tensor):
-        return [((), item)]
     found: list[tuple[tuple[Any, ...], torch.Tensor]] = []
-    for path, leaf in tree_flatten_with_path(item):
-        if isinstance(leaf, torch.Tensor):
-            found.append((path, leaf))
-        elif not isinstance(leaf, CONSTANTS) and not isinstance(leaf, torch.Size):
-            raise Opaque(f"a result of type {type(leaf).__module__}.{type(leaf).__qualname__}")
+    _collect(item, (), found)
     return found
+
+
+def _collect(item: Any, path: tuple[Any, ...], found: list[tuple[tuple[Any, ...], torch.Tensor]]) -> None:
+    kind = type(item)
+    if isinstance(item, torch.Tensor):
+        found.append((path, item))
+    elif kind is tuple or kind is list:  # by far the most common: without torch's registry of containers
+        for index, inner in enumerate(item):
+            _collect(inner, (*path, index), found)
+    elif not isinstance(item, CONSTANTS) and kind is not torch.Size:
+        for more, leaf in tree_flatten_with_path(item):
+            if isinstance(leaf, torch.Tensor):
+                found.append(((*path, *more), leaf))
+            elif not isinstance(leaf, CONSTANTS) and not isinstance(leaf, torch.Size):
+                raise Opaque(f"a result of type {type(leaf).__module__}.{type(leaf).__qualname__}")

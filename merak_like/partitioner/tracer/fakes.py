@@ -142,18 +142,20 @@ def no_garbage() -> Iterator[None]:
 @contextmanager
 def clean_caches() -> Iterator[None]:
     """Forget what ``functools.lru_cache`` kept during the trace: a cached fake tensor would poison real runs."""
-    before = {id(cache): cache.cache_info().misses for cache in _caches()}
+    before = [(cache, cache.cache_info().misses) for cache in _caches()]
     try:
         yield
     finally:
-        for cache in _caches():
-            if cache.cache_info().misses != before.get(id(cache), 0):
+        for cache, misses in before:
+            if cache.cache_info().misses != misses:
                 cache.cache_clear()
+        for cache in _caches(generation=0):  # made since, as nothing is collected meanwhile
+            cache.cache_clear()
 
 
-def _caches() -> list[Any]:
+def _caches(generation: int | None = None) -> list[Any]:
     kind = type(lru_cache(len))
-    return [item for item in gc.get_objects() if type(item) is kind]
+    return [item for item in gc.get_objects(generation) if type(item) is kind]
 
 
 def changed_attributes(

@@ -164,7 +164,4 @@ def outputs_of(out: Any) -> Found:
     """The tensors of a torch function's result; other objects (hook handles, sizes) carry none."""
     if isinstance(out, torch.Tensor):
         return [((), out)]
-    kind = type(out)
-    if kind in (tuple, list) and all(isinstance(item, torch.Tensor) for item in out):
-        return [((index,), item) for index, item in enumerate(out)]
     return results(out) if isinstance(out, (tuple, list, dict)) else []
