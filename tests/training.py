@@ -99,27 +99,31 @@ class Trained:
     weights: Mapping[str, Tensor]
 
 
-def plain_step(one: Subject, model: nn.Module, parts: Sequence[Any], step: int, first: int = 0) -> tuple[float, int]:
+def plain_step(one: Subject, model: nn.Module, parts: Sequence[Any], step: int) -> tuple[float, int]:
     """Forward and backward of the micro-batches one after the other; the loss and the items it is the mean of."""
     weights = [one.weight(part) for part in parts]
     loss = 0.0
     for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-        torch.manual_seed(stream_seed(SEED, step, first + index))
+        torch.manual_seed(stream_seed(SEED, step, index))
         mean = one.loss(model, part)
-        (mean * weight / sum(weights)).backward()
-        loss += mean.item() * weight / sum(weights)
+        share = weight / sum(weights)  # rounded once, to the loss's own dtype: transformers makes it float32
+        (mean * share).backward()
+        loss += mean.item() * share
     return loss, sum(weights)
 
 
-def plainly(one: Subject, batches: Sequence[Any], parts: int, limit: float = LIMIT) -> Trained:
-    """Train a copy of the model in this process, without the engine; ``parts`` micro-batches a step."""
+def plainly(
+    one: Subject, batches: Sequence[Any], parts: int | Callable[[Any], list[Any]], limit: float | None = LIMIT
+) -> Trained:
+    """Train a copy of the model in this process, without the engine; ``parts`` micro-batches a step, or how to cut."""
+    cut = parts if callable(parts) else lambda batch: split(batch, parts)
     model = copy.deepcopy(one.model)
     optimizer = adamw(model.parameters())
     steps = []
     for number, batch in enumerate(batches):
         optimizer.zero_grad()
-        loss, items = plain_step(one, model, split(batch, parts), number)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+        loss, items = plain_step(one, model, cut(batch), number)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf") if limit is None else limit).item()
         steps.append(Step(loss, norm, items, gradients(model)))
         optimizer.step()
     return Trained(steps, {k: v.detach().clone() for k, v in model.state_dict().items()})
