@@ -15,11 +15,21 @@ TORCH_PIN := $(shell sed -n 's/^torch==/==/p' constraints.txt)
 FIND_TORCH := from importlib.metadata import version; from pip._vendor.packaging.specifiers import SpecifierSet; \
 	found = version("torch"); assert found in SpecifierSet("$(TORCH_RANGE)"); print(found)
 
-.PHONY: demo test test-all lint types unit bench setup clean
+.PHONY: demo plans train test test-all lint types unit bench setup clean
 .DEFAULT_GOAL := test
 
-demo: $(READY)
+demo: plans train
+	@echo
+	@echo "pictures, to be opened in a browser:"
+	@for picture in runs/gpt2/loss.png runs/gpt2/plan.html runs/plan-*/plan.html; do echo "  $$picture"; done
+
+plans: $(READY)
 	$(BIN)/python examples/plan_three.py
+
+# On the CPU even where there is a GPU: four ranks need four of them. OMP_NUM_THREADS as in `unit`.
+train: export OMP_NUM_THREADS = 1
+train: $(READY)
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 4 examples/train_gpt2.py --dp 2 --pp 2 --device cpu
 
 test: lint types unit
 

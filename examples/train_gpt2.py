@@ -96,7 +96,7 @@ def draw(log: Log, engine: Engine, unigram: float, file: Path) -> None:
     axes.axhline(unigram, color="#b5482f", linestyle="--", linewidth=1.2)
     right = {"xy": (1, unigram), "xycoords": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
     axes.annotate(f"unigram entropy {unigram:.2f}", **right, color="#b5482f", xytext=(0, 3), textcoords="offset points")
-    end = {"xytext": (0, -14), "textcoords": "offset points", "ha": "right", "color": "#1f4e8c"}
+    end = {"xytext": (0, 8), "textcoords": "offset points", "ha": "right", "color": "#1f4e8c"}
     axes.annotate(f"{losses[-1]:.2f}", (steps[-1], losses[-1]), **end)
     axes.set_title("GPT-2 learns Python's documentation", loc="left", fontsize=13, fontweight="bold", pad=22)
     about = f"{engine.plan.mesh}, schedule {engine.plan.schedule}, {engine.plan.micro_batches} micro-batches"
@@ -140,6 +140,7 @@ def main() -> None:
     ):
         options.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default: {default})")
     options.add_argument("--runs", type=Path, default=Path("runs"), help="where files go (default: runs)")
+    options.add_argument("--device", help="default: a GPU for each rank if there are any, else the CPU")
     asked = options.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -155,8 +156,8 @@ def main() -> None:
         )  # fmt: skip
         model = GPT2LMHeadModel(config)
     engine = auto_parallel(
-        model, asked.dp, asked.pp, example=batch_of(rows["train"][: asked.batch]), max_grad_norm=1.0,
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.1),
+        model, asked.dp, asked.pp, example=batch_of(rows["train"][: asked.batch]), device=asked.device,
+        max_grad_norm=1.0, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.1),
     )  # fmt: skip
 
     unigram = unigram_entropy(rows["valid"])
@@ -181,7 +182,7 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(text)
         tokenizer.save_pretrained(folder / "checkpoint")
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder / "checkpoint").eval()
-        assert abs(loaded(**unseen).loss.item() - expected) < 1e-4, "the checkpoint is not the model that was trained"
+        assert abs(loaded(**unseen).loss.item() - expected) < 1e-3, "the checkpoint is not the model that was trained"
         torch.manual_seed(0)
         start = tokenizer("Return a new list", return_tensors="pt")
         made = loaded.generate(**start, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=40, pad_token_id=0)
