@@ -156,8 +156,9 @@ def main() -> None:
         )  # fmt: skip
         model = GPT2LMHeadModel(config)
     engine = auto_parallel(
-        model, asked.dp, asked.pp, example=batch_of(rows["train"][: asked.batch]), device=asked.device,
-        max_grad_norm=1.0, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.1),
+        model, asked.dp, asked.pp,
+        example=batch_of(rows["train"][: asked.batch]), max_grad_norm=1.0, device=asked.device,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.1),
     )  # fmt: skip
 
     unigram = unigram_entropy(rows["valid"])

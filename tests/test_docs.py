@@ -1,0 +1,90 @@
+"""What the documents tell people to copy does run: every Python block, on as many ranks as the document says.
+
+A block stands alone unless the comment before it says otherwise: ``<!-- run with 2 ranks -->``, or ``<!-- goes on -->``
+where it continues the block before it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "docs/training.md")
+BLOCK = re.compile(r"^(?:<!-- (?P<word>.*?) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Script(NamedTuple):
+    """Blocks that run together."""
+
+    line: int
+    ranks: int
+    code: str
+
+
+def scripts(text: str) -> list[Script]:
+    """The scripts of a document. Raises ValueError for a comment that means nothing, or nothing to continue."""
+    found: list[Script] = []
+    for block in BLOCK.finditer(text):
+        word, line = block["word"] or "run with 1 rank", text.count("\n", 0, block.start("code"))
+        if word == "goes on":
+            last = found.pop()
+            found.append(last._replace(code=f"{last.code}\n{block['code']}"))
+        elif ranks := re.fullmatch(r"run with (\d+) ranks?", word):
+            found.append(Script(line, int(ranks[1]), block["code"]))
+        else:
+            raise ValueError(f"line {line}: what does {word!r} mean?")
+    return found
+
+
+def cases() -> list[object]:
+    """Every script of every document."""
+    return [
+        pytest.param(script, id=f"{document}:{script.line}", marks=[pytest.mark.ranks] * (script.ranks > 1))
+        for document in DOCUMENTS
+        for script in scripts((ROOT / document).read_text(encoding="utf-8"))
+    ]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("script", cases())
+def test_code_of_the_documents_runs(script: Script, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(script.code, encoding="utf-8")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(script.ranks)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, *launch[: 5 * (script.ranks > 1)], "train.py"],
+        cwd=tmp_path, env=environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert run.returncode == 0, f"{script.code}\n{run.stdout[-2000:]}\n{run.stderr[-6000:]}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_block_is_left_out(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert text.count("```python") == sum(1 for _ in BLOCK.finditer(text)) > 0
+
+
+@pytest.mark.parametrize(
+    "document", [*DOCUMENTS, "CONTRIBUTING.md", "ARCHITECTURE.md", "docs/plan.md", "docs/install.md"]
+)
+def test_links_lead_somewhere(document: str) -> None:
+    file = ROOT / document
+    targets = re.findall(r"\]\(([^)#]+)", file.read_text(encoding="utf-8"))
+    missing = [target for target in targets if "://" not in target and not (file.parent / target).exists()]
+    assert not missing
+
+
+def test_blocks_are_found_joined_and_counted() -> None:
+    text = (
+        "```python\na\n```\n<!-- run with 2 ranks -->\n```python\nb\n```\ntext\n\n<!-- goes on -->\n```python\nc\n```\n"
+    )
+    assert scripts(text) == [Script(1, 1, "a\n"), Script(5, 2, "b\n\nc\n")]
+    with pytest.raises(ValueError, match="what does 'perhaps' mean"):
+        scripts("<!-- perhaps -->\n```python\na\n```\n")
