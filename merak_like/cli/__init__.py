@@ -17,6 +17,8 @@ COMMANDS = {
     "plan": "merak_like.cli.plan",
     "show": "merak_like.cli.show",
     "html": "merak_like.cli.html_page",
+    "simulate": "merak_like.cli.simulate",
+    "timeline": "merak_like.cli.timeline",
 }
 """Command -> the module whose ``run`` it is. A new command is a new file and a row here."""
 
