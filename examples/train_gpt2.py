@@ -104,7 +104,7 @@ def draw(log: Log, engine: Engine, unigram: float, file: Path) -> None:
     axes.set(xlabel="step", ylabel="loss in nats per token", xlim=(0, None))
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(framealpha=1, edgecolor="none", loc="upper right")
     figure.savefig(file, dpi=150)
 
 
