@@ -68,9 +68,9 @@ def test_equal_layers_are_shared_as_evenly_as_can_be(layers: int, stages: int):
 @pytest.mark.parametrize(("size", "stages"), [(1000, 64), (2000, 64), (1000, 8)])
 def test_a_thousand_layers_take_no_time(size: int, stages: int):
     costs = [Random(0).random() for _ in range(size)]
-    begin = time.perf_counter()
+    begin = time.process_time()
     balance(costs, stages)
-    assert time.perf_counter() - begin < 0.5
+    assert time.process_time() - begin < 0.5
 
 
 def test_refusals_say_what_would_do():

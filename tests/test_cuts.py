@@ -137,6 +137,6 @@ def test_thirty_thousand_ops_take_no_time():
     graph = gpt(2500)
     assert len(graph.ops) > 30_000
     _ = graph.values
-    begin = time.perf_counter()
+    begin = time.process_time()
     find_cuts(graph)
-    assert time.perf_counter() - begin < 0.3
+    assert time.process_time() - begin < 0.3

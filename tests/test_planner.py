@@ -263,7 +263,7 @@ def test_too_little_memory_names_what_dominates():
 def test_a_thousand_layers_on_64_stages_take_seconds():
     graph = gpt(1000, d=1024, s=512, vocabulary=30000, samples=1)
     _ = graph.values
-    begin = time.perf_counter()
+    begin = time.process_time()
     made = plan(graph, 64, batch=64, micro_batches=64, hardware=replace(PRESETS["a100-80gb"], devices_per_node=64))
-    assert time.perf_counter() - begin < 15, "a few seconds on an idle machine"
+    assert time.process_time() - begin < 15, "a few seconds on an idle machine"
     assert made.bubble < 0.55
