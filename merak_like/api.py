@@ -103,6 +103,7 @@ def auto_parallel(
         stage = groups.coord.pp
         initialise, counted, save = _habits(model)
         parameters = materialize(model, plan, stage, world.device, seed=seed, initialise=initialise, weights=weights)
+        collect.agree_on_weights(parameters, world, watch)
         trainable = {name: p for name, p in parameters.items() if p.requires_grad}
         holders = collect.holders(plan)
         shared = {name: groups.shared.get(stages) for name, stages in plan.shared.items()}

@@ -21,7 +21,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,35 +105,37 @@ class Bare:
     """Processes with torchrun's environment but without its agent, which would end all when one ends."""
 
     folder: Path
-    mark: str
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list[subprocess.Popen[bytes]])
+    world: int
 
     def kill(self, rank: int, number: signal.Signals) -> None:
         """Send a signal to one rank."""
-        self.processes[rank].send_signal(number)
+        os.kill(int((self.folder / f"{rank}.pid").read_text()), number)
 
-    def until(self, name: str, rank: int, timeout: float = 120.0) -> None:
-        """Wait until a rank has called ``here(name)``."""
+    def code(self, rank: int) -> int | None:
+        """How a rank ended; None if it still runs."""
+        path = self.folder / f"{rank}.code"
+        return int(path.read_text()) if path.exists() else None
+
+    def until(self, name: str, timeout: float = 120.0) -> None:
+        """Wait until every rank has called ``here(name)``."""
         end = time.monotonic() + timeout
-        while not (self.folder / f"{rank}.{name}").exists():
-            code = self.processes[rank].poll()
-            assert code is None, f"rank {rank} ended with {code} before {name!r}: {self.read(rank).stderr[-3000:]}"
-            assert time.monotonic() < end, f"rank {rank} did not reach {name!r} in {timeout:.0f} s"
-            time.sleep(0.02)
+        for rank in range(self.world):
+            while not (self.folder / f"{rank}.{name}").exists():
+                assert self.code(rank) is None, f"rank {rank} ended before {name!r}: {self.read(rank).stderr[-3000:]}"
+                assert time.monotonic() < end, f"rank {rank} did not reach {name!r} in {timeout:.0f} s"
+                time.sleep(0.02)
 
-    def wait(self, ranks: Sequence[int], timeout: float) -> float:
-        """Wait until these ranks have ended; how many seconds it took."""
-        begin = time.monotonic()
+    def wait(self, ranks: Sequence[int], timeout: float) -> None:
+        """Wait until these ranks have ended."""
+        end = time.monotonic() + timeout
         for rank in ranks:
-            try:
-                self.processes[rank].wait(max(0.1, begin + timeout - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                raise AssertionError(f"rank {rank} still runs after {timeout:.0f} s") from None
-        return time.monotonic() - begin
+            while self.code(rank) is None:
+                assert time.monotonic() < end, f"rank {rank} still runs after {timeout:.0f} s"
+                time.sleep(0.02)
 
     def read(self, rank: int) -> Rank:
         """What a rank left so far."""
-        return _read(self.folder, rank, self.processes[rank].poll())
+        return _read(self.folder, rank, self.code(rank))
 
 
 @contextmanager
@@ -141,18 +143,15 @@ def bare(call: Call, world: int) -> Iterator[Bare]:
     """Start the call on every rank; at the end all that still runs is killed."""
     with tempfile.TemporaryDirectory() as name, _processes() as environment:
         _write(Path(name), [call])
-        job = Bare(Path(name), environment[MARK])
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-        for rank in range(world):
-            mine = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            job.processes.append(subprocess.Popen([sys.executable, "-m", "tests.ranks", name], cwd=ROOT, env=mine))
+        parent = subprocess.Popen([sys.executable, "-m", "tests.ranks", name, str(world)], cwd=ROOT, env=environment)
         try:
-            yield job
+            yield Bare(Path(name), world)
         finally:
-            for process in job.processes:
-                process.kill()
-                process.wait()
-            nobody_left(job.mark)
+            for process in marked(environment[MARK]):
+                os.kill(process, signal.SIGKILL)
+            parent.wait()
+            nobody_left(environment[MARK])
 
 
 def here(name: str) -> None:
@@ -239,5 +238,29 @@ def main(folder: Path) -> None:
             raise leave
 
 
+def fork(folder: Path, world: int) -> int | None:
+    """Import once, then be every rank: the rank in a rank's process, None in the one that waits for them all."""
+    for call in json.loads((folder / "calls.json").read_text()):
+        import_module(Call(*call).function.partition(":")[0])
+    ranks: dict[int, int] = {}
+    for rank in range(world):
+        child = os.fork()
+        if not child:
+            return rank
+        ranks[child] = rank
+        (folder / f"{rank}.pid").write_text(str(child))
+    while ranks:
+        child, status = os.wait()
+        rank = ranks.pop(child)
+        (folder / f"{rank}.ended").write_text(str(os.waitstatus_to_exitcode(status)))
+        (folder / f"{rank}.ended").rename(folder / f"{rank}.code")
+    return None
+
+
 if __name__ == "__main__":
+    if sys.argv[2:]:
+        mine = fork(Path(sys.argv[1]), int(sys.argv[2]))
+        if mine is None:
+            sys.exit(0)
+        os.environ |= {"RANK": str(mine), "LOCAL_RANK": str(mine)}
     main(Path(sys.argv[1]))

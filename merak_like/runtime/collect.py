@@ -117,6 +117,40 @@ def agree(facts: Mapping[str, str], world: World, watch: Watch) -> None:
         raise ValueError("the ranks do not agree: " + "; ".join(problems))
 
 
+def agree_on_weights(tensors: Mapping[str, Tensor], world: World, watch: Watch) -> None:
+    """Raise ValueError on every rank, naming the odd ones, unless all that hold a tensor hold the same numbers."""
+    if world.alone:
+        return
+    said: list[Any] = [None] * world.size
+    with watch.waiting("the fingerprints of all weights"):
+        dist.all_gather_object(said, _fingerprints(tensors))
+    odd: dict[int, list[str]] = {}
+    for name in dict.fromkeys(name for one in said for name in one):
+        prints = {rank: one[name] for rank, one in enumerate(said) if name in one}
+        values = list(prints.values())
+        usual = max(dict.fromkeys(values), key=values.count)
+        for rank, value in prints.items():
+            if value != usual:
+                odd.setdefault(rank, []).append(name)
+    if odd:
+        theirs = "; ".join(f"rank {rank} has its own {names[0]} ({len(names)} differ)" for rank, names in odd.items())
+        raise ValueError(
+            f"the ranks do not start from the same weights: {theirs}: call torch.manual_seed on every rank before the "
+            "model is built, build it on the meta device, or pass weights="
+        )
+
+
+def _fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """A sum over the bits of each tensor."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = {
+        name: tensor.detach().contiguous().view(whole[tensor.element_size()]).sum(dtype=torch.int64)
+        for name, tensor in tensors.items()
+        if tensor.element_size() in whole
+    }
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {}
+
+
 def _odd(facts: Mapping[str, str], said: Sequence[Mapping[str, str]]) -> Iterator[str]:
     for key in facts:
         answers = [one.get(key, "nothing") for one in said]
