@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def auto_parallel(
     watch = Watch(world.rank, world.timeout, world.pulse)
     with watch.starting():
         if plan is None and hardware is None:  # one measurement for all, or each rank would plan for itself
-            hardware = collect.from_first(this_machine if world.rank == 0 else None, world, watch)
+            measure = partial(this_machine, device=world.device.type) if world.rank == 0 else None
+            hardware = collect.from_first(measure, world, watch)
         if plan is not None and plan.mesh != mesh:
             raise ValueError(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
@@ -89,7 +91,9 @@ def auto_parallel(
             if signature(chosen := _micro_batch(example, mesh, plan.micro_batches)) != signature(micro):
                 # again for the micro-batches it chose: one sample may run fewer ops than many
                 micro, rough = chosen, trace(model, chosen, loss_fn, device="cpu")
+                compared = [note for note in plan.notes if note.startswith("numbers of micro-batches")]
                 plan = _plan(rough, mesh, rows(example), schedule, plan.micro_batches, hardware, memory_limit)
+                plan = plan.with_notes(compared)
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
         collect.agree(facts | {"seed": str(seed), "max_grad_norm": str(max_grad_norm)}, world, watch)
         if rough is None or world.device.type != "cpu":
