@@ -171,7 +171,7 @@ def test_the_picture_has_a_box_for_each_action_and_stands_alone() -> None:
         sum(end - start for row in timeline.entries for _, start, end in row) * 1230 / timeline.makespan, rel=1e-3
     )
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|href|url\(|@import|<script", svg)
-    assert "forward of micro-batch 0 on stage 7: 4 to 4.5" in svg
+    assert "forward of micro-batch 0 on stage 7: 3.5 to 4" in svg
     assert "8 alive" in svg
     assert "37.5 a step" in svg
 

@@ -13,14 +13,15 @@ from math import floor
 from merak_like.partitioner.hardware import PRESETS
 from merak_like.partitioner.mesh import Coord
 from merak_like.partitioner.plan import Plan
-from merak_like.partitioner.schedules import AS_DATA, AUTO, data_builder
+from merak_like.partitioner.schedules import AS_DATA, AUTO, AUTO_V, data_builder
 from merak_like.partitioner.schedules.action import Edges, Kind, Schedule, chain
 from merak_like.partitioner.schedules.auto.build import Found, auto
 from merak_like.partitioner.schedules.interleaved import interleaved
 from merak_like.partitioner.schedules.scp import LADDER, recompute
+from merak_like.partitioner.schedules.v_shape import v_stage_rank
 from merak_like.partitioner.simulator import Costs, StageCosts, Timeline, simulate
 
-NAMES = (*AS_DATA, AUTO)
+NAMES = (*AS_DATA, AUTO, AUTO_V)
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Pipeline:
     edges: Edges
     live: tuple[int, ...] | None = None
     recomputes: frozenset[int] | None = None
-    """Stages that recompute; by default those whose recompute costs something, and for `auto` not the last."""
+    """Ranks that recompute; by default where it costs something, and for `auto` and `auto-v` not in the last stage."""
     chunks: int = 2
     """Stages per rank of an interleaved schedule."""
 
@@ -63,9 +64,24 @@ def try_out(name: str, pipeline: Pipeline) -> Trial:
     """Build the schedule of that name and simulate it, whether or not it fits the memory (`auto` always does)."""
     costs, ranks, edges, found = pipeline.costs, pipeline.ranks, pipeline.edges, None
     default = frozenset(stage for stage, cost in enumerate(costs.stages) if cost.recompute > 0)
-    if name == AUTO:
-        stages = default - {ranks - 1} if pipeline.recomputes is None else pipeline.recomputes
-        found = auto(costs, pipeline.micro_batches, edges=edges, live=pipeline.live, recomputes=stages)
+    if name in (AUTO, AUTO_V):
+        stage_rank = tuple(range(ranks)) if name == AUTO else v_stage_rank(ranks)
+        parts, stages = len(stage_rank) // ranks, len(stage_rank)
+        if parts > 1:
+            costs, edges = spread(costs, stage_rank), chain(stages)
+        among = default if pipeline.recomputes is None else pipeline.recomputes
+        found = auto(
+            costs,
+            pipeline.micro_batches,
+            stage_rank=stage_rank,
+            edges=edges,
+            live=None if pipeline.live is None else [parts * count for count in pipeline.live],
+            recomputes=[
+                stage
+                for stage, rank in enumerate(stage_rank)
+                if rank in among and (stage < stages - 1 or pipeline.recomputes is not None)
+            ],
+        )
         schedule = found.schedule
     else:
         schedule = _named(name, pipeline, default if pipeline.recomputes is None else pipeline.recomputes)

@@ -33,15 +33,15 @@ AS_DATA: dict[str, Builder] = {
     "dualpipe-v": dualpipe_v,
 }
 
-#: The schedule that is built for its costs.
-AUTO = "auto"
+#: Schedules that are built for their costs: with one stage per rank, and with two in a V.
+AUTO, AUTO_V = "auto", "auto-v"
 
 
 def builder(name: str) -> Builder:
     """Return the builder of a schedule that the engine carries out."""
     if name in BY_NAME:
         return BY_NAME[name]
-    if name in AS_DATA or name == AUTO:
+    if name in (*AS_DATA, AUTO, AUTO_V):
         raise ValueError(
             f"schedule {name!r} is known and can be simulated (`merak simulate`), but it is not run yet: "
             f"run are {', '.join(BY_NAME)}"
@@ -52,5 +52,5 @@ def builder(name: str) -> Builder:
 def data_builder(name: str) -> Builder:
     """Return the builder of a schedule that exists as data."""
     if name not in AS_DATA:
-        raise unknown("schedule", name, [*AS_DATA, AUTO])
+        raise unknown("schedule", name, [*AS_DATA, AUTO, AUTO_V])
     return AS_DATA[name]
