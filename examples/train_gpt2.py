@@ -135,7 +135,7 @@ def main() -> None:
     for name, default, what in (
         ("dp", 1, "replicas"),
         ("pp", 1, "pipeline stages"),
-        ("steps", 300, "training steps"),
+        ("steps", 250, "training steps"),
         ("batch", 8, f"rows of {CONTEXT} tokens in a step, over all replicas"),
     ):
         options.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default: {default})")
