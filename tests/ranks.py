@@ -60,9 +60,9 @@ class Job:
     """What a whole job left."""
 
     ranks: tuple[Rank, ...]
-    code: int | None = None
-    """Of torchrun."""
-    output: str = ""
+    code: int
+    """Of torchrun: 0 if all went well."""
+    output: str
     """Of torchrun."""
 
     def results(self, name: str) -> list[Any]:
@@ -79,25 +79,47 @@ class Job:
         return name in rank.said and bool(rank.said[name].error)
 
 
-def torchrun(calls: Sequence[Call], world: int, *, timeout: float = 300.0, options: Sequence[str] = ()) -> Job:
-    """Run the calls under real torchrun on this machine."""
+class Node(NamedTuple):
+    """Where one agent of torchrun runs: a command in front of its own, its options, its environment."""
+
+    prefix: Sequence[str] = ()
+    options: Sequence[str] = ("--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
+    environment: Mapping[str, str] = {}
+
+
+def torchrun(calls: Sequence[Call], world: int, *, timeout: float = 400.0, nodes: Sequence[Node] = (Node(),)) -> Job:
+    """Run the calls under real torchrun, an agent for each node."""
     with tempfile.TemporaryDirectory() as name, _processes() as environment:
         folder = Path(name)
         _write(folder, calls)
-        where = options or ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--nnodes=1")
-        command = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={world}"]
-        agent = subprocess.Popen(
-            [*command, "-m", "tests.ranks", name],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        try:
-            output, _ = agent.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            agent.kill()
-            output = f"killed after {timeout:.0f} s\n" + (agent.communicate()[0] or "")
-        job = Job(tuple(_read(folder, rank) for rank in range(world)), agent.returncode, output)
+        end = time.monotonic() + timeout
+        agents: list[subprocess.Popen[bytes]] = []
+        for number, node in enumerate(nodes):
+            command = [*node.prefix, sys.executable, "-m", "torch.distributed.run", *node.options]
+            command += [f"--nproc-per-node={world // len(nodes)}", "-m", "tests.ranks", name]
+            with (folder / f"{number}.agent").open("wb") as output:
+                agents.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env={**environment, **node.environment},
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        codes = [_code(agent, end) for agent in agents]
+        output = "\n".join((folder / f"{n}.agent").read_text(errors="replace") for n in range(len(nodes)))
+        job = Job(tuple(_read(folder, rank) for rank in range(world)), max(codes, key=abs), output)
         nobody_left(environment[MARK])
     return job
+
+
+def _code(agent: subprocess.Popen[bytes], end: float) -> int:
+    try:
+        return agent.wait(max(0.1, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        agent.terminate()  # it ends its ranks
+        return agent.wait() or 1
 
 
 @dataclass
@@ -242,6 +264,7 @@ def fork(folder: Path, world: int) -> int | None:
     """Import once, then be every rank: the rank in a rank's process, None in the one that waits for them all."""
     for call in json.loads((folder / "calls.json").read_text()):
         import_module(Call(*call).function.partition(":")[0])
+    import_module("torch._dynamo")  # what a first trace would import, in each rank for itself
     ranks: dict[int, int] = {}
     for rank in range(world):
         child = os.fork()
