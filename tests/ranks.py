@@ -97,16 +97,9 @@ def torchrun(calls: Sequence[Call], world: int, *, timeout: float = 400.0, nodes
         for number, node in enumerate(nodes):
             command = [*node.prefix, sys.executable, "-m", "torch.distributed.run", *node.options]
             command += [f"--nproc-per-node={world // len(nodes)}", "-m", "tests.ranks", name]
-            with (folder / f"{number}.agent").open("wb") as output:
-                agents.append(
-                    subprocess.Popen(
-                        command,
-                        cwd=ROOT,
-                        env={**environment, **node.environment},
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+            mine = {**environment, **node.environment}
+            with (folder / f"{number}.agent").open("wb") as log:
+                agents.append(subprocess.Popen(command, cwd=ROOT, env=mine, stdout=log, stderr=subprocess.STDOUT))
         codes = [_code(agent, end) for agent in agents]
         output = "\n".join((folder / f"{n}.agent").read_text(errors="replace") for n in range(len(nodes)))
         job = Job(tuple(_read(folder, rank) for rank in range(world)), max(codes, key=abs), output)

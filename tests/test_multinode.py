@@ -117,9 +117,14 @@ def test_namespaces_are_gone_after_a_failure() -> None:
     if reason := missing():
         pytest.skip(reason)
     before = namespaces()
-    with pytest.raises(RuntimeError, match="a test failed"), two_nodes():
-        assert len(namespaces()) == len(before) + 2
-        raise RuntimeError("a test failed")
+
+    def fail() -> None:
+        with two_nodes():
+            assert len(namespaces()) == len(before) + 2
+            raise RuntimeError("a test failed")
+
+    with pytest.raises(RuntimeError, match="a test failed"):
+        fail()
     assert namespaces() == before
 
 
