@@ -198,8 +198,9 @@ def read(name: str, dp: int, pp: int, folder: str) -> dict[str, str]:
         one = subject(name, dtype=torch.float32)
     ours = engine(one, one.batch(SAMPLES), dp, pp, PARTS // dp, weights=folder)
     found = ours.full_state_dict()
+    loss = ours.evaluate(one.batch(SAMPLES)).loss  # reads the buffers that no checkpoint has, too
     ours.close()
-    return {k: digest(v) for k, v in found.items()}
+    return {"loss": f"{loss:.5f}"} | {k: digest(v) for k, v in found.items()}
 
 
 def write(name: str, dp: int, pp: int, folder: str) -> list[float]:

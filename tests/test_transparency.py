@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from merak_like.runtime.batches import split
 from tests import scenarios
 from tests.ranks import Call, Job, torchrun
 from tests.training import DENSE, MODELS, subject
@@ -148,8 +149,10 @@ def test_model_on_meta_starts_from_the_same_weights_in_every_layout(
 )
 def test_weights_are_read_from_a_sharded_checkpoint(case: Call, results: Callable[[Call], list[Any]]) -> None:
     found = results(case)[0]
-    model = subject(case.arguments["name"], dtype=torch.float32).model
-    assert found == {k: scenarios.digest(v) for k, v in model.state_dict().items()}
+    one = subject(case.arguments["name"], dtype=torch.float32)
+    state = one.model.state_dict()
+    loss = scenarios.plain_loss(one, state, split(one.batch(scenarios.SAMPLES), scenarios.PARTS))
+    assert found == {"loss": f"{loss:.5f}"} | {k: scenarios.digest(v) for k, v in state.items()}
 
 
 @pytest.mark.parametrize(

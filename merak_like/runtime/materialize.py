@@ -40,8 +40,9 @@ def materialize(
     first = {alias: names[0] for names in plan.ties for alias in names}
     empty = _place(model, keep, first, device)
     if weights is not None:
-        _read(model, {n: t for n, t in _named(model) if first.get(n, n) in keep}, Path(weights), first)
-    elif empty:
+        found = _read(model, {n: t for n, t in _named(model) if first.get(n, n) in keep}, Path(weights), first)
+        empty -= {first.get(name, name) for name in found}
+    if empty:  # with a checkpoint too: buffers that are not saved are computed, as when the model is built
         _initialise(model, empty, seed, initialise or reset_parameters)
     return {name: p for name, p in model.named_parameters() if name in keep}
 
@@ -134,26 +135,32 @@ class Streams(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _read(model: nn.Module, wanted: Mapping[str, Tensor], path: Path, first: Mapping[str, str]) -> None:
-    """Read the wanted tensors, and no others, from safetensors files."""
+def _read(model: nn.Module, wanted: Mapping[str, Tensor], path: Path, first: Mapping[str, str]) -> set[str]:
+    """Read the wanted tensors, and no others, from safetensors files; the names of those that were there.
+
+    A tied tensor may be there under any of its names.
+    """
     from safetensors import safe_open
 
     index = _index(path)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    missing: list[str] = []
+    read: set[str] = set()
     for name, tensor in wanted.items():
         known = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in index), None)
         if known is None:
-            if not tensor.is_meta and first.get(name, name) == name and name in dict(model.state_dict()):
-                missing.append(name)
             continue
         with safe_open(index[known], "pt") as file, torch.no_grad():
             found = file.get_tensor(known)
             if found.shape != tensor.shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, in {index[known]} {tuple(found.shape)}")
             tensor.copy_(found)
+        read.add(name)
+    there = {first.get(name, name) for name in read}
+    saved = wanted.keys() & model.state_dict().keys()
+    missing = sorted({first.get(name, name) for name in saved} - there)
     if missing:
         raise ValueError(f"{path} has no {missing[:5]} ({len(missing)} missing): is it the checkpoint of this model?")
+    return read
 
 
 def _index(path: Path) -> dict[str, Path]:
