@@ -1,6 +1,6 @@
 """Draw docs/images/plan.svg: the plan of GPT-2 on four stages, as the page of ``merak html`` shows it.
 
-    python docs/images/draw_plan.py
+Run it as ``python docs/images/draw_plan.py``.
 """
 
 from pathlib import Path
