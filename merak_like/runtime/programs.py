@@ -59,6 +59,8 @@ class Programs:
     def at(self, batch: Any) -> Program:
         """The program for a micro-batch like this one, in the model's present mode."""
         key = self._key(batch)
+        if key in self._known:
+            self._known[key] = self._known.pop(key)  # to the end: the one used longest ago is forgotten first
         for program in self._known.get(key, ()):
             if program.traced.fits(batch):
                 return program
