@@ -51,8 +51,13 @@ test-all: export OMP_NUM_THREADS = 1
 test-all: lint types
 	$(BIN)/python -m pytest -m "slow or not slow"
 
+bench: export OMP_NUM_THREADS = 1
 bench: $(READY)
-	@for run in benchmarks/*/run.py; do if [ -e "$$run" ]; then echo "$$run"; $(BIN)/python "$$run" || exit 1; fi; done
+	$(BIN)/python benchmarks/tracing/main.py
+	$(BIN)/python benchmarks/schedules/main.py
+	$(BIN)/torchrun --nproc-per-node 2 benchmarks/pipeline/overhead.py
+	$(BIN)/torchrun --nproc-per-node 2 benchmarks/pipeline/main.py
+	$(BIN)/python benchmarks/tables.py
 
 setup: $(READY)
 

@@ -47,7 +47,9 @@ def test_never_fuller_and_never_slower_than_torchs_own(
     assert from_csv(to_csv(ours)) == ours
     for f, b, w, hop in COSTS:
         cost = StageCosts(f / chunks, b / chunks, weight=w / chunks, activation_bytes=1)
-        costs = Costs((cost,) * ours.stages, dict.fromkeys(chain(ours.stages), hop))
+        hops = dict[tuple[int, int], float]()
+        hops.update((edge, hop) for edge in chain(ours.stages))
+        costs = Costs((cost,) * ours.stages, hops)
         mine, other = simulate(ours, costs), simulate(theirs, costs)
         assert all(a <= b for a, b in zip(mine.rank_peak_bytes, other.rank_peak_bytes, strict=True))
         if mine.rank_peak_bytes == other.rank_peak_bytes:

@@ -15,6 +15,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,10 @@ def timed(step: Callable[[], float], alone: bool) -> tuple[float, float]:
     return seconds, spent.item()
 
 
+def _version(package: str) -> str:
+    return version(package) if find_spec(package) else "not installed"
+
+
 def main() -> None:
     """Measure and write results.json."""
     parser = argparse.ArgumentParser()
@@ -68,7 +74,9 @@ def main() -> None:
         "torch Schedule1F1B": torch_pipelining(config, ids, MICRO_BATCHES, cut, "1F1B"),
         "torch ScheduleGPipe": torch_pipelining(config, ids, MICRO_BATCHES, cut, "GPipe"),
     }
-    if "DeepSpeed" not in args.without:
+    if find_spec("deepspeed") is None:
+        print("DeepSpeed is not installed (extra [deepspeed]): left out")
+    elif "DeepSpeed" not in args.without:
         contenders["DeepSpeed PipelineModule"] = deepspeed_pipeline(config, ids, MICRO_BATCHES)
     losses = {name: step() for name, step in contenders.items()}
     for step in contenders.values():
@@ -107,7 +115,8 @@ def report(
         "layers": args.layers, "hidden": args.hidden, "sequence": SEQ,
         "micro-batches": f"{MICRO_BATCHES} x {MICRO_BATCH}",
         "rounds": args.rounds, "steps per round": args.steps, "torch": torch.__version__,
-        "transformers": transformers.__version__, "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "transformers": transformers.__version__, "DeepSpeed": _version("deepspeed"),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "load average": os.getloadavg()[0],
     }  # fmt: skip
     args.out.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")

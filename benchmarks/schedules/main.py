@@ -1,7 +1,7 @@
 """How long every schedule takes on four pipelines, simulated, and its picture: the blocks of docs/schedules.md.
 
-python benchmarks/schedules/run.py            print them
-python benchmarks/schedules/run.py --write    put them into the page; a test checks that it holds them
+python benchmarks/schedules/main.py            print them
+python benchmarks/schedules/main.py --write    put them into the page; a test checks that it holds them
 """
 
 from __future__ import annotations
