@@ -51,7 +51,13 @@ def small(dp: int, pp: int, *, depth: int = 8, weights_of: int = 0, **more: Any)
     """An engine for a Small of eight layers."""
     torch.manual_seed(weights_of)
     settings: dict[str, Any] = {"seed": 3, "micro_batches": 2, "max_grad_norm": 1.0, "loss_fn": mean_square} | more
-    settings = {"timeout": 60.0, "example": items(), "optimizer": adamw, "hardware": "a100-80gb"} | settings
+    settings = {
+        "timeout": 60.0,
+        "example": items(),
+        "optimizer": adamw,
+        "hardware": "a100-80gb",
+        "device": "cpu",
+    } | settings
     return auto_parallel(Small(depth).double(), dp, pp, **settings)
 
 

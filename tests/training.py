@@ -136,7 +136,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def engine(one: Subject, example: Any, dp: int, pp: int, micro_batches: int, **more: Any) -> Engine:
     """Build the engine for a copy of the model."""
-    settings: dict[str, Any] = {"optimizer": adamw, "max_grad_norm": LIMIT} | more
+    settings: dict[str, Any] = {"optimizer": adamw, "max_grad_norm": LIMIT, "device": "cpu"} | more
     return auto_parallel(
         copy.deepcopy(one.model), dp, pp, example=example, loss_fn=one.loss_fn, micro_batches=micro_batches,
         hardware="a100-80gb", seed=SEED, timeout=60, **settings,
