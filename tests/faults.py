@@ -58,7 +58,7 @@ def small(dp: int, pp: int, *, depth: int = 8, weights_of: int = 0, **more: Any)
         "hardware": "a100-80gb",
         "device": "cpu",
     } | settings
-    return auto_parallel(Small(depth).double(), dp, pp, **settings)
+    return auto_parallel(Small(depth).double(), dp, pp, hardware="a100-80gb", **settings)
 
 
 def refusal(build: Callable[[], Any]) -> str:
