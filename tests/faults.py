@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from merak_like import Engine, auto_parallel
+from merak_like.runtime import watch
 from tests import training
 from tests.ranks import here
 from tests.scenarios import leads, patchy
@@ -51,13 +52,7 @@ def small(dp: int, pp: int, *, depth: int = 8, weights_of: int = 0, **more: Any)
     """An engine for a Small of eight layers."""
     torch.manual_seed(weights_of)
     settings: dict[str, Any] = {"seed": 3, "micro_batches": 2, "max_grad_norm": 1.0, "loss_fn": mean_square} | more
-    settings = {
-        "timeout": 60.0,
-        "example": items(),
-        "optimizer": adamw,
-        "hardware": "a100-80gb",
-        "device": "cpu",
-    } | settings
+    settings = {"timeout": 60.0, "example": items(), "optimizer": adamw, "device": "cpu"} | settings
     return auto_parallel(Small(depth).double(), dp, pp, hardware="a100-80gb", **settings)
 
 
@@ -188,6 +183,12 @@ def raise_on_one(dp: int, pp: int, victim: int) -> None:
             module.register_forward_pre_hook(fail)
     for number in range(10):
         engine.step(items(seed=number))
+
+
+def leave_it_open(dp: int, pp: int) -> None:
+    """The script ends without ``close``, while the watch is at the store nearly all the time."""
+    watch.INTERVAL = 1e-4
+    small(dp, pp).step(items())
 
 
 def plan_on_all_but_one(dp: int, pp: int, victim: int) -> None:

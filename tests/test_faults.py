@@ -146,6 +146,13 @@ def test_rank_that_makes_fewer_steps_is_named() -> None:
         others_end(job, 1, "rank 1 gives no sign of life")
 
 
+def test_script_may_end_without_close() -> None:
+    """It aborted now and then: the interpreter's end caught the watch's thread inside the store."""
+    with bare(call("leave_it_open"), 4) as job:
+        job.wait(range(4), 120)
+        assert [job.code(rank) for rank in range(4)] == [0] * 4, [job.read(rank).stderr[-500:] for rank in range(4)]
+
+
 def test_torchrun_ends_when_a_rank_is_killed() -> None:
     begin = time.monotonic()
     job = torchrun([call("kill_itself", victim=1)], 4, timeout=120)

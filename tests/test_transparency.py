@@ -46,13 +46,9 @@ def cells() -> Iterator[Any]:
                     yield pytest.param(one, id=one.name, marks=marks)
 
 
-FLOAT32 = [
-    call("train", 2, 2, name=name, schedule="1f1b", dropout=True, dtype="float32", steps=steps)
-    for name, steps in (("llama", 5), ("gpt2", 5), ("unet", 5))
-]
+FLOAT32 = [call("train", 2, 2, name=name, schedule="1f1b", dropout=True, dtype="float32") for name in ("llama", "unet")]
 OTHERS = [
     call("other_shapes", 1, 4, name="gpt2"),
-    call("other_shapes", 2, 2, name="t5"),
     call("other_shapes", 2, 1, name="llama"),
     call("own_shares", 2, 1, name="gpt2"),
     call("own_shares", 2, 2, name="bert"),
@@ -67,9 +63,8 @@ OTHERS = [
     call("own_code_runs", 1, 4),
     call("own_code_runs", 2, 1),
     call("under_autocast", 1, 2, name="llama"),
-    call("under_autocast", 2, 2, name="gpt2"),
 ]
-META = [call("from_meta", *layout, name=name) for name in ("llama", "gpt2") for layout in LAYOUTS if layout != (4, 1)]
+META = [call("from_meta", *layout, name=name) for name in ("llama", "gpt2") for layout in ((2, 1), (1, 2), (1, 4))]
 SAVED = ("gpt2", 1, 4), ("llama", 2, 2), ("t5", 1, 2), ("patchy", 1, 2)
 
 

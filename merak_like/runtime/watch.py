@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import threading
 import time
@@ -37,6 +38,7 @@ class Watch:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._look, name="merak-watch", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread that the interpreter's end catches inside the store's C++ aborts it
 
     def wait(self, work: Any, what: str, peer: str) -> None:
         """Wait for one transfer or collective.
@@ -137,6 +139,7 @@ class Watch:
 
     def close(self) -> None:
         """Stop watching."""
+        atexit.unregister(self.close)
         self._closed.set()
         self._thread.join(timeout=5)
 
