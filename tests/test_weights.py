@@ -99,3 +99,16 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
             model = Tied()
         with pytest.raises(ValueError, match=said):
             materialize(model, plan, 0, CPU, seed=0, weights=tmp_path)
+
+
+def test_a_model_whose_other_stages_were_given_up_is_refused_rather_than_made_anew():
+    model, ids = Tied(), torch.randint(0, 12, (2, 4))
+    plan, _ = plan_of(model, ids, lambda out, batch: out.sum(), pp=2)
+    materialize(model, plan, 0, CPU, seed=0)
+    kept = {name: p.clone() for name, p in model.named_parameters() if not p.is_meta}
+    materialize(model, plan, 0, CPU, seed=0)  # its own stage is still there
+    with pytest.raises(ValueError, match=r"an earlier engine gave .* build the model again, or save it"):
+        materialize(model, plan, 1, CPU, seed=0)
+    after = {name: p for name, p in model.named_parameters() if not p.is_meta}
+    assert kept.keys() == after.keys()
+    assert all(torch.equal(kept[name], after[name]) for name in kept)

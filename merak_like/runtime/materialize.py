@@ -34,10 +34,13 @@ def materialize(
     """Put one stage's tensors on the device and everything else on meta, in place; the stage's parameters by name.
 
     Tensors that have data keep it. Tensors on meta are read from ``weights`` (a safetensors file or a folder of them)
-    or initialised as the model itself would. Raises ValueError for a tensor that neither can fill.
+    or initialised as the model itself would. Raises ValueError for a tensor that neither can fill, and, before anything
+    is changed, for one that an earlier engine gave up: to initialise it again would quietly forget what it was.
     """
     keep = {*plan.stages[stage].params, *plan.stages[stage].buffers}
     first = {alias: names[0] for names in plan.ties for alias in names}
+    if weights is None:
+        _refuse_given_up(model, keep, first)
     empty = _place(model, keep, first, device)
     if weights is not None:
         found = _read(model, {n: t for n, t in _named(model) if first.get(n, n) in keep}, Path(weights), first)
@@ -45,6 +48,19 @@ def materialize(
     if empty:  # with a checkpoint too: buffers that are not saved are computed, as when the model is built
         _initialise(model, empty, seed, initialise or reset_parameters)
     return {name: p for name, p in model.named_parameters() if name in keep}
+
+
+GIVEN_UP = "_merak_given_up"
+"""Marks a tensor on meta whose data is, or will be, on another rank."""
+
+
+def _refuse_given_up(model: nn.Module, keep: Collection[str], first: Mapping[str, str]) -> None:
+    lost = sorted({n for n, t in _named(model) if first.get(n, n) in keep and t.is_meta and hasattr(t, GIVEN_UP)})
+    if lost:
+        raise ValueError(
+            f"an earlier engine gave {lost[:3]} ({len(lost)} tensors) of this {type(model).__name__} to another rank: "
+            "build the model again, or save it from that engine and pass weights=, the folder it was saved to"
+        )
 
 
 def _named(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -68,6 +84,8 @@ def _place(model: nn.Module, keep: Collection[str], first: Mapping[str, str], de
                     if tensor.is_meta and name in keep:
                         empty.add(name)
                     made[name] = _moved(tensor, where)
+                    if name not in keep:
+                        setattr(made[name], GIVEN_UP, True)
                 registry[key] = made[name]  # type: ignore[assignment]
     return empty
 
