@@ -58,6 +58,7 @@ def make_plan(blocks: int = 12, pp: int = 4, dp: int = 1, tp: int = 1, hub: bool
         "model": "GPT2LMHeadModel",
         "mesh": Mesh(dp, pp, tp),
         "schedule": "1f1b",
+        "orders": (),
         "micro_batches": 8,
         "micro_batch": 8,
         "stages": stages,
@@ -81,6 +82,7 @@ def _stage(index: int, units: Sequence[Unit], pp: int) -> StagePlan:
     live = pp - index
     return StagePlan(
         index=index,
+        rank=index,
         start=units[0].first,
         stop=units[-1].stop,
         blocks=tuple(dict.fromkeys(u.block for u in units)),
@@ -90,6 +92,8 @@ def _stage(index: int, units: Sequence[Unit], pp: int) -> StagePlan:
         flops=sum(u.flops for u in units),
         forward_seconds=seconds / 3,
         backward_seconds=seconds * 2 / 3,
+        weight_seconds=seconds / 3,
+        recompute_seconds=seconds / 3 if index == 0 else 0.0,
         live_micro_batches=live,
         recompute=tuple(dict.fromkeys(u.block for u in units))[:live] if index == 0 else (),
         memory=StageMemory(weights, weights, 2 * weights, live * 3 * GB, live * 6_291_456, 300_000_000),

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/pipeline/main.py
 
 One job runs every contender in turn, a few steps each, round after round, so that what else the machine does hits all
-of them. A step is timed from a barrier before it to a barrier after it. Ratios are taken per round.
+of them; each round begins with another contender, since the first to run on two cores after one was idle pays for it.
+A step is timed from a barrier before it to a barrier after it. Ratios are taken per round.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _version(package: str) -> str:
 def main() -> None:
     """Measure and write results.json."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=3, help="steps of each contender in a round")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=256)
@@ -83,8 +84,10 @@ def main() -> None:
         timed(step, alone=False)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     busy: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(args.rounds):
-        for name, step in contenders.items():
+    names = list(contenders)
+    for turn in range(args.rounds):
+        for name in (names[turn % len(names) :] + names)[: len(names)]:
+            step = contenders[name]
             times = [timed(step, alone=name == "one process") for _ in range(args.steps)]
             seconds[name].append(statistics.median(t for t, _ in times))
             busy[name].append(statistics.median(t for _, t in times))

@@ -38,6 +38,7 @@ def assemble(
         stages.append(
             StagePlan(
                 index=index,
+                rank=index,
                 start=start,
                 stop=stop,
                 blocks=tuple(dict.fromkeys(unit.block for unit in made if unit.stage == index)),
@@ -47,6 +48,8 @@ def assemble(
                 flops=sum(cost.flops for cost in costs[start:stop]),
                 forward_seconds=sum(cost.forward_seconds for cost in costs[start:stop]),
                 backward_seconds=sum(cost.backward_seconds for cost in costs[start:stop]),
+                weight_seconds=0.0,
+                recompute_seconds=0.0,
                 live_micro_batches=job.live[index],
                 recompute=(),
                 memory=problem.memory.stage(start, stop, job.live[index]),
@@ -56,6 +59,7 @@ def assemble(
         model=graph.model,
         mesh=job.mesh,
         schedule=job.schedule,
+        orders=(),
         micro_batches=job.micro_batches,
         micro_batch=micro_batch,
         stages=tuple(stages),

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from merak_like.partitioner.mesh import Mesh
 
-VERSION = 1
+VERSION = 2
 """Version of the JSON; a plan of another version is refused, not guessed at."""
 
 
@@ -72,6 +72,8 @@ class StagePlan:
     """One pipeline stage: ops ``start <= i < stop`` of the proxy graph."""
 
     index: int
+    rank: int
+    """The pipeline rank that runs it; a rank may run several stages."""
     start: int
     stop: int
     blocks: tuple[str, ...]
@@ -83,8 +85,14 @@ class StagePlan:
     """Forward flops of one micro-batch."""
     forward_seconds: float
     backward_seconds: float
+    """The whole backward, without recompute."""
+    weight_seconds: float
+    """The part of the backward that can be put off: gradients of weights."""
+    recompute_seconds: float
+    """The forward of what is recomputed."""
     live_micro_batches: int
     recompute: tuple[str, ...]
+    """Names of the units whose activations are not kept but computed again before the backward."""
     memory: StageMemory
 
 
@@ -99,6 +107,9 @@ class Plan:
     model: str
     mesh: Mesh
     schedule: str
+    """Name of the schedule."""
+    orders: tuple[str, ...]
+    """Each rank's computations in order (``F0.0 F1.0 B0.0 ..``); empty where the name alone says them."""
     micro_batches: int
     micro_batch: int
     stages: tuple[StagePlan, ...]
@@ -166,6 +177,11 @@ class Plan:
     def load(cls, path: str | Path, *, edited: bool = False) -> Plan:
         """Read a plan from a file; see ``from_json``."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"), edited=edited)
+
+    @property
+    def stage_rank(self) -> tuple[int, ...]:
+        """The pipeline rank that runs each stage."""
+        return tuple(s.rank for s in self.stages)
 
     def with_notes(self, notes: Sequence[str]) -> Plan:
         """The same plan with more reasons attached."""

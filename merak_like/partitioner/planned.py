@@ -1,0 +1,47 @@
+"""What a plan says about time: its schedule, as the engine carries it out and the simulator times it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from merak_like.partitioner.plan import Plan
+from merak_like.partitioner.schedules import AUTO, AUTO_V, data_builder
+from merak_like.partitioner.schedules.action import Action, Kind, Schedule
+from merak_like.partitioner.schedules.interleaved import interleaved
+
+
+def schedule_of(plan: Plan) -> Schedule:
+    """The compute-only schedule of a plan: the orders it holds, or those its schedule's name stands for.
+
+    Raises ValueError where the plan's stages do not fit its schedule.
+    """
+    recomputes = frozenset(stage.index for stage in plan.stages if stage.recompute)
+    if plan.orders:
+        orders = tuple(tuple(map(Action.parse, line.split())) for line in plan.orders)
+        made = Schedule(len(plan.stages), plan.micro_batches, orders, plan.stage_rank)
+    else:
+        made = named_schedule(plan.schedule, plan.mesh.pp, plan.micro_batches, len(plan.stages) // plan.mesh.pp)
+    if made.stage_rank != plan.stage_rank or made.ranks != plan.mesh.pp:
+        raise ValueError(
+            f"schedule {plan.schedule!r} runs {made.stages} stages on the ranks {made.stage_rank}, "
+            f"but the plan has {len(plan.stages)} on {plan.stage_rank} of {plan.mesh.pp}: make the plan again"
+        )
+    return recomputing(made, recomputes)
+
+
+def named_schedule(name: str, ranks: int, micro_batches: int, chunks: int) -> Schedule:
+    """The schedule of a name; ``chunks`` are the stages per rank of an interleaved one.
+
+    Raises ValueError for a schedule nobody knows or that needs costs.
+    """
+    if name in (AUTO, AUTO_V):
+        raise ValueError(f"schedule {name!r} is built for its costs, but the plan holds no orders: make the plan again")
+    build = data_builder(name)
+    return interleaved(ranks, micro_batches, chunks) if build is interleaved else build(ranks, micro_batches)
+
+
+def recomputing(schedule: Schedule, stages: Collection[int]) -> Schedule:
+    """The schedule where these stages, and no others, recompute: in an R where it has one, else inside their B."""
+    orders = tuple(tuple(a for a in order if a.kind is not Kind.R or a.stage in stages) for order in schedule.orders)
+    return replace(schedule, orders=orders, recomputes=frozenset(stages))
