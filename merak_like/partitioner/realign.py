@@ -16,28 +16,52 @@ def realign(plan: Plan, planned: ProxyGraph, traced: ProxyGraph) -> tuple[int, .
 
     Raises ValueError where the new trace cannot be cut so.
     """
-    starts = plan.starts
-    before, after = ([(op.kind, op.target, op.scope) for op in graph.ops] for graph in (planned, traced))
-    if before != after:
-        starts = _moved(starts, before, after)
-        legal = find_cuts(traced).legal
-        starts = (0, *(_nearest(start, legal.tolist()) for start in starts[1:-1]), len(after))
+    starts = moved(plan.starts, planned, traced)
     _check(plan, traced, starts)
     return starts
 
 
-def _moved(starts: Sequence[int], before: Sequence[object], after: Sequence[object]) -> tuple[int, ...]:
+def recomputed_ranges(plan: Plan, stage: int, planned: ProxyGraph, traced: ProxyGraph) -> tuple[tuple[int, int], ...]:
+    """The ops ``first <= i < stop`` of each piece that a stage computes again, on another trace; in order and apart.
+
+    Units next to each other are one piece. What the new trace has no ops for is left out.
+    Raises ValueError for a unit that the stage does not have.
+    """
+    again = plan.stages[stage].recompute
+    own = {unit.name: (unit.first, unit.stop) for unit in plan.units if unit.stage == stage}
+    if missing := sorted(set(again) - set(own)):
+        raise ValueError(f"stage {stage} has no units {missing[:5]} to recompute: it has {', '.join(own)}")
+    borders = sorted(own[name] for name in again)
+    placed = moved([border for unit in borders for border in unit], planned, traced)
+    joined: list[tuple[int, int]] = []
+    for first, stop in zip(placed[::2], placed[1::2], strict=True):
+        if joined and joined[-1][1] == first:
+            joined[-1] = (joined[-1][0], stop)
+        elif first < stop:
+            joined.append((first, stop))
+    return tuple(joined)
+
+
+def moved(positions: Sequence[int], planned: ProxyGraph, traced: ProxyGraph) -> tuple[int, ...]:
+    """Cuts of the planned graph on another trace: before the same ops, or at the legal cut nearest to that.
+
+    Positions in order stay in order, equal ones equal; the two ends of the graph are always legal.
+    """
+    before, after = ([(op.kind, op.target, op.scope) for op in graph.ops] for graph in (planned, traced))
+    if before == after:
+        return tuple(positions)
     place = {len(before): len(after)}
     for block in SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks():
         place.update((block.a + i, block.b + i) for i in range(block.size))
     for old in range(len(before) - 1, -1, -1):
         place.setdefault(old, place[old + 1])
-    return tuple(place[start] for start in starts)
+    ends = {0: 0, len(before): len(after)}
+    legal = find_cuts(traced).positions.tolist() or list(ends.values())
+    return tuple(ends[old] if old in ends else _nearest(place[old], legal) for old in positions)
 
 
-def _nearest(start: int, legal: Sequence[bool]) -> int:
-    options = [i for i, fits in enumerate(legal) if fits]
-    return min(options, key=lambda i: (abs(i - start), i), default=start)
+def _nearest(position: int, legal: Sequence[int]) -> int:
+    return min(legal, key=lambda i: (abs(i - position), i))
 
 
 def _check(plan: Plan, graph: ProxyGraph, starts: Sequence[int]) -> None:
