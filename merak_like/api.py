@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -103,22 +104,28 @@ def auto_parallel(
                 f"the plan cuts {plan.starts[-1]} ops, but {type(model).__name__} runs {len(rough.graph.ops)} for "
                 f"micro-batches of {rows(micro)} samples: make the plan from this model and an example of that size"
             )
-        groups = make_groups(mesh, world, list(plan.shared.values()))
-        stage = groups.coord.pp
+        groups = make_groups(mesh, world, plan.stage_rank, list(plan.shared.values()))
+        own = [stage for stage in plan.stages if stage.rank == groups.coord.pp]
         initialise, counted, save = _habits(model)
-        parameters = materialize(model, plan, stage, world.device, seed=seed, initialise=initialise, weights=weights)
+        parameters = materialize(
+            model, plan, [s.index for s in own], world.device, seed=seed, initialise=initialise, weights=weights
+        )  # fmt: skip
         collect.agree_on_weights(parameters, world, watch)
         trainable = {name: p for name, p in parameters.items() if p.requires_grad}
         holders = collect.holders(plan)
+        readers = {name: frozenset(s.index for s in own if name in s.params) for name in trainable}
+        pending = Counter[int]()
         shared = {name: groups.shared.get(stages) for name, stages in plan.shared.items()}
         return Engine(
             plan=plan,
             model=model,
             parameters=trainable,
-            owned=[name for name in trainable if holders[name] == stage],
-            programs=Programs(model, plan, rough, micro, stage, world.device, loss_fn),
+            owned=[name for name in trainable if holders[name] == groups.coord.pp],
+            programs=Programs(model, plan, rough, micro, groups.coord.pp, world.device, loss_fn, pending),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
-            reducer=Reducer(trainable, {name: shared.get(name, groups.dp) for name in trainable}, watch),
+            reducer=Reducer(
+                trainable, {name: shared.get(name, groups.dp) for name in trainable}, watch, readers, pending
+            ),
             optimizer=optimizer(trainable.values()) if optimizer and trainable else None,
             world=world,
             groups=groups,

@@ -26,6 +26,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "MERAK_TEST_JOB"
 
@@ -105,6 +107,38 @@ def torchrun(calls: Sequence[Call], world: int, *, timeout: float = 400.0, nodes
         job = Job(tuple(_read(folder, rank) for rank in range(world)), max(codes, key=abs), output)
         nobody_left(environment[MARK])
     return job
+
+
+def call(scenario: str, *layout: int, **more: Any) -> Call:
+    """A call of a scenario on a layout (dp, pp), named by both."""
+    dp, pp = layout
+    words = [scenario, *(str(v) for k, v in more.items() if k != "folder"), f"{dp}x{pp}"]
+    return Call("-".join(words), f"tests.scenarios:{scenario}", {"dp": dp, "pp": pp, **more})
+
+
+def selected_calls(request: pytest.FixtureRequest) -> list[Call]:
+    """The calls that are parameters of the selected tests of the requesting module, in order."""
+    calls: dict[str, Call] = {}
+    for item in request.session.items:
+        if item.path == request.path and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            calls.update((value.name, value) for value in item.callspec.params.values() if isinstance(value, Call))
+    return list(calls.values())
+
+
+def results_of(calls: Sequence[Call], timeout: float = 400.0) -> Callable[[Call], list[Any]]:
+    """What a call returns on every rank. One job for each world size runs when its first result is asked for."""
+    jobs: dict[int, Job] = {}
+
+    def size(one: Call) -> int:
+        return one.arguments["dp"] * one.arguments["pp"]
+
+    def result(one: Call) -> list[Any]:
+        world = size(one)
+        if world not in jobs:
+            jobs[world] = torchrun([c for c in calls if size(c) == world], world, timeout=timeout)
+        return jobs[world].results(one.name)
+
+    return result
 
 
 def _code(agent: subprocess.Popen[bytes], end: float) -> int:

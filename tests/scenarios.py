@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from merak_like.runtime.batches import rows, split
 from tests import training
+from tests.rich import rich_plan
 from tests.training import Subject, Trained, by_engine, engine, plainly, same, subject
 from tests.zoo.case import Batch
 
@@ -59,6 +60,14 @@ def train(name: str, dp: int, pp: int, schedule: str, dropout: bool, dtype: str 
         return 0.0
     assert plain.steps[0].norm > training.LIMIT, "clipping would have nothing to do"
     return same(ours, plain, TOLERANCE[dtype], lambda key: dp > 1 and is_statistics(key))
+
+
+def rich(name: str, dp: int, pp: int, schedule: str, recompute: str) -> float:
+    """One cell of the matrix of schedules: with micro-batches of two sizes and dropout."""
+    one, batches, plain = reference(name, True, "float64", 2, SAMPLES)
+    plan = rich_plan(one, batches[0], dp, pp, PARTS // dp, schedule, recompute)
+    ours = by_engine(one, batches, dp, pp, PARTS // dp, plan=plan)
+    return 0.0 if plain is None else same(ours, plain, 1e-10, lambda key: dp > 1 and is_statistics(key))
 
 
 def other_shapes(name: str, dp: int, pp: int) -> float:

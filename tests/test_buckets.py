@@ -63,7 +63,7 @@ def test_gradients_are_views_of_their_bucket_and_the_last_backward_starts_its_su
         reducer.begin()
         used.square().sum().backward()
         assert not started, "only the last backward may start it"
-        reducer.last = True
+        reducer.last_backward(0)
         used.square().sum().backward()
         reducer.finish()
         assert torch.equal(used.grad, torch.full((3,), 8.0))  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def test_bucket_starts_while_the_last_backward_goes_on(monkeypatch: pytest.Monke
     for name, parameter in parameters.items():
         parameter.register_hook(lambda grad, name=name: order.append(name))
     reducer.begin()
-    reducer.last = True
+    reducer.last_backward(0)
     mean_square(model(items()["x"]), items()).backward()
     assert order.index("sum") < order.index("layers.0.weight"), order
     reducer.finish()

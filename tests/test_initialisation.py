@@ -52,7 +52,7 @@ def made(build: Callable[[], nn.Module], plan: Plan, stage: int) -> dict[str, Te
     with torch.device("meta"):
         model = build()
     initialise = None if isinstance(model, Home) else hf.initialiser(model)
-    return {n: p.detach() for n, p in materialize(model, plan, stage, CPU, seed=1, initialise=initialise).items()}
+    return {n: p.detach() for n, p in materialize(model, plan, [stage], CPU, seed=1, initialise=initialise).items()}
 
 
 @pytest.mark.parametrize("build", [gpt2, t5, Home])
@@ -92,6 +92,6 @@ def test_weights_with_data_keep_it_beside_weights_without():
     model.transformer.h[1].mlp = GPT2LMHeadModel(model.config).transformer.h[1].mlp  # type: ignore[union-attr]
     before = {n: p.clone() for n, p in model.named_parameters() if not p.is_meta}
     assert before
-    after = materialize(model, plan_of(gpt2, 1), 0, CPU, seed=1, initialise=hf.initialiser(model))
+    after = materialize(model, plan_of(gpt2, 1), [0], CPU, seed=1, initialise=hf.initialiser(model))
     for name, weight in before.items():
         torch.testing.assert_close(after[name].detach(), weight, rtol=0, atol=0)

@@ -82,13 +82,12 @@ def test_orders_send_what_this_step_needs_and_nothing_else() -> None:
         assert orders.at(chain, training=True) is plain
         extra = {action.peer for action in set(more.order) - set(plain.order)}
         assert extra == peers
-        assert more.order[more.last_backward].kind is Kind.B
-        assert not any(action.kind is Kind.B for action in more.order[more.last_backward + 1 :])
+        assert more.last == {[action for action in more.order if action.kind is Kind.B][-1]}
         assert {a for waited in more.waits.values() for a in waited} == {
             a for a in more.order if a.kind in (Kind.RECV_F, Kind.RECV_B)
         }
         forward = orders.at(skip, training=False)
-        assert forward.last_backward == -1
+        assert not forward.last
         assert {action.kind for action in forward.order} <= {Kind.F, Kind.SEND_F, Kind.RECV_F}
     assert len(Orders(plan, 2).at(skip, training=True).waits[Action(Kind.F, 0, 2)]) == 2
 
@@ -126,8 +125,9 @@ def test_calls_inside_a_stage_stay_calls_of_the_users_modules() -> None:
     found: list[str] = []
     for index in range(2):
         code = build_stage(traced, one.model, plan.starts, index)
-        called = [str(node.target) for node in code.module.graph.nodes if node.op == "call_module"]
-        assert all(code.module.get_submodule(path) is one.model.get_submodule(path) for path in called)
+        (piece,) = code.pieces
+        called = [str(node.target) for node in piece.module.graph.nodes if node.op == "call_module"]
+        assert all(piece.module.get_submodule(path) is one.model.get_submodule(path) for path in called)
         found += called
     assert set(folded) <= set(found)
 

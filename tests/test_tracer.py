@@ -216,7 +216,7 @@ def test_a_llama_layer_is_one_call_in_a_stage_and_its_hooks_run() -> None:
     middle = next(call.first for call in recorded.graph.calls if call.path == "model.layers.2")
     starts = (0, middle, len(recorded.graph.ops))
     stages = build_stages(recorded, model, starts)
-    targets = [[str(n.target) for n in stage.module.graph.nodes if n.op == "call_module"] for stage in stages]
+    targets = [[str(n.target) for n in stage.pieces[0].module.graph.nodes if n.op == "call_module"] for stage in stages]
     assert {"model.layers.0", "model.layers.1"} <= {*targets[0]}
     assert {"model.layers.2", "model.layers.3"} <= {*targets[1]}
     assert not any(target.startswith("model.layers.1.") for target in targets[0])

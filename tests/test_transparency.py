@@ -18,20 +18,13 @@ import torch
 
 from merak_like.runtime.batches import split
 from tests import scenarios
-from tests.ranks import Call, Job, torchrun
+from tests.ranks import Call, call, results_of, selected_calls
 from tests.training import DENSE, MODELS, subject
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
 
 LAYOUTS = ((2, 1), (1, 2), (2, 2), (1, 4), (4, 1))
 SCHEDULES = ("1f1b", "gpipe")
-
-
-def call(scenario: str, *layout: int, **more: Any) -> Call:
-    """A call of a scenario on a layout, named by both."""
-    dp, pp = layout
-    words = [scenario, *(str(v) for k, v in more.items() if k != "folder"), f"{dp}x{pp}"]
-    return Call("-".join(words), f"tests.scenarios:{scenario}", {"dp": dp, "pp": pp, **more})
 
 
 def cells() -> Iterator[Any]:
@@ -68,32 +61,10 @@ META = [call("from_meta", *layout, name=name) for name in ("llama", "gpt2") for 
 SAVED = ("gpt2", 1, 4), ("llama", 2, 2), ("t5", 1, 2), ("patchy", 1, 2)
 
 
-def wanted(request: pytest.FixtureRequest) -> list[Call]:
-    """The calls of all selected tests of this module, in order."""
-    calls: dict[str, Call] = {}
-    for item in request.session.items:
-        if item.path == Path(__file__) and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-            for value in item.callspec.params.values():
-                if isinstance(value, Call):
-                    calls.setdefault(value.name, value)
-    return list(calls.values())
-
-
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, folder: Path) -> Callable[[Call], list[Any]]:
     """What a call returned on every rank. The job it is part of runs when its first result is asked for."""
-    jobs: dict[int, Job] = {}
-
-    def size(one: Call) -> int:
-        return one.arguments["dp"] * one.arguments["pp"]
-
-    def result(one: Call) -> list[Any]:
-        world = size(one)
-        if world not in jobs:
-            jobs[world] = torchrun([with_folder(c, folder) for c in wanted(request) if size(c) == world], world)
-        return jobs[world].results(one.name)
-
-    return result
+    return results_of([with_folder(one, folder) for one in selected_calls(request)])
 
 
 def with_folder(one: Call, folder: Path) -> Call:

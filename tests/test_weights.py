@@ -49,7 +49,7 @@ def test_rank_holds_its_own_weights_and_the_rest_is_on_meta() -> None:
         torch.manual_seed(0)
         model = Tied()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        mine = materialize(model, plan, stage, CPU, seed=0)
+        mine = materialize(model, plan, [stage], CPU, seed=0)
         assert mine.keys() == set(plan.stages[stage].params)
         assert all(torch.equal(p, before[name]) for name, p in mine.items())
         assert all(p.is_meta for name, p in model.named_parameters() if name not in mine)
@@ -74,7 +74,7 @@ def test_weight_that_nothing_initialises_is_named() -> None:
         model = Secret()
     plan, _ = plan_of(model, torch.zeros(4, 8), lambda loss, batch: loss, 1)
     with pytest.raises(ValueError, match=r"nothing initialises \['gain'\] of Secret, .* pass weights="):
-        materialize(model, plan, 0, CPU, seed=0)
+        materialize(model, plan, [0], CPU, seed=0)
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -84,11 +84,11 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = Tied()
     with pytest.raises(ValueError, match=r"no safetensors file and has none: give a checkpoint folder"):
-        materialize(model, plan, 0, CPU, seed=0, weights=tmp_path)
+        materialize(model, plan, [0], CPU, seed=0, weights=tmp_path)
     whole = {k: v.clone() for k, v in Tied().state_dict().items()}
     tied_elsewhere = {k: v for k, v in whole.items() if k != "embed.weight"}
     save_file(tied_elsewhere, tmp_path / "model.safetensors")
-    mine = materialize(model, plan, 0, CPU, seed=0, weights=tmp_path)
+    mine = materialize(model, plan, [0], CPU, seed=0, weights=tmp_path)
     assert torch.equal(mine["embed.weight"], whole["head.weight"]), "a tie may be saved under its other name"
     for change, said in (
         ({"layers.0.weight": None}, r"has no \['layers.0.weight'\] \(1 missing\): is it the checkpoint of this model"),
@@ -98,17 +98,17 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         with torch.device("meta"):
             model = Tied()
         with pytest.raises(ValueError, match=said):
-            materialize(model, plan, 0, CPU, seed=0, weights=tmp_path)
+            materialize(model, plan, [0], CPU, seed=0, weights=tmp_path)
 
 
 def test_a_model_whose_other_stages_were_given_up_is_refused_rather_than_made_anew():
     model, ids = Tied(), torch.randint(0, 12, (2, 4))
     plan, _ = plan_of(model, ids, lambda out, batch: out.sum(), pp=2)
-    materialize(model, plan, 0, CPU, seed=0)
+    materialize(model, plan, [0], CPU, seed=0)
     kept = {name: p.clone() for name, p in model.named_parameters() if not p.is_meta}
-    materialize(model, plan, 0, CPU, seed=0)  # its own stage is still there
+    materialize(model, plan, [0], CPU, seed=0)  # its own stage is still there
     with pytest.raises(ValueError, match=r"an earlier engine gave .* build the model again, or save it"):
-        materialize(model, plan, 1, CPU, seed=0)
+        materialize(model, plan, [1], CPU, seed=0)
     after = {name: p for name, p in model.named_parameters() if not p.is_meta}
     assert kept.keys() == after.keys()
     assert all(torch.equal(kept[name], after[name]) for name in kept)

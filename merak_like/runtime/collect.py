@@ -21,8 +21,8 @@ def state_dict(model: nn.Module, plan: Plan, groups: Groups, world: World, watch
     own = model.state_dict(keep_vars=True)
     first = {alias: names[0] for names in plan.ties for alias in names}
     entries = {first.get(name, name): tensor for name, tensor in own.items()}
-    stage_of = {name: stage for name, stage in holders(plan).items() if name in entries}
-    gathered = _gather(entries, stage_of, groups, world, watch)
+    rank_of = {name: rank for name, rank in holders(plan).items() if name in entries}
+    gathered = _gather(entries, rank_of, groups, world, watch)
     return {name: gathered[first.get(name, name)] for name in own} if world.rank == 0 else {}
 
 
@@ -30,23 +30,23 @@ def gradients(
     parameters: Mapping[str, nn.Parameter], plan: Plan, groups: Groups, world: World, watch: Watch
 ) -> dict[str, Tensor]:
     """The gradient of every trainable parameter that has one, by first name, on rank 0; {} elsewhere."""
-    stage_of = holders(plan)
+    rank_of = holders(plan)
     mine: dict[str, Tensor | None] = {}
     for name, parameter in parameters.items():
         mine[name] = parameter.grad
     have = [name for name, grad in mine.items() if grad is not None]
     everyone = _everyones(have, world, watch)
     found = {name: grad for name, grad in mine.items() if grad is not None}
-    names = [n for stage in plan.stages for n in stage.params if n in everyone and stage_of[n] == stage.index]
-    return _gather(found, {n: stage_of[n] for n in names}, groups, world, watch)
+    trained = dict.fromkeys(n for stage in plan.stages for n in stage.params if n in everyone)
+    return _gather(found, {n: rank_of[n] for n in trained}, groups, world, watch)
 
 
 def holders(plan: Plan) -> dict[str, int]:
-    """For each parameter and buffer (first names), the first stage that holds it."""
+    """For each parameter and buffer (first names), the pipeline rank that answers for it: that of its first stage."""
     found: dict[str, int] = {}
     for stage in plan.stages:
         for name in (*stage.params, *stage.buffers):
-            found.setdefault(name, stage.index)
+            found.setdefault(name, stage.rank)
     return found
 
 
@@ -60,15 +60,15 @@ def _everyones(names: Sequence[str], world: World, watch: Watch) -> set[str]:
 
 
 def _gather(
-    own: Mapping[str, Tensor], stage_of: Mapping[str, int], groups: Groups, world: World, watch: Watch
+    own: Mapping[str, Tensor], rank_of: Mapping[str, int], groups: Groups, world: World, watch: Watch
 ) -> dict[str, Tensor]:
-    """Send each tensor from the first replica of its stage to rank 0, one after the other."""
+    """Send each tensor from its pipeline rank in the first replica to rank 0, one after the other."""
     out: dict[str, Tensor] = {}
-    for stage in sorted(set(stage_of.values())):
-        owner = groups.mesh.rank(Coord(0, stage, 0))
+    for pp in sorted(set(rank_of.values())):
+        owner = groups.mesh.rank(Coord(0, pp, 0))
         if world.rank not in (0, owner):
             continue
-        names = [name for name, s in stage_of.items() if s == stage]
+        names = [name for name, on in rank_of.items() if on == pp]
         if owner == 0:
             out.update((name, own[name].detach().cpu().clone()) for name in names)
         elif world.rank == owner:
@@ -84,7 +84,7 @@ def _gather(
                 dist.recv_object_list(received, owner)
             for name, shape, dtype in received[0]:
                 buffer = torch.empty(shape, dtype=dtype, device=world.device)
-                watch.wait(dist.irecv(buffer, owner), name, f"from rank {owner} (stage {stage})")
+                watch.wait(dist.irecv(buffer, owner), name, f"from rank {owner}")
                 out[name] = buffer.cpu()
     return out if world.rank == 0 else {}
 

@@ -1,12 +1,14 @@
 """Gradients that several ranks hold the same parameters for: summed in flat buckets behind their last backward.
 
-A parameter's ``grad`` is a view into its bucket, so nothing is copied. A bucket is reduced as soon as the last backward
-of the step has passed through all its parameters, while earlier layers are still at work.
+A parameter's ``grad`` is a view into its bucket, so nothing is copied. A bucket is reduced as soon as all its parameters
+have their whole gradient, while earlier layers are still at work: the last backward of each stage that reads them has
+passed, and no weight gradient waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,13 +48,21 @@ class Bucket:
 class Reducer:
     """Sums gradients over the ranks that hold the same parameters."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Any], watch: Watch) -> None:
-        """``groups`` gives the process group of each parameter by name; parameters without one are left alone."""
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Any], watch: Watch,
+        readers: Mapping[str, Set[int]] | None = None, pending: Counter[int] | None = None,
+    ) -> None:  # fmt: skip
+        """``groups`` gives the process group of each parameter by name; parameters without one are left alone.
+
+        ``readers`` are the stages of this rank that read each parameter (stage 0, if not told), ``pending`` counts the
+        gradients that wait for a W by the ``id`` of the parameter.
+        """
         self.watch = watch
+        self._readers = {id(p): readers[name] if readers else {0} for name, p in parameters.items()}
+        self._pending: Counter[int] = Counter() if pending is None else pending
+        self._passed: set[int] = set()
         self.buckets = _buckets(parameters, groups)
         self.place = {id(p): (b, i) for b in self.buckets for i, p in enumerate(b.parameters)}
-        self.last = False
-        """Set by the engine before the last backward of a step."""
         self._next = 0
         self._works: list[tuple[Any, str]] = []
         for bucket in self.buckets:
@@ -61,13 +71,19 @@ class Reducer:
 
     def begin(self) -> None:
         """Forget the last step's gradients."""
-        self.last, self._next = False, 0
+        self._next = 0
+        self._passed.clear()
+        self._pending.clear()  # of a step that failed
         for bucket in self.buckets:
             bucket.flat.zero_()
             bucket.touched.clear()
             bucket.waiting = set(range(len(bucket.parameters)))
             for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
                 parameter.grad = view
+
+    def last_backward(self, stage: int) -> None:
+        """Say that the last backward of a stage begins."""
+        self._passed.add(stage)
 
     def finish(self) -> None:
         """Reduce what is left and wait; a parameter that no rank has a gradient for gets ``grad = None``."""
@@ -84,7 +100,7 @@ class Reducer:
     def _arrived(self, parameter: Tensor) -> None:
         bucket, index = self.place[id(parameter)]
         bucket.touched.add(index)
-        if self.last:
+        if self._readers[id(parameter)] <= self._passed and not self._pending[id(parameter)]:
             bucket.waiting.discard(index)
             # all ranks must start their collectives in one order: a bucket waits for the buckets before it
             while self._next < len(self.buckets) and self.buckets[self._next].early:

@@ -1,4 +1,4 @@
-"""The engine: one rank's stage, its order of actions, and the step.
+"""The engine: one rank's stages, its order of actions, and the step.
 
 ``for action in order: do[action.kind](action)`` is all there is to a schedule here; what a step does was decided in the
 plan.
@@ -45,20 +45,20 @@ class Engine:
         self._programs, self._links, self._reducer, self._watch = programs, links, reducer, watch
         self._loss_weight, self._max_grad_norm, self._seed = loss_weight, max_grad_norm, seed
         self._save = save
-        self._stage = groups.coord.pp
-        self._orders = Orders(plan, self._stage)
-        self._orders.at(programs.edges(), training=True)
+        self._orders = Orders(plan, groups.coord.pp)
+        self._work = self._orders.at(programs.edges(), training=True)
         self._do: Mapping[Kind, Callable[[Action], None]] = {
-            Kind.F: self._forward, Kind.B: self._backward,
+            Kind.F: self._forward, Kind.R: self._recompute, Kind.B: self._backward, Kind.W: self._weight,
             Kind.SEND_F: self._send_forward, Kind.RECV_F: self._post_forward,
             Kind.SEND_B: self._send_backward, Kind.RECV_B: self._post_backward,
         }  # fmt: skip
-        self._waits: Mapping[Action, tuple[Action, ...]] = {}
         self._batches: list[Any] = []
         self._running: list[Program] = []
         self._shares: list[float] = []
-        self._made: dict[int, dict[str, Tensor]] = {}
-        self._gradients: dict[int, dict[str, Tensor]] = {}
+        self._made: dict[tuple[int, int], dict[str, Tensor]] = {}
+        """What (micro-batch, stage) made, until its backward."""
+        self._gradients: dict[tuple[int, int], dict[str, Tensor]] = {}
+        """The gradients of what (micro-batch, stage) received, until they are sent or taken."""
         self._losses: dict[int, Tensor] = {}
 
     # --- the step ------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class Engine:
         own = weights[first : first + count] if batch_is_global else weights
         counts = {"items": sum(weights), "empty": weights.count(0)}
         if not batch_is_global:
-            alone = self._stage == 0
+            alone = self.groups.coord.pp == 0
             counts = agree_on({k: n if alone else 0 for k, n in counts.items()}, self.world, self._watch)
         if counts["empty"]:
             raise ValueError(
@@ -121,11 +121,9 @@ class Engine:
         self._shares = [weight / total for weight in own]
         self._running = [self._programs.at(part) for part in self._batches]
         self._losses.clear()
-        work = self._orders.at(self._edges(), training=training)
-        self._waits = work.waits
+        self._work = self._orders.at(self._edges(), training=training)
         with self._random_streams():
-            for at, action in enumerate(work.order):
-                self._reducer.last = at >= work.last_backward
+            for action in self._work.order:
                 self._do[action.kind](action)
         self._links.flush()
         return total
@@ -135,34 +133,52 @@ class Engine:
         return frozenset(edge for program in self._running for edge in program.forward)
 
     def _forward(self, action: Action) -> None:
-        index = action.micro_batch
+        index, at = action.micro_batch, action.stage
         program = self._running[index]
         received: dict[str, Tensor] = {}
-        for receive in self._waits.get(action, ()):
+        for receive in self._work.waits.get(action, ()):
             received.update(self._links.take(receive))
+        for giver in self._work.near[action]:
+            made = self._made[index, giver]
+            received.update((spec.name, made[spec.name]) for spec in program.forward.get((giver, at), ()))
         if program.random:
-            self._enter_stream(index, received)
-        made = program.stage.forward(index, self._batches[index], received)
+            self._enter_stream(action, received)
+        stage = program.stages[at]
+        put_off = (index, at) in self._work.put_off
+        made = stage.forward(index, self._batches[index], received, put_off=put_off)
         if program.random:
             made[rng.RNG] = rng.state(self.world.device)
-        if "loss" in program.stage.code.results:
+        if "loss" in stage.code.results:
             self._losses[index] = made["loss"].detach()
-        self._made[index] = made
+        self._made[index, at] = made
+
+    def _recompute(self, action: Action) -> None:
+        self._running[action.micro_batch].stages[action.stage].recompute(action.micro_batch)
 
     def _backward(self, action: Action) -> None:
-        index = action.micro_batch
+        index, at = action.micro_batch, action.stage
         program = self._running[index]
-        gradients = self._gradients.setdefault(index, {})
-        if index in self._losses:
+        stage = program.stages[at]
+        gradients: dict[str, Tensor] = {}
+        if "loss" in stage.code.results:
             gradients["loss"] = torch.full_like(self._losses[index], self._shares[index])
-        for receive in self._waits.get(action, ()):
-            for name, gradient in self._links.take(receive).items():
-                gradients[name] = gradients[name] + gradient if name in gradients else gradient
-        self._gradients[index] = program.stage.backward(index, gradients)
-        self._made.pop(index, None)
+        found = [self._links.take(receive) for receive in self._work.waits.get(action, ())]
+        for giver in self._work.near[action]:
+            theirs = self._gradients[index, giver]
+            names = [spec.name for spec in program.backward((at, giver)) if spec.name in theirs]
+            found.append({name: theirs.pop(name) for name in names})
+        for name, gradient in (item for one in found for item in one.items()):
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        if action in self._work.last:
+            self._reducer.last_backward(at)
+        self._gradients[index, at] = stage.backward(index, gradients)
+        self._made.pop((index, at))
+
+    def _weight(self, action: Action) -> None:
+        self._running[action.micro_batch].stages[action.stage].weight(action.micro_batch)
 
     def _send_forward(self, action: Action) -> None:
-        made = self._made[action.micro_batch]
+        made = self._made[action.micro_batch, action.stage]
         specs = self._running[action.micro_batch].forward.get((action.stage, action.peer), ())
         self._links.send(action, {spec.name: made[spec.name] for spec in specs})
 
@@ -171,7 +187,7 @@ class Engine:
         self._links.post(action, specs)
 
     def _send_backward(self, action: Action) -> None:
-        gradients = self._gradients[action.micro_batch]
+        gradients = self._gradients[action.micro_batch, action.stage]
         specs = self._running[action.micro_batch].backward((action.peer, action.stage))
         unread = [spec for spec in specs if spec.name not in gradients]  # had no part in the loss
         zeros = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=self.world.device) for s in unread}
@@ -207,9 +223,10 @@ class Engine:
         with self._watch.telling():
             yield
 
-    def _enter_stream(self, index: int, received: dict[str, Tensor]) -> None:
-        if self._stage == 0:
-            rng.start(self._seed, self.steps, self.groups.coord.dp * self.plan.micro_batches + index)
+    def _enter_stream(self, action: Action, received: dict[str, Tensor]) -> None:
+        if action.stage == 0:
+            first = self.groups.coord.dp * self.plan.micro_batches
+            rng.start(self._seed, self.steps, first + action.micro_batch)
         else:
             rng.resume(received.pop(rng.RNG), self.world.device)
 

@@ -21,6 +21,8 @@ class Groups:
 
     mesh: Mesh
     coord: Coord
+    stage_rank: tuple[int, ...]
+    """The pipeline rank that runs each stage."""
     dp: Group = None
     """The replicas of this stage."""
     up: Group = None
@@ -33,7 +35,15 @@ class Groups:
 
     def rank_of(self, stage: int) -> int:
         """The global rank that runs a stage of this replica."""
-        return self.mesh.rank(Coord(self.coord.dp, stage, self.coord.tp))
+        return self.mesh.rank(Coord(self.coord.dp, self.stage_rank[stage], self.coord.tp))
+
+    def towards(self, stage: int) -> Group:
+        """The group for transfers to the rank of a stage."""
+        return self.up if self.stage_rank[stage] > self.coord.pp else self.down
+
+    def from_(self, stage: int) -> Group:
+        """The group for transfers from the rank of a stage."""
+        return self.down if self.stage_rank[stage] > self.coord.pp else self.up
 
     def close(self) -> None:
         """Give the groups back."""
@@ -41,10 +51,10 @@ class Groups:
             dist.destroy_process_group(group)
 
 
-def make_groups(mesh: Mesh, world: World, shared: Collection[tuple[int, ...]]) -> Groups:
+def make_groups(mesh: Mesh, world: World, stage_rank: tuple[int, ...], shared: Collection[tuple[int, ...]]) -> Groups:
     """Make every group of the mesh, in the same order on every rank, and keep this rank's.
 
-    ``shared`` are the sets of stages that hold the same parameters.
+    ``stage_rank`` is the pipeline rank of each stage; ``shared`` are the sets of stages that hold the same parameters.
     """
     coord = mesh.coord(world.rank)
     made: list[Group] = []
@@ -74,7 +84,7 @@ def make_groups(mesh: Mesh, world: World, shared: Collection[tuple[int, ...]]) -
     own_shared: dict[tuple[int, ...], Group] = {}
     for stages in sorted(set(shared)):
         for tp in range(mesh.tp):
-            found = group(sorted(rank for pp in stages for rank in replicas(pp, tp)))
+            found = group(sorted({rank for stage in stages for rank in replicas(stage_rank[stage], tp)}))
             if found is not None:
                 own_shared[stages] = found
-    return Groups(mesh, coord, own_dp, own_up, own_down, own_shared, tuple(made))
+    return Groups(mesh, coord, stage_rank, own_dp, own_up, own_down, own_shared, tuple(made))

@@ -57,7 +57,7 @@ class DistLinks:
 
     def post(self, action: Action, specs: Sequence[Spec]) -> None:
         peer = self.groups.rank_of(action.peer)
-        group = self.groups.up if action.peer < action.stage else self.groups.down
+        group = self.groups.from_(action.peer)
         posted = []
         for spec in specs:
             buffer = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
@@ -74,7 +74,7 @@ class DistLinks:
     def send(self, action: Action, values: Mapping[str, Tensor]) -> None:
         self._sending = [item for item in self._sending if not item[2].is_completed()]
         peer = self.groups.rank_of(action.peer)
-        group = self.groups.up if action.peer > action.stage else self.groups.down
+        group = self.groups.towards(action.peer)
         for value in values.values():
             tensor = value.detach().contiguous()
             self._sending.append((action, tensor, self._start(dist.isend, tensor, peer, group, action)))

@@ -24,20 +24,20 @@ Initialiser = Callable[[nn.Module], None]
 def materialize(
     model: nn.Module,
     plan: Plan,
-    stage: int,
+    stages: Collection[int],
     device: torch.device,
     *,
     seed: int,
     initialise: Initialiser | None = None,
     weights: str | Path | None = None,
 ) -> dict[str, nn.Parameter]:
-    """Put one stage's tensors on the device and everything else on meta, in place; the stage's parameters by name.
+    """Put the tensors of some stages on the device, all else on meta, in place; the stages' parameters by name.
 
     Tensors that have data keep it. Tensors on meta are read from ``weights`` (a safetensors file or a folder of them)
     or initialised as the model itself would. Raises ValueError for a tensor that neither can fill, and, before anything
     is changed, for one that an earlier engine gave up: to initialise it again would quietly forget what it was.
     """
-    keep = {*plan.stages[stage].params, *plan.stages[stage].buffers}
+    keep = {name for stage in stages for name in (*plan.stages[stage].params, *plan.stages[stage].buffers)}
     first = {alias: names[0] for names in plan.ties for alias in names}
     if weights is None:
         _refuse_given_up(model, keep, first)

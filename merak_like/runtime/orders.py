@@ -10,13 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from merak_like.partitioner.plan import Plan
-from merak_like.partitioner.schedules import builder
-from merak_like.partitioner.schedules.action import Action, Edges, Kind, Order
+from merak_like.partitioner.planned import schedule_of
+from merak_like.partitioner.schedules.action import USER_OF, Action, Edges, Kind, Order
 from merak_like.partitioner.schedules.passes import add_transfers, forward_only
 from merak_like.partitioner.schedules.validate import validate
-
-USERS = {Kind.RECV_F: Kind.F, Kind.RECV_B: Kind.B}
-"""Which computation waits for a receive."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +23,20 @@ class Work:
     order: Order
     waits: Mapping[Action, tuple[Action, ...]]
     """The receives that a computation waits for."""
-    last_backward: int
-    """Index into ``order``; -1 without a backward."""
+    near: Mapping[Action, tuple[int, ...]]
+    """The stages of this rank whose values (for an F) or gradients (for a B) a computation takes."""
+    put_off: frozenset[tuple[int, int]]
+    """(micro-batch, stage) whose B leaves the weights to a W."""
+    last: frozenset[Action]
+    """The last B of each stage."""
 
 
 class Orders:
-    """This rank's orders for a plan, each verified once."""
+    """A rank's orders for a plan, each verified once."""
 
-    def __init__(self, plan: Plan, stage: int) -> None:
-        self.plan, self.stage = plan, stage
-        self._plain = builder(plan.schedule)(len(plan.stages), plan.micro_batches)
+    def __init__(self, plan: Plan, rank: int) -> None:
+        self.plan, self.rank = plan, rank
+        self._plain = schedule_of(plan)
         self._known: dict[tuple[bool, Edges], Work] = {}
 
     def at(self, edges: Edges, *, training: bool) -> Work:
@@ -47,11 +48,22 @@ class Orders:
     def _make(self, edges: Edges, training: bool) -> Work:
         full = add_transfers(self._plain, edges)
         validate(full, edges)
-        order = (full if training else forward_only(full)).orders[self.stage]
+        schedule = full if training else forward_only(full)
+        order = schedule.orders[self.rank]
         waits: dict[Action, tuple[Action, ...]] = {}
+        near: dict[Action, tuple[int, ...]] = {}
+        last: dict[int, Action] = {}
+        own = {stage for stage, rank in enumerate(schedule.stage_rank) if rank == self.rank}
+        givers = {
+            Kind.F: {t: tuple(sorted(s for s in own if (s, t) in edges)) for t in own},
+            Kind.B: {s: tuple(sorted(t for t in own if (s, t) in edges)) for s in own},
+        }
         for action in order:
-            if action.kind in USERS:
-                user = Action(USERS[action.kind], action.micro_batch, action.stage)
+            if action.kind in USER_OF:
+                user = Action(USER_OF[action.kind], action.micro_batch, action.stage)
                 waits[user] = (*waits.get(user, ()), action)
-        last = max((i for i, action in enumerate(order) if action.kind is Kind.B), default=-1)
-        return Work(order, waits, last)
+            if action.kind in givers:
+                near[action] = givers[action.kind][action.stage]
+            if action.kind is Kind.B:
+                last[action.stage] = action
+        return Work(order, waits, near, frozenset(schedule.apart(Kind.W)), frozenset(last.values()))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from merak_like.partitioner.cuts import crossings
 from merak_like.partitioner.plan import Plan
-from merak_like.partitioner.realign import realign
+from merak_like.partitioner.realign import realign, recomputed_ranges
 from merak_like.partitioner.schedules.action import Edges
 from merak_like.partitioner.tracer import LossFn, Trace, trace
 from merak_like.runtime import rng
@@ -23,9 +24,9 @@ from merak_like.runtime.stage_code import build_stage
 
 @dataclass(frozen=True)
 class Program:
-    """One stage for one input shape, and what crosses its borders."""
+    """A rank's stages for one input shape, and what crosses their borders."""
 
-    stage: Stage
+    stages: Mapping[int, Stage]
     forward: Mapping[tuple[int, int], tuple[Spec, ...]]
     """Edge (source, target) to the values that travel along it."""
     traced: Trace
@@ -48,12 +49,15 @@ class Programs:
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, planned: Trace, example: Any, stage: int, device: torch.device,
-        loss_fn: LossFn | None,
+        self, model: nn.Module, plan: Plan, planned: Trace, example: Any, rank: int, device: torch.device,
+        loss_fn: LossFn | None, pending: Counter[int] | None = None,
     ) -> None:  # fmt: skip
-        """``planned`` is the trace of ``example``, a micro-batch, in the model's present mode."""
+        """``planned`` is the trace of ``example``, a micro-batch, in the model's present mode.
+
+        ``rank`` is the pipeline rank; ``pending`` counts gradients that wait for a W by the ``id`` of the parameter.
+        """
         self.model, self.plan, self.planned = model, plan, planned
-        self.stage, self.device, self.loss_fn = stage, device, loss_fn
+        self.rank, self.device, self.loss_fn, self.pending = rank, device, loss_fn, pending
         self._known: dict[Any, list[Program]] = {self._key(example): [self._program(planned)]}
 
     def at(self, batch: Any) -> Program:
@@ -83,7 +87,8 @@ class Programs:
 
     def _program(self, traced: Trace) -> Program:
         starts = realign(self.plan, self.planned.graph, traced.graph)
-        stage = Stage(build_stage(traced, self.model, starts, self.stage), traced.inputs, self.device)
+        stages = {stage.index: self._stage(traced, starts, stage.index) for stage in self.plan.stages
+                  if stage.rank == self.rank}  # fmt: skip
         drawing = any(op.random for op in traced.graph.ops)
         edges: dict[tuple[int, int], list[Spec]] = {edge: [] for edge in self.edges(traced)}
         for crossing in crossings(traced.graph, starts):
@@ -94,7 +99,11 @@ class Programs:
             state = Spec(rng.RNG, tuple(rng.state(self.device).shape), torch.uint8, False)
             for s in range(len(starts) - 2):
                 edges[s, s + 1].append(state)
-        return Program(stage, {edge: tuple(specs) for edge, specs in edges.items()}, traced, drawing)
+        return Program(stages, {edge: tuple(specs) for edge, specs in edges.items()}, traced, drawing)
+
+    def _stage(self, traced: Trace, starts: Sequence[int], index: int) -> Stage:
+        again = recomputed_ranges(self.plan, index, self.planned.graph, traced.graph)
+        return Stage(build_stage(traced, self.model, starts, index, again), traced.inputs, self.device, self.pending)
 
     def edges(self, traced: Trace | None = None) -> Edges:
         """The stage pairs that talk: where values cross, and neighbours (for the random streams)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,31 @@ from merak_like.partitioner.tracer.encode import Attribute
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A run of ops as code: ``module(*inputs, *received)`` returns ``made``."""
+
+    name: str
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    """Names of the batch's values it reads."""
+    received: tuple[str, ...]
+    """Values made by earlier pieces or stages."""
+    made: tuple[str, ...]
+    """Values read by later pieces or stages, then names of the model's outputs."""
+    again: bool = False
+    """Whether its activations are not kept."""
+    random: bool = False
+    """Whether it draws random numbers."""
+    buffers: tuple[torch.Tensor, ...] = ()
+    """Buffers it reads, and perhaps changes."""
+
+
+@dataclass(frozen=True)
 class StageCode:
-    """One stage as code: ``module(*inputs, *received)`` returns ``(*sent, *results)``."""
+    """One stage as code: pieces to run in order, one unless parts of it are recomputed."""
 
     index: int
-    module: fx.GraphModule
+    pieces: tuple[Piece, ...]
     inputs: tuple[str, ...]
     """Names of the batch's values it reads."""
     received: tuple[str, ...]
@@ -43,16 +63,35 @@ def build_stages(trace: Trace, model: nn.Module, starts: Sequence[int]) -> tuple
     The stages share the model's modules and parameters.
     """
     build = _Builder(trace, model, starts)
-    return tuple(build.stage(index) for index in range(len(starts) - 1))
+    return tuple(_stage(build, starts, index, ()) for index in range(len(starts) - 1))
 
 
-def build_stage(trace: Trace, model: nn.Module, starts: Sequence[int], index: int) -> StageCode:
+def build_stage(
+    trace: Trace, model: nn.Module, starts: Sequence[int], index: int, again: Collection[tuple[int, int]] = ()
+) -> StageCode:
     """Generate the code of one stage: only its own parameters need be there.
 
-    Questions about the batch's data are left out: whoever runs a single stage asks ``trace.fits(batch)`` before, where
-    the batch is still on the host, and spares the device a wait.
+    ``again`` are ranges of its ops, with legal borders, whose activations are not kept. Questions about the batch's
+    data are left out: whoever runs a single stage asks ``trace.fits(batch)`` before, where the batch is still on the
+    host, and spares the device a wait.
     """
-    return _Builder(trace, model, starts, asked=True).stage(index)
+    finer = sorted({*starts, *(border for ends in again for border in ends)})
+    return _stage(_Builder(trace, model, finer, asked=True), starts, index, again)
+
+
+def _stage(build: _Builder, starts: Sequence[int], index: int, again: Collection[tuple[int, int]]) -> StageCode:
+    first, stop = starts[index], starts[index + 1]
+    inside = [i for i, start in enumerate(build.starts[:-1]) if first <= start < stop]
+    pieces = tuple(build.piece(i, any(a <= build.starts[i] < b for a, b in again)) for i in inside)
+    crossing = crossings(build.trace.graph, starts)
+    return StageCode(
+        index,
+        pieces,
+        inputs=tuple(dict.fromkeys(name for piece in pieces for name in piece.inputs)),
+        received=tuple(c.value for c in crossing if index in c.targets),
+        sent=tuple(c.value for c in crossing if c.source == index),
+        results=tuple(n for n, v in build.trace.graph.outputs.items() if first <= build.named[v].meta["index"] < stop),
+    )
 
 
 class _Builder:
@@ -75,7 +114,7 @@ class _Builder:
     def stage_of(self, node: fx.Node) -> int:
         return bisect_right(self.starts, node.meta["index"], hi=len(self.starts) - 1) - 1
 
-    def stage(self, index: int) -> StageCode:
+    def piece(self, index: int, again: bool) -> Piece:
         sent = tuple(c.value for c in self.crossings if c.source == index)
         received = tuple(c.value for c in self.crossings if index in c.targets)
         graph = fx.Graph()
@@ -91,8 +130,18 @@ class _Builder:
             for n in graph.nodes
             if n.op in ("call_module", "get_attr")
         }
-        module = fx.GraphModule(root, graph, class_name=f"Stage{index}")
-        return StageCode(index, module, inputs, received, sent, tuple(wanted))
+        ops = self.trace.graph.ops[self.starts[index] : self.starts[index + 1]]
+        buffers = {id(b): b for op in ops for b in map(self.attributes.get, op.buffers) if b is not None}
+        return Piece(
+            name=f"ops {ops[0].name} to {ops[-1].name}",
+            module=fx.GraphModule(root, graph, class_name=f"Ops{self.starts[index]}"),
+            inputs=inputs,
+            received=received,
+            made=(*sent, *wanted),
+            again=again,
+            random=any(op.random for op in ops),
+            buffers=tuple(buffers.values()),
+        )
 
     def inputs_of(self, index: int) -> tuple[str, ...]:
         """The batch values the stage's ops read (its folded calls may read fewer)."""
