@@ -1,8 +1,8 @@
 """Gradients that several ranks hold the same parameters for: summed in flat buckets behind their last backward.
 
-A parameter's ``grad`` is a view into its bucket, so nothing is copied. A bucket is reduced as soon as all its parameters
-have their whole gradient, while earlier layers are still at work: the last backward of each stage that reads them has
-passed, and no weight gradient waits.
+A parameter's ``grad`` is a view into its bucket, so nothing is copied. A bucket is reduced as soon as all its
+parameters have their whole gradient, while earlier layers are still at work: the last backward of each stage that reads
+them has passed, and no weight gradient waits.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Activations that are not kept: a piece of a stage that is run again before its backward (Chen et al., arXiv 1604.06174).
+"""Activations that are not kept: a piece of a stage is run again before its backward (Chen et al., arXiv 1604.06174).
 
 The first run builds autograd's graph, but where an op would keep a tensor stands its number. The second run makes the
-same tensors in the same order and puts them behind the numbers; its own graph is thrown away. So there is one graph, and
-the gradients are those of a stage that keeps everything, bit for bit.
+same tensors in the same order and puts them behind the numbers; its own graph is thrown away. So there is one graph,
+and the gradients are those of a stage that keeps everything, bit for bit.
 """
 
 from __future__ import annotations

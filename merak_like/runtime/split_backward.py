@@ -2,8 +2,8 @@
 2401.10241).
 
 The halves come apart where a weight meets an activation: a function of ``ROWS`` that is called with a parameter hands
-its input and output gradient to ``PutOff`` instead of multiplying them. Autograd's graph is left alone, so whatever else
-the model does works as ever; the weight's gradient goes through autograd's own accumulation, with all hooks.
+its input and output gradient to ``PutOff`` instead of multiplying them. Autograd's graph is left alone, so whatever
+else the model does works as ever; the weight's gradient goes through autograd's own accumulation, with all hooks.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class SplitBackward(TorchFunctionMode):
                 x, weight, bias, options = found
                 if row.autocast:
                     x, bias = _cast(x), _cast(bias)
-                # the weight goes in a tuple: as an argument of its own its hooks would be called, with no gradient, in B
+                # the weight goes in a tuple: as an argument of its own its hooks would run in B, without a gradient
                 return _Split.apply(row, self._later, (weight, *options), _anchor(x), x, bias)
         return func(*args, **(kwargs or {}))
 
