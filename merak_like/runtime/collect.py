@@ -105,6 +105,16 @@ def from_first(make: Callable[[], Any] | None, world: World, watch: Watch) -> An
     return box[0]
 
 
+def to_first(mine: Any, world: World, watch: Watch) -> list[Any]:
+    """What every rank brings, by rank, on rank 0; [] elsewhere."""
+    if world.alone:
+        return [mine]
+    everyone: list[Any] | None = [None] * world.size if world.rank == 0 else None
+    with watch.waiting("what every rank has recorded"):
+        dist.gather_object(mine, everyone, dst=0)
+    return everyone or []
+
+
 def agree(facts: Mapping[str, str], world: World, watch: Watch) -> None:
     """Raise ValueError on every rank, naming the odd ranks, unless all ranks state the same facts."""
     if world.alone:

@@ -7,7 +7,7 @@ plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from merak_like.runtime.links import Links
 from merak_like.runtime.optimizer import StepResult, agree_on, check_finite, clip, squared_norm
 from merak_like.runtime.orders import Orders
 from merak_like.runtime.programs import Program, Programs
+from merak_like.runtime.recording import Profile, Recorder
 from merak_like.runtime.watch import Watch
 
 
@@ -52,6 +53,7 @@ class Engine:
             Kind.SEND_F: self._send_forward, Kind.RECV_F: self._post_forward,
             Kind.SEND_B: self._send_backward, Kind.RECV_B: self._post_backward,
         }  # fmt: skip
+        self._around_step: Callable[[], AbstractContextManager[None]] = nullcontext
         self._batches: list[Any] = []
         self._running: list[Program] = []
         self._shares: list[float] = []
@@ -70,7 +72,7 @@ class Engine:
         Gradients stay readable until the next step. Raises FloatingPointError for a loss or norm that is not finite,
         before the weights change, and PeerError when another rank is gone.
         """
-        with self._at_work():
+        with self._at_work(), self._around_step():
             self._clear_gradients()
             total = self._run(batch, batch_is_global, training=True)
             self._reducer.finish()
@@ -229,6 +231,22 @@ class Engine:
             rng.start(self._seed, self.steps, first + action.micro_batch)
         else:
             rng.resume(received.pop(rng.RNG), self.world.device)
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Record when each action of the training steps inside runs, and what it waits for. Every rank enters.
+
+        After the block ``.recorded`` holds the steps, on rank 0, and ``.save(path)`` writes them there:
+        ``merak timeline plan.json --measured path`` draws them below the planned step.
+        """
+        self._open()
+        found, recorder, before = Profile(), Recorder(self.world, self._watch), self._do
+        self._do, self._around_step = recorder.timed(before), recorder.step
+        try:
+            yield found
+        finally:
+            self._do, self._around_step = before, nullcontext
+        found.recorded = recorder.recorded(self.plan.digest)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer by its name in the user's model, as CPU tensors: on rank 0, else {}."""

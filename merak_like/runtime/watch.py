@@ -31,6 +31,8 @@ class Watch:
         self.report_after = min(30.0, limit.total_seconds() / 2)
         self._report = report or (lambda line: print(line, file=sys.stderr, flush=True))
         self._pulse = pulse
+        self.waited = 0.0
+        """Seconds spent waiting in all."""
         self._now: tuple[str, float] | None = None
         self._noted = False
         self._blame: str | None = None
@@ -52,7 +54,8 @@ class Watch:
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
         """Mark a wait, so that the watch can tell of it. What fails inside is a PeerError."""
-        self._now = (what, time.monotonic())
+        began = time.monotonic()
+        self._now = (what, began)
         try:
             yield
         except RuntimeError as error:
@@ -60,6 +63,7 @@ class Watch:
             raise PeerError(f"rank {self.rank} gave up waiting for {what}: {why}; {ACTION}") from None
         finally:
             self._now = None
+            self.waited += time.monotonic() - began
 
     @contextmanager
     def telling(self) -> Iterator[None]:

@@ -68,7 +68,9 @@ class CustomFunction:
 
     def __init__(self, cls: type) -> None:
         self.cls = cls
-        self.__name__ = self.__qualname__ = f"{cls.__name__}_{id(cls)}"
+        self.node_name = cls.__name__.strip("_").lower()
+        """For the graph: the same in every process."""
+        self.__name__ = self.__qualname__ = f"{cls.__name__}_{id(cls)}"  # for the code: one global for each class
 
     def __call__(self, *args: Any) -> Any:
         return self.cls.apply(*args)  # type: ignore[attr-defined]
@@ -87,7 +89,7 @@ class Calls:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Stands for ``nn.Module.__call__`` during the trace."""
         path = self.paths.get(id(module))
-        if self.recorder.quiet:
+        if self.recorder.quiet or self.recorder.running:
             return call_module(module, *args, **kwargs)
         if path is None:
             for call in self.open:
@@ -178,6 +180,12 @@ class Calls:
         writer = self.writer
         if self.recorder.below and any(t.requires_grad for t in tensors_in(args)):
             raise TraceError(f"{cls.__qualname__}.apply under torch.vmap in {writer.where}: its backward would be lost")
+        if self.recorder.running:  # the code calls the function around it, which calls it again
+            out = original(*args)
+            for _, tensor in results(out):
+                writer.keep.append(tensor)
+                writer.custom.add(id(tensor))
+            return out
         if self.recorder.quiet or self.recorder.below:
             return original(*args)
         if cls is CheckpointFunction:  # recomputing is the plan's business: record what is checkpointed

@@ -35,6 +35,8 @@ class Recorder(TorchFunctionMode):
         self.costs = Costs(fake.mode, fake.tensors, self.writer.keep, memo)
         self.shadow = Shadow(self.writer.inputs, self.writer.constants, fake.lasting)
         self.quiet = 0
+        self.running = False
+        """Whether a recorded function runs: what it calls itself is part of it."""
         self.rehearsing = False
         self.below = False
         self.dynamic = False
@@ -117,8 +119,8 @@ class Recorder(TorchFunctionMode):
             made = rule(*args, **kwargs)
             if made is not None:
                 return made
+        memo, before, self.running = self.costs.memo, self.running, True
         try:
-            memo = self.costs.memo
             return memo.run(func, name, args, kwargs, self.writer.state()) if memo else func(*args, **kwargs)
         except DATA_DEPENDENT as error:
             if self.quiet:
@@ -128,6 +130,8 @@ class Recorder(TorchFunctionMode):
                 return run_with_real(func, name, args, kwargs, self.real_value)
             except Unknowable as reason:
                 raise self.reads_data(name, reason) from error
+        finally:
+            self.running = before
 
     def real_value(self, tensor: torch.Tensor) -> torch.Tensor:
         """The data behind a fake tensor for the traced example; see Shadow.value."""

@@ -24,9 +24,8 @@ def pack(codes: Tensor, width: int) -> Tensor:
     short = -codes.numel() % group
     if short:
         codes = torch.cat([codes, codes.new_zeros(short)])
-    columns = codes.view(-1, group).unbind(1)
-    words = columns[0].clone()
-    for i, column in enumerate(columns[1:], 1):
+    words = codes.new_zeros(codes.numel() // group)
+    for i, column in enumerate(codes.view(-1, group).unbind(1)):
         words |= column << (i * width)
     size = packed_bytes(group, width)
     data = words.view(torch.uint8).view(-1, word.itemsize)[:, :size].reshape(-1)

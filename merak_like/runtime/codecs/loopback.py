@@ -18,7 +18,7 @@ from merak_like.runtime.codecs.codec import Codec, Context
 
 
 class Loopback:
-    """Call it on a tensor to send it through ``near`` and ``far``, two codecs made alike; gradients come back the same way.
+    """Call it on a tensor to send it from ``near`` to ``far``, two codecs made alike; gradients come back.
 
     ``sent`` counts the bytes of the frames, "forward" and "backward".
     """

@@ -1,0 +1,76 @@
+"""What a step really did: when each action of each rank ran, and how long it waited for another rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from merak_like.partitioner.recorded import Record, Recorded
+from merak_like.partitioner.schedules.action import Action, Kind
+from merak_like.runtime import collect
+from merak_like.runtime.initialize import World
+from merak_like.runtime.watch import Watch
+
+Do = Mapping[Kind, Callable[[Action], None]]
+
+
+class Recorder:
+    """Times the actions of one rank, step by step. On an accelerator each is waited for, so nothing overlaps there."""
+
+    def __init__(self, world: World, watch: Watch) -> None:
+        self._world, self._watch = world, watch
+        self._begun = 0.0
+        self._records: list[list[Record]] = []
+        self._now_in: list[Record] = []
+        """Where records go: those between steps, of an evaluation, nowhere."""
+        self._tails: list[float] = []
+
+    def timed(self, do: Do) -> Do:
+        """The same actions, recorded."""
+        return {kind: self._timed(one) for kind, one in do.items()}
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around one step: all ranks set their clocks together."""
+        collect.barrier(self._world, self._watch)
+        self._begun, self._now_in = time.perf_counter(), []
+        yield
+        self._records.append(self._now_in)
+        self._tails.append(self._now())
+        self._now_in = []
+
+    def recorded(self, plan: str) -> Recorded | None:
+        """The steps of all ranks, on rank 0; every rank must ask."""
+        ranks = collect.to_first((self._records, self._tails), self._world, self._watch)
+        if not ranks:
+            return None
+        steps = tuple(tuple(tuple(rank[0][i]) for rank in ranks) for i in range(len(self._tails)))
+        return Recorded(plan, steps, tuple(tuple(rank[1][i] for rank in ranks) for i in range(len(self._tails))))
+
+    def _timed(self, do: Callable[[Action], None]) -> Callable[[Action], None]:
+        def timed(action: Action) -> None:
+            start, waited = self._now(), self._watch.waited
+            do(action)
+            end = self._now()
+            self._now_in.append(Record(action, start, end, min(self._watch.waited - waited, end - start)))
+
+        return timed
+
+    def _now(self) -> float:
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)
+        return time.perf_counter() - self._begun
+
+
+class Profile:
+    """What ``engine.profile()`` gives: after the block, ``recorded`` holds the steps on rank 0 (None elsewhere)."""
+
+    recorded: Recorded | None = None
+
+    def save(self, path: str) -> None:
+        """Write the profile for ``merak timeline plan.json --measured path``; only rank 0 writes."""
+        if self.recorded is not None:
+            self.recorded.save(path)
