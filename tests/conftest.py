@@ -1,10 +1,24 @@
-"""Leaves out what this machine cannot run, saying what is missing: a CUDA device for `gpu`, Chromium for `browser`."""
+"""What all tests share.
+
+What this machine cannot run is left out, saying what is missing: a CUDA device for `gpu`, Chromium for `browser`.
+"""
 
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
+
+from tests.plans import make_plan
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a plan in it."""
+    monkeypatch.chdir(tmp_path)
+    make_plan().save("plan.json")
+    return tmp_path
 
 
 def missing(mark: str) -> str:

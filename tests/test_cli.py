@@ -15,6 +15,7 @@ import pytest
 from merak_like.cli import main
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Crossing, Plan, StageMemory, StagePlan, Unit
+from tests.commands import refused, run
 from tests.plans import make_plan
 
 MERAK = [sys.executable, "-m", "merak_like.cli"]
@@ -48,14 +49,6 @@ number = 3
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a plan in it."""
-    monkeypatch.chdir(tmp_path)
-    make_plan().save("plan.json")
-    return tmp_path
-
-
-@pytest.fixture
 def gpt2(folder: Path) -> Path:
     """A small GPT-2 as its config.json, beside it a model of one's own."""
     sizes = {"n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 64, "vocab_size": 100}
@@ -65,27 +58,6 @@ def gpt2(folder: Path) -> Path:
     (folder / "toy_for_merak.py").write_text(TOY)
     sys.modules.pop("toy_for_merak", None)
     return folder / "gpt2"
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The standard output of a command that succeeds."""
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    out, err = capsys.readouterr()
-    assert end.value.code == 0, err
-    return out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a command says when its input is wrong."""
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    out, err = capsys.readouterr()
-    assert end.value.code == 2
-    assert out == ""
-    assert err.startswith("merak: ")
-    assert err.count("\n") == 1
-    return err
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]):
