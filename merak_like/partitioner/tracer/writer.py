@@ -67,7 +67,7 @@ class Writer:
             raise TraceError(
                 f"{draft.target} in {self.where} is called with {error}, which code cannot repeat"
             ) from None
-        draft.node = node = self.graph.create_node(op, target, args, kwargs)
+        draft.node = node = self.graph.create_node(op, target, args, kwargs, getattr(target, "node_name", None))
         draft.name = node.name
         node.meta["index"] = len(self.drafts)
         node.meta["state"] = self.state()
