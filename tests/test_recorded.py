@@ -21,7 +21,7 @@ from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planned import schedule_of
 from merak_like.partitioner.recorded import Record, Recorded, Step, shares
 from merak_like.partitioner.report.compare import compare, planned_step, table, to_chrome, to_svg
-from merak_like.partitioner.report.lanes import AFTER, WAIT, WIDTH
+from merak_like.partitioner.report.lanes import AFTER, TRANSFER, WAIT, WIDTH
 from merak_like.partitioner.schedules.action import Action, Schedule, chain
 from merak_like.partitioner.schedules.one_f_one_b import one_f_one_b
 from merak_like.partitioner.schedules.passes import add_transfers
@@ -218,6 +218,23 @@ def test_waits_are_drawn_where_they_are() -> None:
     assert wide(waits) == pytest.approx(2 * 1230 * seconds / comparison.planned.makespan, rel=1e-3)
 
 
+def test_transfer_calls_are_drawn_and_traced_where_they_took_time() -> None:
+    plan = make_plan(pp=2, micro_batches=1)
+    words = (("F0.0", "SEND_F0.0>1", "RECV_B0.0<1", "B0.0"), ("RECV_F0.1<0", "F0.1", "B0.1", "SEND_B0.1>0"))
+    ranks = tuple(tuple(Record(Action.parse(w), t, t + 1, 0.25) for t, w in enumerate(rank)) for rank in words)
+    comparison = compare(plan, profile(plan, Step(ranks, (5.0, 4.0))))
+    calls = boxes(to_svg(comparison), "mark", TRANSFER[1])
+    assert [box[0].text for box in calls] == [
+        "call of SEND_F0.0>1: 1.25 s to 2.00 s",
+        "call of RECV_B0.0<1: 2.25 s to 3.00 s",
+        "call of RECV_F0.1<0: 250 ms to 1.00 s",
+        "call of SEND_B0.1>0: 3.25 s to 4.00 s",
+    ]
+    assert wide(calls) == pytest.approx(1230 * 4 * 0.75 / 5, abs=0.1)
+    events = json.loads(to_chrome(comparison))["traceEvents"]
+    assert [e["dur"] for e in events if e.get("cat") == TRANSFER[0]] == pytest.approx([0.75e6] * 4)
+
+
 def test_of_several_replicas_the_slowest_is_drawn_and_all_are_in_the_trace_and_the_table() -> None:
     plan = make_plan(dp=2)
     fast, slow = as_run(plan), as_run(plan, slower=1.5)
@@ -260,7 +277,7 @@ def test_the_table_adds_up() -> None:
     names = next(line.split() for line in lines if "forward" in line)
     assert names == "forward recompute backward weights wait transfer other bubble after".split()
     for step in ("plan", "real"):
-        cells = [line.split(f" {step} ")[1].split() for line in lines if f" {step} " in line[:12]]
+        cells = [line.split(f" {step} ")[1].split() for line in lines if f" {step} " in line[:14]]
         assert len(cells) == 5  # four ranks and their mean
         for row in cells:
             parts = dict(zip(names, (0.0 if cell == "-" else float(cell) for cell in row), strict=True))

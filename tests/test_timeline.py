@@ -93,9 +93,9 @@ def test_wrong_input_is_refused_in_one_line(
     assert reason in refused(capsys, "simulate", *arguments)
 
 
-def test_neither_command_loads_torch() -> None:
-    for command in ("simulate", "timeline"):
-        probe = f"import sys, merak_like.cli.{command}; sys.exit('torch' in sys.modules)"
+def test_no_picture_needs_torch() -> None:
+    for module in ("cli.simulate", "cli.timeline", "partitioner.report.compare"):
+        probe = f"import sys, merak_like.{module}; sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", probe]).returncode == 0
 
 

@@ -184,7 +184,7 @@ def _marks(step: Step) -> list[Mark]:
     for rank, (records, tail) in enumerate(zip(step.records, step.tails, strict=True)):
         for action, start, end, waited in records:
             if waited > 0:
-                made.append(Mark(rank, start, min(start + waited, end), f"wait for what {action} needs", *WAIT))
+                made.append(Mark(rank, start, min(start + waited, end), f"wait in {action}", *WAIT))
             if action.peer >= 0:
                 made.append(Mark(rank, min(start + waited, end), end, f"call of {action}", *TRANSFER))
         if records and tail > records[-1].end:

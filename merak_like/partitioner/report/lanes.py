@@ -132,7 +132,7 @@ class Lanes:
     def _box(self, style: str, rank: int, start: float, end: float, what: str, colour: str) -> Iterator[str]:
         place = f'x="{self.x(start):.2f}" y="{self.y(rank):g}" width="{self.x(end) - self.x(start):.2f}"'
         yield f'<rect class="{style}" {place} height="{_LANE}" fill="{colour}">'
-        yield f"<title>{what}: {self.number(start)} to {self.number(end)}</title></rect>"
+        yield f"<title>{escape(what)}: {self.number(start)} to {self.number(end)}</title></rect>"
 
     def _axis(self) -> Iterator[str]:
         step = _round_step(self.extent / 10)
