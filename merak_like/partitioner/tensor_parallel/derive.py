@@ -1,0 +1,173 @@
+"""Derive tensor parallelism from a trace: no table of models, only of operations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+from merak_like.partitioner.graph import ProxyGraph
+from merak_like.partitioner.tensor_parallel.axes import Dim, Dims
+from merak_like.partitioner.tensor_parallel.choose import Candidate, choose
+from merak_like.partitioner.tensor_parallel.derived import Derived, DerivedBlock, Group, ShardedAxis
+from merak_like.partitioner.tensor_parallel.flow import Flow, Flows, local_size
+from merak_like.partitioner.tensor_parallel.follow import Followed, follow
+from merak_like.partitioner.tensor_parallel.layout import Axis, Factors, Layout, Segments, Where
+from merak_like.partitioner.tensor_parallel.rules import RULES, Rule
+from merak_like.partitioner.tensor_parallel.units import Tensor, Unit, signature, tensors, units
+from merak_like.partitioner.tracer.fine import Step
+
+RANDOM = frozenset("dropout dropout1d dropout2d alpha_dropout rand_like randn_like bernoulli".split())
+
+
+def derive(
+    graph: ProxyGraph, steps: Sequence[Step], tp: int, *, constants: Mapping[str, Any] | None = None,
+    rules: Mapping[str, Rule] = RULES,
+) -> Derived:  # fmt: skip
+    """How to shard a model over ``tp`` ranks. ``steps`` are those of a fine trace, ``constants`` its constants.
+
+    A weight that two blocks would shard differently stays whole. Raises ValueError for a degree below 1.
+    """
+    if tp < 1:
+        raise ValueError(f"tp = {tp} is no number of ranks: give a whole number of at least 1")
+    known = tensors(graph, steps, constants or {})
+    parts = units(graph, steps)
+    signatures = [signature(unit, known) for unit in parts]
+    whole: dict[str, str] = {}
+    while True:
+        blocks, kinds = _derive(parts, signatures, known, tp, whole, rules)
+        disputed = _disputed(blocks)
+        if not disputed - whole.keys():
+            return Derived(tp, blocks, kinds)
+        whole |= dict.fromkeys(disputed, "blocks that share it would shard it differently")
+
+
+def _derive(
+    parts: Sequence[Unit], signatures: Sequence[tuple[Any, tuple[str, ...]]], known: Mapping[str, Tensor], tp: int,
+    whole: Mapping[str, str], rules: Mapping[str, Rule],
+) -> tuple[tuple[DerivedBlock, ...], tuple[int, ...]]:  # fmt: skip
+    memo: dict[Any, int] = {}
+    blocks, kinds = list[DerivedBlock](), list[int]()
+    for index, (unit, (key, names)) in enumerate(zip(parts, signatures, strict=True)):
+        key = (key, tuple(i for i, name in enumerate(names) if name in whole))
+        same = memo.setdefault(key, index)
+        kinds.append(same)
+        if same == index:
+            blocks.append(derive_unit(unit, known, tp, whole, rules))
+        else:
+            blocks.append(blocks[same].renamed(unit.name, dict(zip(signatures[same][1], names, strict=True))))
+    return tuple(blocks), tuple(kinds)
+
+
+def _disputed(blocks: Sequence[DerivedBlock]) -> set[str]:
+    found: dict[str, Layout | None] = {}
+    disputed = set[str]()
+    for block in blocks:
+        for name, layout in [*block.weights.items(), *dict.fromkeys(block.whole).items()]:
+            if name in found and found[name] != layout:
+                disputed.add(name)
+            found[name] = layout
+    return disputed
+
+
+def derive_unit(
+    unit: Unit, known: Mapping[str, Tensor], tp: int, whole: Mapping[str, str] | None = None,
+    rules: Mapping[str, Rule] = RULES,
+) -> DerivedBlock:  # fmt: skip
+    """One block; see ``derive``."""
+    followed = follow(unit, known, whole, rules)
+    flows = Flows(followed)
+    return describe(followed, flows, choose(followed, flows, tp), tp)
+
+
+def describe(followed: Followed, flows: Flows, chosen: Sequence[Candidate], tp: int) -> DerivedBlock:
+    """The block as data, for the axes that were chosen."""
+    place: dict[int, tuple[int, int]] = {}
+    digits = {(tp, 1)}
+    for candidate in chosen:
+        if len(candidate.axes) == 1:
+            place[candidate.axes[0]] = (tp, 1)
+        else:
+            outer, inner = candidate.degrees
+            place |= {candidate.axes[0]: (outer, inner), candidate.axes[1]: (inner, 1)}
+            digits = {(outer, inner), (inner, 1)}
+    degrees = {axis: degree for axis, (degree, _) in place.items()}
+    groups, local = list[Group](), set[str]()
+    for degree, repeat in sorted(digits, reverse=True):
+        mine = frozenset(axis for axis, at in place.items() if at in ((degree, repeat), (tp, 1)))
+        flow = flows.run(mine, degree, degrees)
+        groups.append(_group(followed, flow, mine, degree, repeat))
+        local |= set(flow.local)
+    weights = {n: _layout(followed, d, place) for n, d in followed.weights.items() if _touches(followed, d, place)}
+    values = {
+        name: _layout(followed, dims, place)
+        for (name, version), dims in followed.values.items()
+        if not version and name not in followed.outer and _touches(followed, dims, place)
+    }
+    matrices = {n: prod(followed.known[n].shape) for n in followed.weights if len(followed.known[n].shape) > 1}
+    return DerivedBlock(
+        followed.unit.name, tuple(step.name for step in followed.unit.steps), tuple(_sharded_axis(followed, c) for c in chosen), weights, values, tuple(groups),
+        _sizes(followed, degrees), tuple(r.step.name for r in followed.records
+                                         if r.step.name in local and r.step.word in RANDOM),
+        {name: _reason(followed, dims, tp) for name, dims in followed.weights.items() if name not in weights},
+        dict(followed.unknown), sum(matrices.values()), sum(n for name, n in matrices.items() if name in weights),
+    )  # fmt: skip
+
+
+def _group(followed: Followed, flow: Flow, mine: frozenset[int], degree: int, repeat: int) -> Group:
+    at = dict.fromkeys(mine, (degree, repeat))
+    sliced = {where: _layout(followed, use.dims, at) for where, use in flow.slices}
+    return Group(
+        degree, repeat, flow.reduced, flow.entered, flow.entered_bytes, flow.evened,
+        sliced, tuple(flow.shared), tuple(flow.partial), dict(flow.forms),
+        flow.forward_bytes - sum(flow.reduced.values()),
+    )  # fmt: skip
+
+
+def _touches(followed: Followed, dims: Dims, place: Mapping[int, Any]) -> bool:
+    return any(axis in place for dim in dims for axis in followed.axes.leaves(dim))
+
+
+def _layout(followed: Followed, dims: Dims, place: Mapping[int, tuple[int, int]]) -> Layout:
+    return tuple(_factors(followed, dim, place) for dim in dims)
+
+
+def _factors(followed: Followed, dim: Dim, place: Mapping[int, tuple[int, int]]) -> Factors:
+    axes, found = followed.axes, list[Axis | Segments]()
+    for axis in axes.resolve(dim):
+        segments = axes.segments(axis)
+        if segments and any(leaf in place for leaf in axes.leaves((axis,))):
+            found.append(Segments(tuple(_factors(followed, segment, place) for segment in segments)))
+            continue
+        degree, repeat = place.get(axis, (1, 1))
+        last = found[-1] if found else None
+        if degree == 1 and isinstance(last, Axis) and last.degree == 1:
+            found[-1] = Axis(last.size * axes.size((axis,)))
+        else:
+            found.append(Axis(axes.size((axis,)), degree, repeat))
+    return tuple(found)
+
+
+def _sizes(followed: Followed, degrees: Mapping[int, int]) -> dict[Where, int]:
+    axes, found = followed.axes, dict[Where, int]()
+    for record in followed.records:
+        for path, dim in record.sizes:
+            if any(axis in degrees for axis in axes.leaves(dim)):
+                found[record.step.name, path] = local_size(axes, dim, degrees)
+    return found
+
+
+def _sharded_axis(followed: Followed, candidate: Candidate) -> ShardedAxis:
+    names = [n for n, dims in followed.weights.items() if _touches(followed, dims, dict.fromkeys(candidate.axes))]
+    sizes = tuple(followed.axes.size((axis,)) for axis in candidate.axes)
+    return ShardedAxis(sizes, candidate.degrees, tuple(names), round(candidate.volume))
+
+
+def _reason(followed: Followed, dims: Dims, tp: int) -> str:
+    axes = followed.axes
+    found = list[str]()
+    for dim in dims:
+        for axis in axes.leaves(dim):
+            pin, size = axes.pinned(axis), axes.size((axis,))
+            found.append(pin or (f"{size} does not divide by {tp}" if size % tp else "another axis was taken"))
+    return "; ".join(dict.fromkeys(found)) or "it has one element"

@@ -1,0 +1,237 @@
+"""Follow the axes through a unit: run the rule of every step, then settle what side tensors do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from merak_like.partitioner.tensor_parallel.axes import Axes, Dim, Dims
+from merak_like.partitioner.tensor_parallel.call import Call, Operand, Path, flatten
+from merak_like.partitioner.tensor_parallel.rules import RULES, Rule
+from merak_like.partitioner.tensor_parallel.units import VIEWS, Tensor, Unit, ancestors
+from merak_like.partitioner.tracer.fine import Name, Step
+
+Version = tuple[str, int]
+"""A value and how often it was written into before."""
+
+
+@dataclass
+class Use:
+    """An operand of a step: which tensor, the dimensions it has and those it is to have here."""
+
+    path: Path
+    name: Name
+    version: Version
+    own: Dims
+    dims: Dims
+    grad: bool
+    side: bool
+    soft: bool
+
+
+@dataclass
+class Record:
+    """What a rule said about a step."""
+
+    step: Step
+    uses: list[Use]
+    outs: list[tuple[Version, Dims]]
+    contracted: list[Dim] = field(default_factory=list)
+    addends: tuple[Path, ...] = ()
+    linear: str = ""
+    form: str = ""
+    sizes: list[tuple[Path, Dim]] = field(default_factory=list)
+    zero: bool = False
+
+
+@dataclass
+class Followed:
+    """A unit with the axes of all its tensors."""
+
+    unit: Unit
+    known: Mapping[str, Tensor]
+    axes: Axes
+    records: list[Record]
+    values: dict[Version, Dims]
+    weights: dict[str, Dims]
+    outer: frozenset[str]
+    """Values made elsewhere."""
+    last: dict[str, int]
+    """How often each value is written into."""
+    unknown: Counter[str]
+
+
+def follow(
+    unit: Unit, known: Mapping[str, Tensor], whole: Mapping[str, str] | None = None,
+    rules: Mapping[str, Rule] = RULES,
+) -> Followed:  # fmt: skip
+    """Give every dimension of every tensor its axes. ``whole`` names weights to pin, with the reasons."""
+    return _Follower(unit, known, whole or {}, rules).run()
+
+
+class _Follower:
+    def __init__(
+        self, unit: Unit, known: Mapping[str, Tensor], whole: Mapping[str, str], rules: Mapping[str, Rule]
+    ) -> None:
+        self.unit, self.known, self.whole, self.rules = unit, known, whole, rules
+        self.axes = Axes()
+        self.values: dict[Version, Dims] = {}
+        self.weights: dict[str, Dims] = {}
+        self.versions: dict[str, int] = {}
+        self.base: dict[str, str] = {}
+        self.records: list[Record] = []
+        self.parents: dict[str, list[Dims]] = {}
+        self.of_parent: dict[str, Record] = {}
+        self.outer: set[str] = set()
+        self.unknown: Counter[str] = Counter()
+
+    def run(self) -> Followed:
+        for step in self.unit.steps:
+            self.step(step)
+        for name in self.unit.left:
+            version = (name, self.versions.get(name, 0))
+            if version in self.values:
+                for dim in self.values[version]:
+                    self.axes.pin(dim, "it leaves the block")
+        self.settle()
+        return Followed(
+            self.unit, self.known, self.axes, self.records, self.values, self.weights, frozenset(self.outer),
+            self.versions, self.unknown,
+        )  # fmt: skip
+
+    def dims(self, name: Name) -> Dims:
+        if name.kind == "weight":
+            if name.name not in self.weights:
+                pin = self.whole.get(name.name, "")
+                self.weights[name.name] = tuple(self.axes.fresh(size, pin) for size in self.known[name.name].shape)
+            return self.weights[name.name]
+        version = (name.name, self.versions.get(name.name, 0))
+        if version not in self.values:
+            why = "a constant" if name.kind == "constant" else "it is made outside the block"
+            self.outer.add(name.name)
+            self.values[version] = tuple(self.axes.fresh(size, why) for size in self.known[name.name].shape)
+        return self.values[version]
+
+    def step(self, step: Step) -> None:
+        if step.kind == "input":
+            return self.give(Record(step, [], []), [self.fresh(step, "a batch is whole")])
+        if step.kind == "item":
+            return self.item(step)
+        named = [(path, name) for path, name in flatten((step.args, step.kwargs)) if name.name in self.known]
+        named = [(path[1:], name) for path, name in named]
+        own = {path: self.dims(name) for path, name in named}
+        infos = {path: self.known[name.name] for path, name in named}
+        booleans = frozenset(name for path, name in named if infos[path].dtype in ("bool", "uint8"))
+        operands = {
+            path: Operand(name, own[path], infos[path].grad, infos[path].side) for path, name in named
+        }  # fmt: skip
+        call = Call(step, self.axes, dict(operands), step.value.shape if step.value else None, booleans)
+        rule = self.rules.get(step.word.split(".")[0])
+        if rule is None:
+            self.unknown[step.word] += 1
+            rule = no_row
+        rule(call)
+        if step.word in VIEWS and (0,) in operands and operands[0,].name.kind == "value":
+            self.base[step.name] = operands[0,].name.name
+        uses = [
+            Use(path, o.name, (o.name.name, self.versions.get(o.name.name, 0)), own[path], o.dims, o.grad, o.side, o.soft)
+            for path, o in call.operands.items()
+        ]  # fmt: skip
+        record = Record(step, uses, [], call.contracted, call.addends, call.linear, call.form, call.sizes, call.zero)
+        self.give(record, call.outs)
+
+    def give(self, record: Record, outs: list[Dims]) -> None:
+        step = record.step
+        if step.value is not None:
+            assert outs, f"the rule of {step.word} gave no result"
+            assert len(outs[0]) == len(step.value.shape), f"{step.word} {step.name}: rank"
+            for dim, size in zip(outs[0], step.value.shape, strict=True):
+                assert self.axes.size(self.axes.resolve(dim)) == size, f"{step.word} {step.name}: {step.value.shape}"
+            self.values[step.name, 0] = outs[0]
+            record.outs.append(((step.name, 0), outs[0]))
+        else:
+            self.parents[step.name] = outs
+            self.of_parent[step.name] = record
+        for name in dict.fromkeys(ancestors(self.base, step.mutates)):
+            if name in self.known and (name, self.versions.get(name, 0)) in self.values:
+                old = self.values[name, self.versions.get(name, 0)]
+                new = (name, self.versions.get(name, 0) + 1)
+                self.versions[name] = new[1]
+                self.values[new] = old
+                record.outs.append((new, old))
+        self.records.append(record)
+
+    def item(self, step: Step) -> None:
+        source, key = step.args[0], step.args[1]
+        outs = self.parents.get(source.name)
+        record = self.of_parent.get(source.name, Record(step, [], []))
+        self.base[step.name] = self.base.get(source.name, source.name)
+        if step.value is None:
+            self.parents[step.name] = []
+            self.of_parent[step.name] = record
+            return
+        if outs and isinstance(key, int) and key < len(outs) and len(outs[key]) == len(step.value.shape):
+            dims = outs[key]
+        else:
+            dims = self.fresh(step, "a result of several")
+        self.values[step.name, 0] = dims
+        record.outs.append(((step.name, 0), dims))
+        if source.name not in self.of_parent:
+            self.outer.add(source.name)
+            self.records.append(record)
+
+    def fresh(self, step: Step, pin: str) -> Dims:
+        assert step.value is not None
+        return tuple(self.axes.fresh(size, pin) for size in step.value.shape)
+
+    def settle(self) -> None:
+        """Side operands: first those that meet something pinned, until nothing changes; the others become one."""
+        axes = self.axes
+        soft = [(m, t) for r in self.records for u in r.uses if u.soft for m, t in zip(u.own, u.dims, strict=True)]
+        open_edges = [(mine, theirs) for mine, theirs in soft if mine or theirs]
+        while True:
+            left = list[tuple[Dim, Dim]]()
+            moved = False
+            for mine, theirs in open_edges:
+                a, b = axes.resolve(mine), axes.resolve(theirs)
+                if a == b:
+                    continue
+                free = not any(axes.pinned(x) for x in axes.leaves(a))
+                wanted = not any(axes.pinned(x) for x in axes.leaves(b))
+                if free and wanted:
+                    left.append((mine, theirs))
+                    continue
+                moved = True
+                axes.pin(a, "it is sliced where it is used" if wanted else "it meets something whole")
+            open_edges = left
+            if not moved:
+                if not left:
+                    return
+                mine, theirs = open_edges.pop(0)
+                if self.fits(mine, theirs):
+                    axes.unify(mine, theirs)
+                else:
+                    axes.pin(mine, "its axes do not fit")
+
+    def fits(self, one: Dim, other: Dim) -> bool:
+        """Whether two dimensions could be made one without pinning anything."""
+        a = [self.axes.size((x,)) for x in self.axes.resolve(one)]
+        b = [self.axes.size((x,)) for x in self.axes.resolve(other)]
+        a, b = a[::-1], b[::-1]
+        while a and b:
+            p, q = a.pop(), b.pop()
+            if p == q:
+                continue
+            if p % q and q % p:
+                return False
+            (a if p > q else b).append(max(p, q) // min(p, q))
+        return True
+
+
+def no_row(call: Call) -> None:
+    """An operation that the table does not know."""
+    for operand in call.operands.values():
+        call.pin(*operand.dims, why=f"{call.step.word} has no rule")
+    if call.shape is not None:
+        call.out(call.fresh(call.shape, f"{call.step.word} has no rule"))
