@@ -62,7 +62,7 @@ class AqSgd(Codec):
 
     def pack(self, x: Tensor, context: Context) -> tuple[Tensor, bytes]:
         require_floating(layout_of(x), self.text)
-        if context.direction == "backward":
+        if context.direction == "backward" and context.paired:
             return self._gradient.pack(x, context)
         if not context.training:
             return self._whole.blob(x, context), DIRECT
@@ -85,7 +85,7 @@ class AqSgd(Codec):
 
     def unpack(self, body: Tensor, side: bytes, layout: Layout, context: Context) -> Tensor:
         require_floating(layout, self.text)
-        if context.direction == "backward":
+        if context.direction == "backward" and context.paired:
             return self._gradient.unpack(body, side, layout, context)
         if body.dtype != torch.uint8 or body.dim() != 1:
             raise ValueError(f"the frame is malformed: {self.text} has a body of bytes, found {layout_of(body)}")
@@ -116,7 +116,7 @@ class AqSgd(Codec):
     def packed(self, layout: Layout, context: Context) -> tuple[Layout, int]:
         """What it is with every sample known, or without training."""
         require_floating(layout, self.text)
-        if context.direction == "backward":
+        if context.direction == "backward" and context.paired:
             return self._gradient.packed(layout, context)
         if not context.training:
             return Layout((blob_bytes(layout, *self._whole.packed(layout, context)),), torch.uint8), 1

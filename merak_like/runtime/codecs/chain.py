@@ -7,7 +7,7 @@ aqsgd(4)|int(8)      forward | backward
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -75,7 +75,7 @@ class Chain(Codec):
 
 @dataclass(eq=False)
 class Duplex(Codec):
-    """One codec for activations, one for gradients."""
+    """One codec for activations, one for gradients: neither knows of the other's transfers."""
 
     name: ClassVar[str] = "duplex"
     forward: Codec
@@ -90,13 +90,13 @@ class Duplex(Codec):
         return f"{self.forward.text}|{self.backward.text}"
 
     def pack(self, x: Tensor, context: Context) -> tuple[Tensor, bytes]:
-        return self._of(context).pack(x, context)
+        return self._of(context).pack(x, replace(context, paired=False))
 
     def unpack(self, body: Tensor, side: bytes, layout: Layout, context: Context) -> Tensor:
-        return self._of(context).unpack(body, side, layout, context)
+        return self._of(context).unpack(body, side, layout, replace(context, paired=False))
 
     def packed(self, layout: Layout, context: Context) -> tuple[Layout, int]:
-        return self._of(context).packed(layout, context)
+        return self._of(context).packed(layout, replace(context, paired=False))
 
     def state_dict(self) -> dict[str, Tensor]:
         return joined({"forward": self.forward, "backward": self.backward})

@@ -47,12 +47,19 @@ class Context:
     """An id for each sample (index of the first dimension), the same at every visit; for codecs with memory."""
     training: bool = True
     """Whether a backward follows; without one a codec draws and remembers nothing."""
+    paired: bool = True
+    """Whether the same codec carries the forward and its backward; with ``a|b`` each has one direction to itself."""
     seed: int = 0
     """For codecs that draw at random; only the sender's matters."""
     limit: int = 2**28
     """Most elements a received frame may claim, in any tensor on the way."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where the receiver wants the tensor."""
+
+    @property
+    def answers(self) -> bool:
+        """Whether this is the gradient of what the same codec carried forward."""
+        return self.direction == "backward" and self.paired and self.training
 
     def generator(self, salt: str, device: torch.device) -> torch.Generator:
         """Random numbers of this transfer alone: a repetition draws the same, and the global state is left alone."""

@@ -36,8 +36,8 @@ class C3SL(Codec):
     group: int = 4
     unitary: bool = False
     seed: int = 0
-    _last: tuple[int, Tensor] | None = field(init=False, default=None, repr=False)
-    """The features last seen, and their keys' frequencies."""
+    _last: tuple[tuple[int, int], Tensor] | None = field(init=False, default=None, repr=False)
+    """The keys last used, as (count, features), and their frequencies."""
 
     def __post_init__(self) -> None:
         if self.group < 1:
@@ -45,23 +45,25 @@ class C3SL(Codec):
 
     def pack(self, x: Tensor, context: Context) -> tuple[Tensor, bytes]:
         layout = self.packed(layout_of(x), context)[0]
-        if not x.numel():
-            return x.new_empty(layout.shape), b""
         samples, features = by_sample(tuple(x.shape))
         rows, bound = x.reshape(samples, features), self._bound(samples)
+        if not bound or not features:
+            return rows.new_empty(layout.shape) if bound else rows, b""
         z = rows[:bound].to(work_dtype(x.dtype))
-        z = torch.cat([z, z.new_zeros(-bound % self.group, features)]).view(-1, self.group, features)
-        v = torch.fft.irfft((torch.fft.rfft(z) * self._frequencies(z)).sum(1), n=features)
+        group = min(self.group, bound)
+        z = torch.cat([z, z.new_zeros(-bound % group, features)]).view(-1, group, features)
+        v = torch.fft.irfft((torch.fft.rfft(z) * self._frequencies(group, z)).sum(1), n=features)
         return torch.cat([narrow(v, x.dtype), rows[bound:]]), b""
 
     def unpack(self, body: Tensor, side: bytes, layout: Layout, context: Context) -> Tensor:
         self.expect(body, side, layout, context)
-        if not layout.numel:
-            return body.new_empty(layout.shape)
         samples, features = by_sample(layout.shape)
         bound = self._bound(samples)
+        if not bound or not features:
+            return body.new_empty(layout.shape) if bound else body.view(layout.shape)
         v = body[: -(-bound // self.group)].to(work_dtype(layout.dtype)).unsqueeze(1)
-        z = torch.fft.irfft(torch.fft.rfft(v) * self._frequencies(v).conj(), n=features)
+        keys = self._frequencies(min(self.group, bound), v)
+        z = torch.fft.irfft(torch.fft.rfft(v) * keys.conj(), n=features)
         rows = narrow(z, layout.dtype).view(-1, features)[:bound]
         return torch.cat([rows, body[v.shape[0] :]]).view(layout.shape)
 
@@ -70,11 +72,12 @@ class C3SL(Codec):
         samples, features = by_sample(layout.shape)
         return Layout((-(-samples // self.group), features), layout.dtype), 0
 
-    def keys(self, features: int) -> Tensor:
-        """The keys, (group, features), in fp64: the same on every machine, whatever its random generator."""
+    def keys(self, count: int, features: int) -> Tensor:
+        """The first ``count`` keys, (count, features), in fp64: the same on every machine."""
         # Box-Muller on raw words of Philox, whose stream is fixed (Salmon et al. 2011): no library's idea of `randn`.
-        words = np.random.Philox(self.seed).random_raw(2 * self.group * features)
-        u, v = torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53).view(2, self.group, features)
+        words = np.random.Philox(self.seed).random_raw(2 * count * features)
+        uniform = torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+        u, v = uniform.view(count, 2, features).unbind(1)
         keys = torch.sqrt(-2 * torch.log1p(-u)) * torch.cos(2 * torch.pi * v)
         if self.unitary:
             spectrum = torch.fft.rfft(keys)
@@ -85,9 +88,9 @@ class C3SL(Codec):
         """How many samples are bound in groups of two or more: all, or all but a last one on its own."""
         return samples - (samples % self.group == 1) if self.group > 1 else 0
 
-    def _frequencies(self, like: Tensor) -> Tensor:
-        features = like.shape[-1]
-        if self._last is None or self._last[0] != features:
-            self._last = features, torch.fft.rfft(self.keys(features))
+    def _frequencies(self, count: int, like: Tensor) -> Tensor:
+        made = count, like.shape[-1]
+        if self._last is None or self._last[0] != made:
+            self._last = made, torch.fft.rfft(self.keys(*made))
         kind = torch.complex128 if like.dtype == torch.float64 else torch.complex64
         return self._last[1].to(like.device, kind)

@@ -65,7 +65,7 @@ class Bf16(Fp16):
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast, with what is finite kept finite."""
     y = x.to(dtype)
-    if torch.finfo(dtype).max >= torch.finfo(x.dtype).max:
-        return y
     most = torch.finfo(dtype).max
-    return torch.where(x.isfinite(), x.clamp(-most, most).to(dtype), y)
+    if most >= torch.finfo(x.dtype).max:
+        return y
+    return torch.where(y.isinf() & x.isfinite(), torch.copysign(torch.full_like(y, most), y), y)

@@ -7,8 +7,7 @@ share ``alpha`` of the k from the other features, at random, while training, so 
 al. 2023, "Reducing Communication for Split Learning by Randomized Top-k Sparsification" (IJCAI)).
 
 k is the share of features, rounded up. Values keep their dtype: chain a quantiser behind. NaN counts as largest, and
-passes. In the backward direction without a forward before it (``int8|topk(0.1)``), it chooses and sends indices of
-its own.
+passes. A gradient whose forward went by another codec (``int8|topk(0.1)``) has indices of its own.
 """
 
 from __future__ import annotations
@@ -82,8 +81,7 @@ class TopK(Codec):
         require_floating(layout, self.text)
         samples, features = by_sample(layout.shape)
         count = samples * self._kept(features)
-        follows = context.direction == "backward" and context.training
-        return Layout((count,), layout.dtype), 1 if follows else 1 + index_bytes(count, layout.numel)
+        return Layout((count,), layout.dtype), 1 if context.answers else 1 + index_bytes(count, layout.numel)
 
     def choose(self, x: Tensor, count: int, context: Context) -> Tensor:
         """The features to send: (samples, count) indices of (samples, features)."""
@@ -109,19 +107,18 @@ class TopK(Codec):
         return min(features, ceil(round(self.share * features, 6)))
 
     def _forward_of(self, context: Context) -> Tensor | None:
-        return self._sent.get((context.step, context.micro_batch)) if context.direction == "backward" else None
+        return self._sent.get((context.step, context.micro_batch)) if context.answers else None
 
     def _remember(self, indices: Tensor, context: Context) -> None:
-        if context.direction == "forward" and context.training:
+        if context.direction == "forward" and context.training and context.paired:
             # A step's backward transfers end before the next step's forward ones begin.
             self._sent = {key: kept for key, kept in self._sent.items() if key[0] == context.step}
             self._sent[context.step, context.micro_batch] = indices
 
     def _require_fit(self, indices: Tensor, layout: Layout, context: Context) -> None:
-        if indices.numel() and int(indices[-1]) >= layout.numel:
-            raise ValueError(
-                f"the gradient of {self._transfer(context)} is {layout}, smaller than its forward's tensor"
-            )
+        count = self.packed(layout, context)[0].numel
+        if indices.numel() != count or (count and int(indices[-1]) >= layout.numel):
+            raise ValueError(f"the gradient of {self._transfer(context)} is {layout}: its forward had another shape")
 
 
 @dataclass(eq=False)
@@ -142,8 +139,9 @@ class RandTopK(TopK):
         if not context.training or not others or not count:
             return top
         random = context.generator(self.text, x.device)
-        draws = torch.rand(top.shape, generator=random, device=x.device)
-        replaced = (draws < self.alpha) & ((draws < self.alpha).cumsum(1) <= others)
+        replaced = torch.rand(top.shape, generator=random, device=x.device) < self.alpha
+        replaced &= x.gather(1, top).isfinite()  # what is not finite must be seen
+        replaced &= replaced.cumsum(1) <= others
         keys = torch.rand(x.shape, generator=random, device=x.device).scatter_(1, top, 2.0)
         drawn = keys.topk(min(count, others), 1, largest=False).indices  # distinct, and none of the top
         which = (replaced.cumsum(1) - 1).clamp(min=0)
