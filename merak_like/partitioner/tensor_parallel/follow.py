@@ -187,47 +187,43 @@ class _Follower:
 
     def settle(self) -> None:
         """Side operands: first those that meet something pinned, until nothing changes; the others become one."""
-        axes = self.axes
-        soft = [(m, t) for r in self.records for u in r.uses if u.soft for m, t in zip(u.own, u.dims, strict=True)]
-        open_edges = [(mine, theirs) for mine, theirs in soft if mine or theirs]
-        while True:
+        edges = [(m, t) for r in self.records for u in r.uses if u.soft for m, t in zip(u.own, u.dims, strict=True)]
+        edges = [(mine, theirs) for mine, theirs in edges if mine or theirs]
+        axes, moved = self.axes, True
+        while edges:
             left = list[tuple[Dim, Dim]]()
             moved = False
-            for mine, theirs in open_edges:
-                a, b = axes.resolve(mine), axes.resolve(theirs)
-                if a == b:
+            for mine, theirs in edges:
+                if axes.resolve(mine) == axes.resolve(theirs):
                     continue
-                free = not any(axes.pinned(x) for x in axes.leaves(a))
-                wanted = not any(axes.pinned(x) for x in axes.leaves(b))
-                if free and wanted:
+                if all(map(axes.pinned, axes.leaves(theirs))):
+                    axes.pin(mine, "it meets something whole")
+                elif not self.agree(mine, theirs):
+                    axes.pin(mine, "it is sliced where it is used")
+                else:
                     left.append((mine, theirs))
                     continue
                 moved = True
-                axes.pin(a, "it is sliced where it is used" if wanted else "it meets something whole")
-            open_edges = left
-            if not moved:
-                if not left:
-                    return
-                mine, theirs = open_edges.pop(0)
-                if self.fits(mine, theirs):
-                    axes.unify(mine, theirs)
-                else:
-                    axes.pin(mine, "its axes do not fit")
+            edges = left
+            if edges and not moved:
+                axes.unify(*edges.pop(0))
 
-    def fits(self, one: Dim, other: Dim) -> bool:
-        """Whether two dimensions could be made one without pinning anything."""
-        a = [self.axes.size((x,)) for x in self.axes.resolve(one)]
-        b = [self.axes.size((x,)) for x in self.axes.resolve(other)]
-        a, b = a[::-1], b[::-1]
+    def agree(self, one: Dim, other: Dim) -> bool:
+        """Whether the first could be the second without pinning anything of the second."""
+        axes = self.axes
+        a, b = ([(axes.size((x,)), x) for x in axes.resolve(dim)][::-1] for dim in (one, other))
         while a and b:
-            p, q = a.pop(), b.pop()
+            (p, x), (q, y) = a.pop(), b.pop()
+            plain = not axes.segments(x) and not axes.pinned(x)
+            if x != y and not plain:
+                if axes.segments(x) or axes.segments(y) or not axes.pinned(y):
+                    return False
             if p == q:
                 continue
-            if p % q and q % p:
+            if p % q and q % p or not min(p, q):
                 return False
-            (a if p > q else b).append(max(p, q) // min(p, q))
+            (a if p > q else b).append((max(p, q) // min(p, q), x if p > q else y))
         return True
-
 
 def no_row(call: Call) -> None:
     """An operation that the table does not know."""

@@ -79,3 +79,34 @@ def _pieces(factors: Factors, rank: int) -> Iterator[tuple[int, int]]:
         else:
             for i in range(start, stop):
                 yield from ((i * width + a, i * width + b) for a, b in inside)
+
+
+def same_parts(factors: Factors, degree: int, repeat: int, ranks: int) -> tuple[tuple[int, int], ...]:
+    """The ranges, in a rank's own numbering, of segments that a group does not divide though it divides others.
+
+    Every rank of the group has these elements; their gradients add up over it. Empty if all is divided, or nothing.
+    """
+    found: list[tuple[int, int]] = []
+
+    def divided(dim: Factors) -> bool:
+        return any(
+            (f.degree, f.repeat) in ((degree, repeat), (ranks, 1)) and f.degree > 1
+            if isinstance(f, Axis)
+            else any(map(divided, f.parts))
+            for f in dim
+        )
+
+    def walk(dim: Factors, start: int, scale: int) -> None:
+        if not divided(dim):
+            found.append((start, start + local_size(dim) * scale))
+            return
+        head, inner = (dim[0], dim[1:]) if dim else (None, ())
+        if isinstance(head, Segments) and not divided(inner):
+            width = local_size(inner) * scale
+            for part in head.parts:
+                walk(part, start, width)
+                start += local_size(part) * width
+
+    if divided(factors):
+        walk(factors, 0, 1)
+    return tuple(found)

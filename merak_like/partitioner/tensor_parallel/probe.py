@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from merak_like.partitioner.tensor_parallel.derived import Derived, DerivedBlock, Group
-from merak_like.partitioner.tensor_parallel.layout import Factors, Layout, is_sharded, pieces
+from merak_like.partitioner.tensor_parallel.layout import Factors, Layout, is_sharded, pieces, same_parts
 from merak_like.partitioner.tracer.fine import Name, Step
 
 RANDOM = frozenset("rand randn randint rand_like randn_like bernoulli uniform normal exponential multinomial".split())
@@ -92,6 +92,12 @@ def probe(
         want = reference[0].grad
         want = torch.zeros_like(reference[0]) if want is None else want
         layout = derived.weights.get(name)
+        for group in sharded.divides.get(name, ()):
+            total = _over(group, grads, lambda some: [torch.stack(some).sum(0)] * len(some))
+            for dim, factors in enumerate(layout or ()):
+                for start, stop in same_parts(factors, group.degree, group.repeat, derived.tp):
+                    for grad, all_of in zip(grads, total, strict=True):
+                        grad.narrow(dim, start, stop - start).copy_(all_of.narrow(dim, start, stop - start))
         found[name] = max(_difference(g, take(want, layout, rank)) for rank, g in enumerate(grads))
     worst = max(found, key=lambda name: found[name])
     return Difference(found[worst], worst)
@@ -158,6 +164,7 @@ class _Ranks:
         self.block: dict[str, DerivedBlock] = {}
         self.outside: dict[str, list[Group]] = {}
         self.layouts = layouts
+        self.divides = {name: block.groups for block in blocks for name in block.weights}
         for block in blocks:
             for group in block.groups:
                 for name in group.partial_gradients:
@@ -259,7 +266,7 @@ class _Ranks:
             kwargs["dropout_p"] = 0.0
         if word in ("_grouped_mm", "grouped_mm"):
             return grouped_mm(*args, **kwargs)
-        if word in RANDOM:
+        if word in RANDOM or step.kind == "module":
             torch.manual_seed(step.index)
         if step.kind == "module":
             module = self.model.get_submodule(step.target)
@@ -294,7 +301,10 @@ def _embedding(ranks: _Ranks, step: Step, args: list[Any], block: DerivedBlock) 
     for rank, ((ids, table, *_), _) in enumerate(args):
         start, stop = _piece(ranks.layouts[weight.name][0], rank)
         here = (ids >= start) & (ids < stop)
+        padding = step.kwargs.get("padding_idx", step.args[2] if len(step.args) > 2 else None)
         rows = torch.nn.functional.embedding((ids - start).where(here, 0), table)
+        if padding is not None:  # no gradient from there
+            rows = rows.detach().where((ids == padding).unsqueeze(-1), rows)
         found.append(rows * here.unsqueeze(-1))
     return found
 

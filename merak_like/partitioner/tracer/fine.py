@@ -16,7 +16,7 @@ from torch import fx, nn
 from merak_like._compat import as_in_a_real_run
 from merak_like.partitioner.graph import Value
 from merak_like.partitioner.tracer import LossFn, Trace, TraceError, _device_of, _with_choices
-from merak_like.partitioner.tracer.calls import Choices
+from merak_like.partitioner.tracer.calls import Choices, CustomFunction
 from merak_like.partitioner.tracer.repeatable import surely
 
 __all__ = ["Name", "Step", "fine_trace", "steps"]
@@ -119,6 +119,8 @@ def word_of(node: fx.Node) -> str:
         return "input"
     if node.op == "call_module":
         return "module"
+    if isinstance(node.target, CustomFunction):
+        return node.target.cls.__name__
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     if name in ("getattr", "setattr"):
         return f"{name} {node.args[1]}"

@@ -51,15 +51,16 @@ def batches(call: Call, one: Dims, other: Dims) -> Dims:
     return tuple(out)
 
 
-@register("addmm", "baddbmm", "addbmm_")
+@register("addmm", "baddbmm")
 def addmm(call: Call) -> None:
     """``input + a (..., m, k) @ b (..., k, n)``."""
-    added, a, b = (call.operands[call.path(i, key)] for i, key in enumerate(("input", "mat1", "mat2")))
+    names = ("mat1", "mat2") if call.step.word == "addmm" else ("batch1", "batch2")
+    added, a, b = (call.operands[call.path(i, key)] for i, key in enumerate(("input", *names)))
     batch = batches(call, a.dims[:-2], b.dims[:-2])
     out = (*batch, a.dims[-2], b.dims[-1])
     wanted = out[len(out) - len(added.dims) :]
     call.follow(added, [() if call.size(own) == 1 else dim for own, dim in zip(added.dims, wanted, strict=True)])
-    call.addends = ((0,),)
+    call.addends = (call.path(0, "input"),)
     contraction(call, a.dims[-1], b.dims[-2], out)
 
 

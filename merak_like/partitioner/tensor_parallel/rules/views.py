@@ -113,6 +113,8 @@ def repeat_interleave(call: Call) -> None:
     times = call.axes.fresh(count)
     call.sizes.append((call.path(1, "repeats"), times))
     dims[call.axis(dim)] = dims[call.axis(dim)] + times
+    if call.arg(3, "output_size") is not None:
+        call.sizes.append((call.path(3, "output_size"), dims[call.axis(dim)]))
     call.out(dims)
 
 
