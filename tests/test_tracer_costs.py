@@ -100,7 +100,7 @@ def really_saved(model: nn.Module, batch: Any, loss_fn: Any) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outputs = model(**batch) if isinstance(batch, dict) else model(batch)
         loss_fn(outputs, batch) if loss_fn else outputs.loss
-    return sum(t.numel() * t.element_size() for t in found.values())
+    return sum(t.untyped_storage().nbytes() for t in found.values())  # a view keeps all of what it is a view of
 
 
 def test_saved_bytes_of_an_mlp_are_those_of_a_real_run() -> None:
@@ -112,10 +112,10 @@ def test_saved_bytes_of_an_mlp_are_those_of_a_real_run() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "vit", "bert"])
 def test_saved_bytes_of_a_model_are_close_to_those_of_a_real_run(name: str) -> None:
-    """Within 5%: fake tensors take the same decompositions but for a few kernels' own scratch."""
+    """Within 1%: fake tensors take the same decompositions but for a few kernels' own scratch."""
     model, batch = CASES[name].build(), CASES[name].batch()
     ours = sum(op.saved_bytes for op in trace(model, batch).graph.ops)
-    assert ours == pytest.approx(really_saved(model, batch, None), rel=0.05)
+    assert ours == pytest.approx(really_saved(model, batch, None), rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------- memo

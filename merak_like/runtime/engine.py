@@ -152,7 +152,7 @@ class Engine:
             made[rng.RNG] = rng.state(self.world.device)
         if "loss" in stage.code.results:
             self._losses[index] = made["loss"].detach()
-        self._made[index, at] = made
+        self._made[index, at] = {name: made[name] for name in (*stage.code.sent, rng.RNG) if name in made}
 
     def _recompute(self, action: Action) -> None:
         self._running[action.micro_batch].stages[action.stage].recompute(action.micro_batch)

@@ -68,14 +68,15 @@ class Stage:
             for piece in self.code.pieces:
                 args = [values[name] for name in (*piece.inputs, *piece.received)]
                 with SplitBackward(live.later) if put_off else nullcontext():
-                    made = self._run(piece, args, live) if grads else piece.module(*args)
-                values.update(zip(piece.made, made, strict=True))
+                    given = self._run(piece, args, live) if grads else piece.module(*args)
+                values.update(zip(piece.made, given, strict=True))
         finally:
             set_state(self.device.type, state)
-        live.made = {name: values[name] for name in (*self.code.sent, *self.code.results)}
-        if grads:
+        made = {name: values[name] for name in (*self.code.sent, *self.code.results)}
+        if grads:  # a backward starts from what is sent and from the loss
+            live.made = {name: value for name, value in made.items() if name in self.code.sent or name == "loss"}
             self.live[micro_batch] = live
-        return {name: value.detach().requires_grad_(value.requires_grad) for name, value in live.made.items()}
+        return {name: value.detach().requires_grad_(value.requires_grad) for name, value in made.items()}
 
     def _run(self, piece: Piece, args: list[Tensor], live: Live) -> tuple[Tensor, ...]:
         if not piece.again:

@@ -47,7 +47,7 @@ class Costs:
         if key not in self.paid:
             self.paid.add(key)
             self.keep.append(tensor)
-            self.current.saved += tensor.numel() * tensor.element_size()
+            self.current.saved += tensor.untyped_storage().nbytes()  # a view keeps all of what it is a view of
         return tensor
 
     @contextmanager
@@ -64,7 +64,7 @@ class Costs:
                 self.trial = pack
             elif key not in mine:
                 mine[key] = tensor
-                self.grow(tensor.numel() * tensor.element_size())
+                self.grow(tensor.untyped_storage().nbytes())
             return tensor
 
         before, self.current, self.trial = self.current, draft, pack

@@ -101,10 +101,9 @@ class Memo:
             mine[storage] = index
             tensors.append((_metadata(tensor), source, source >= 0 and tensor is ins[source]))
         saved: list[tuple[str, int]] = []
-        for tensor in kept:
-            key = storage_key(tensor)
+        for key, tensor in {storage_key(t): t for t in kept}.items():
             where = ("in", taken[key]) if key in taken else ("out", mine[key]) if key in mine else None
-            saved.append(where or ("new", tensor.numel() * tensor.element_size()))
+            saved.append(where or ("new", tensor.untyped_storage().nbytes()))
         kind = torch.Tensor if isinstance(out, torch.Tensor) else type(out)
         return Result(kind, tuple(tensors), tuple(saved))
 
