@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from merak_like.runtime.data_parallel import BUCKET_BYTES, Reducer
+from merak_like.runtime.split_backward import PutOff
 from merak_like.runtime.watch import Watch
 from tests.faults import Small, items, mean_square
 
@@ -91,4 +93,48 @@ def test_bucket_starts_while_the_last_backward_goes_on(monkeypatch: pytest.Monke
     assert order.index("sum") < order.index("layers.0.weight"), order
     reducer.finish()
     assert order.count("sum") == 6
+    reducer.watch.close()
+
+
+def test_bucket_waits_for_every_stage_that_reads_it_and_for_the_last_weight_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A weight of two stages of this rank, and one whose gradients are put off: each sum starts with what is last."""
+    started: list[str] = []
+    names: dict[int, str] = {}
+    monkeypatch.setattr(
+        dist, "all_reduce",
+        lambda flat, **_: started.append(names[flat.data_ptr()]) or type("W", (), {"wait": lambda *a: True})(),
+    )  # fmt: skip
+    monkeypatch.setattr("merak_like.runtime.data_parallel.BUCKET_BYTES", 1)
+    parameters = {"later": nn.Parameter(torch.ones(2)), "tied": nn.Parameter(torch.ones(2))}
+    pending = Counter[int]()
+    readers = {"tied": {0, 3}, "later": {0}}
+    reducer = Reducer(parameters, dict.fromkeys(parameters, "dp"), Watch(0, MINUTE), readers, pending)
+    names.update((b.flat.data_ptr(), n) for b, n in zip(reducer.buckets, ("tied", "later"), strict=True))
+    tied, later = parameters["tied"], parameters["later"]
+
+    for _ in range(2):
+        reducer.begin()
+        waits = PutOff(pending)
+        reducer.last_backward(3)
+        tied.sum().backward()
+        assert not started, "stage 0 still reads it"
+        reducer.last_backward(0)
+        for _ in range(2):
+            waits.add(later, lambda: torch.ones(2))
+        tied.sum().backward()
+        assert started == ["tied"]
+        later.sum().backward()
+        assert started == ["tied"], "two gradients wait"
+        waits.run()
+        assert started == ["tied", "later"]
+        assert later.grad is not None
+        assert later.grad.tolist() == [3.0, 3.0]
+        reducer.finish()
+        assert started == ["tied", "later"]
+        started.clear()
+    waits.add(later, lambda: torch.ones(2))  # of a step that fails
+    reducer.begin()
+    assert not any(pending.values())
     reducer.watch.close()
