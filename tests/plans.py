@@ -68,6 +68,7 @@ def make_plan(blocks: int = 12, pp: int = 4, dp: int = 1, tp: int = 1, hub: bool
         "shared": {"transformer.wte.weight": (0, pp - 1)} if pp > 1 else {},
         "hardware": "a100-80gb",
         "memory_limit": 40 * GB,
+        "rank_activation_bytes": tuple(stage.memory.live for stage in stages),
         "step_seconds": 0.137,
         "bubble": 0.213,
         "signature": {"input_ids": "int64[8, 512]", "labels": "int64[8, 512]"},

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from merak_like.partitioner.graph import ProxyGraph
-from merak_like.partitioner.memory import ADAMW, STATES, MemoryModel
-from merak_like.partitioner.plan import StageMemory
-from tests.graphs import GraphBuilder, encoder_decoder, gpt, skips, two_towers
+from merak_like.partitioner.memory import ADAMW, STATES, MemoryModel, Parts
+from tests.graphs import GraphBuilder, encoder_decoder, gpt, norm, skips, two_towers
 from tests.test_cuts import draw_starts, random_graphs
 
 
@@ -27,19 +24,49 @@ def small() -> ProxyGraph:
 
 def test_a_stage_by_hand():
     model = MemoryModel(small())
-    assert model.stage(0, 2, 3) == StageMemory(
-        weights=12, gradients=12, optimizer=24, activations=300, boundary=4 * 64, workspace=128
-    ), "what is sent is held for 3 micro-batches, its gradient for one"
-    assert model.stage(2, 4, 1) == StageMemory(
-        weights=20 + 12, gradients=12, optimizer=24, activations=11, boundary=2 * 64, workspace=32
+    assert model.parts(0, 2) == Parts(
+        weights=12, gradients=12, optimizer=24, workspace=128 + 64, saved=100, boundary=64, inputs=32, put_off=0
+    ), "what is sent comes back as a gradient, one at a time"
+    assert model.parts(2, 4) == Parts(
+        weights=20 + 12, gradients=12, optimizer=24, workspace=32 + 64, saved=11, boundary=64, inputs=0, put_off=0
     ), "the tied weight counts here again, the frozen one without gradient and states"
-    assert model.stage(0, 4, 1).weights == 32, "within a stage a tied weight counts once"
+    assert model.parts(0, 4).weights == 32, "within a stage a tied weight counts once"
+
+
+def test_what_waits_for_its_weight_gradient():
+    """The input of three layers once, and the gradients of their outputs; not a norm's."""
+    made = GraphBuilder()
+    x = norm(made, "ln", made.input("x", (2, 4), "float32"), 4)
+    for name in "qkv":
+        made.linear(name, x, 8, 4)
+    graph = made.graph()
+    assert MemoryModel(graph).parts(0, len(graph.ops)).put_off == 2 * 4 * 4 + 3 * 2 * 8 * 4
+    assert MemoryModel(graph).parts(0, 2).put_off == 0
+    assert MemoryModel(graph, scale=2).parts(0, len(graph.ops)).put_off == 2 * (32 + 192)
+
+
+def test_what_units_save_and_read_of_each_other():
+    """a and b are read by the unit after them only, the skip further on, the batch by whoever."""
+    made = GraphBuilder()
+    ids = made.input("ids", (2, 4))
+    a = made.op("a", ids, params=(made.weight("w", 3),), shape=(2, 1), saved=10)
+    b = made.op("b", a, shape=(2, 2), saved=20)
+    made.op("c", b, a, shape=(2, 4), saved=30)
+    d = made.op("d", b, shape=(2, 8), saved=40)
+    made.op("e", d, shape=(2, 16), saved=50)
+    graph = made.graph()
+    saved, near, far = MemoryModel(graph).kept_by((0, 2, 3, 4, 5, 6))
+    assert saved == [10, 20, 30, 40, 50]
+    assert near == [0, 0, 0, 0, 64]
+    assert far == 8 + 16 + 2 * 4 * 8, "a and b are read twice; the batch"
+    assert MemoryModel(graph).kept_by((2, 3, 5)) == ([20, 70], [0, 16], 0), "what comes from before is no unit's"
+    assert MemoryModel(graph).kept_by((0, 2, 5)) == ([10, 90], [0, 8], 64), "d is sent, and so held anyway"
 
 
 @pytest.mark.parametrize(("name", "bytes_per_element"), [("adamw", 16), ("sgd", 8), ("momentum", 12)])
 def test_bytes_per_element_of_a_float32_parameter(name: str, bytes_per_element: int):
-    memory = MemoryModel(small(), STATES[name]).stage(0, 2, 1)
-    assert memory.weights + memory.gradients + memory.optimizer == 3 * bytes_per_element
+    parts = MemoryModel(small(), STATES[name]).parts(0, 2)
+    assert parts.weights + parts.gradients + parts.optimizer == 3 * bytes_per_element
 
 
 def check_bands(graph: ProxyGraph, positions: tuple[int, ...], scale: float, width: int | None = None) -> None:
@@ -49,9 +76,9 @@ def check_bands(graph: ProxyGraph, positions: tuple[int, ...], scale: float, wid
     bands = model.bands(np.array(positions), width)
     for i in range(size):
         for j in range(i + 1, min(i + width, size) + 1):
-            for live in (1, 3):
-                expected = model.stage(positions[i], positions[j], live).total
-                assert bands.total(live)[i, j - i - 1] == expected, (i, j, live)
+            parts = model.parts(positions[i], positions[j])
+            for name in ("fixed", "saved", "boundary", "inputs", "put_off"):
+                assert getattr(bands, name)[i, j - i - 1] == getattr(parts, name), (i, j, name)
 
 
 @given(random_graphs(), st.data(), st.sampled_from([0.5, 1.0, 3.0]))
@@ -63,11 +90,3 @@ def test_bands_equal_the_direct_sum(graph: ProxyGraph, data: st.DataObject, scal
 @pytest.mark.parametrize("width", [1, 4, None])
 def test_bands_of_models_equal_the_direct_sum(graph: ProxyGraph, width: int | None):
     check_bands(graph, (*range(0, len(graph.ops), 3), len(graph.ops)), 1.0, width)
-
-
-def test_earlier_stages_hold_more():
-    graph = gpt(4)
-    model, starts = MemoryModel(graph), (0, 16, 28, len(graph.ops))
-    activations = [model.stage(a, b, 1).activations for a, b in pairwise(starts)]
-    held = [model.stage(a, b, 3 - s).activations for s, (a, b) in enumerate(pairwise(starts))]
-    assert held == [3 * activations[0], 2 * activations[1], activations[2]]

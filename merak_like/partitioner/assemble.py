@@ -4,33 +4,46 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from merak_like.partitioner.blocks import Piece
 from merak_like.partitioner.cost import Cost
 from merak_like.partitioner.cuts import crossings
 from merak_like.partitioner.graph import ProxyGraph
+from merak_like.partitioner.judge import Judged
 from merak_like.partitioner.locality import held_by, residents
 from merak_like.partitioner.plan import Plan, StagePlan, Unit
-from merak_like.partitioner.problem import Problem
-from merak_like.partitioner.simulator import Timeline
+from merak_like.partitioner.problem import STAND_IN, Problem
+from merak_like.partitioner.schedules.action import Schedule
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A problem, and what it was made from."""
+
+    problem: Problem
+    costs: tuple[Cost, ...]
+    pieces: tuple[Piece, ...]
+    scale: float
+    """Samples per micro-batch over samples traced."""
 
 
 def assemble(
     graph: ProxyGraph,
-    problem: Problem,
-    costs: Sequence[Cost],
-    pieces: Sequence[Piece],
-    starts: Sequence[int],
-    timeline: Timeline,
+    setting: Setting,
+    found: Sequence[int],
+    judged: Judged,
     *,
     micro_batch: int,
     signature: Mapping[str, str],
     notes: Sequence[str],
 ) -> Plan:
-    """The plan of a partition; ``starts`` are ops, the first of each stage and then the end."""
-    job = problem.job
-    made = _units(graph, costs, pieces, starts)
+    """The plan of a partition, given by its segments."""
+    job, costs, timeline = setting.problem.job, setting.costs, judged.timeline
+    starts = tuple(int(setting.problem.positions[start]) for start in found)
+    made = _units(graph, costs, setting.pieces, starts)
+    name_of = {(unit.first, unit.stop): unit.name for unit in made}
     needs = residents(graph)
     stages: list[StagePlan] = []
     for index, (start, stop) in enumerate(pairwise(starts)):
@@ -38,7 +51,7 @@ def assemble(
         stages.append(
             StagePlan(
                 index=index,
-                rank=index,
+                rank=judged.schedule.stage_rank[index],
                 start=start,
                 stop=stop,
                 blocks=tuple(dict.fromkeys(unit.block for unit in made if unit.stage == index)),
@@ -48,18 +61,18 @@ def assemble(
                 flops=sum(cost.flops for cost in costs[start:stop]),
                 forward_seconds=sum(cost.forward_seconds for cost in costs[start:stop]),
                 backward_seconds=sum(cost.backward_seconds for cost in costs[start:stop]),
-                weight_seconds=0.0,
-                recompute_seconds=0.0,
-                live_micro_batches=job.live[index],
-                recompute=(),
-                memory=problem.memory.stage(start, stop, job.live[index]),
+                weight_seconds=sum(cost.weight_seconds for cost in costs[start:stop]),
+                recompute_seconds=judged.costs.stages[index].recompute,
+                live_micro_batches=timeline.peak_live[index],
+                recompute=tuple(name_of[unit] for unit in judged.recompute[index]),
+                memory=judged.memory(index),
             )
         )
     plan = Plan(
         model=graph.model,
         mesh=job.mesh,
         schedule=job.schedule,
-        orders=(),
+        orders=written(judged.schedule) if job.schedule in STAND_IN else (),
         micro_batches=job.micro_batches,
         micro_batch=micro_batch,
         stages=tuple(stages),
@@ -69,6 +82,7 @@ def assemble(
         shared=shared_parameters(stages),
         hardware=job.hardware.name,
         memory_limit=job.memory_limit,
+        rank_activation_bytes=timeline.rank_peak_bytes,
         step_seconds=timeline.makespan,
         bubble=timeline.bubble,
         signature=dict(signature),
@@ -76,6 +90,11 @@ def assemble(
     )
     check_plan(plan, graph)
     return plan
+
+
+def written(schedule: Schedule) -> tuple[str, ...]:
+    """Each rank's actions in words, as ``Plan.orders`` has them."""
+    return tuple(" ".join(map(str, order)) for order in schedule.orders)
 
 
 def shared_parameters(stages: Sequence[StagePlan]) -> dict[str, tuple[int, ...]]:

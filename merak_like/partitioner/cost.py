@@ -8,7 +8,8 @@ backward matmul-like: max(gradients * flops / reached peak, twice the bytes / ..
 
 An op is matmul-like if it does more flops than it moves bytes. The gradients counted, at most 2, are those of the
 inputs that need one and that of the weights: a linear layer's backward is twice its forward, but only once if it is the
-first or is frozen. Where no output needs a gradient there is no backward.
+first or is frozen. Where no output needs a gradient there is no backward. Of the backward of an op that can put off
+the gradient of its weight (see ``puts_off``), that gradient's share is its weight half.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ class Cost:
 
     forward_seconds: float
     backward_seconds: float
+    """The whole backward."""
+    weight_seconds: float
+    """The part of the backward that can be put off: gradients of weights."""
     flops: int
     """Of the forward."""
     param_bytes: int
@@ -60,13 +64,34 @@ def op_cost(op: Op, graph: ProxyGraph, hardware: Hardware, *, scale: float = 1.0
     memory_seconds = moved / hardware.memory_bandwidth
     compute_seconds = hardware.matmul_seconds(flops, dtype) if flops > moved else 0.0
     forward = max(compute_seconds, memory_seconds) + launch
-    backward = 0.0
+    backward = weight = 0.0
     if any(value.requires_grad for value in op.outputs):
         values = graph.values
         inputs = sum(values[name].requires_grad for name in op.inputs)
-        gradients = min(2, inputs + any(p.trainable for p in read)) if compute_seconds else 1
+        most = min(2, inputs + any(p.trainable for p in read))
+        gradients = most if compute_seconds else 1
         backward = max(gradients * compute_seconds, 2 * memory_seconds) + gradients * launch
-    return Cost(forward, backward, round(flops), param_bytes, round(op.saved_bytes * scale))
+        weight = backward / most if puts_off(op, graph) else 0.0
+    return Cost(forward, backward, weight, round(flops), param_bytes, round(op.saved_bytes * scale))
+
+
+WEIGHTED = frozenset({"linear", "matmul", "__matmul__", "addmm", "embedding", "conv1d", "conv2d", "conv3d"})
+"""Functions whose gradient of a weight can be computed apart from that of the input."""
+
+
+def puts_off(op: Op, graph: ProxyGraph) -> bool:
+    """Whether the gradient of the op's weight can wait: one product, or look-up, with a trainable matrix or kernel.
+
+    A vector (the scale of a norm, a bias) is not worth it. A leaf that runs several kernels does more than one product.
+    """
+    if op.kind == "module":
+        held = op.params if op.kernels == 1 else ()
+    elif op.target.rpartition(".")[2] in WEIGHTED:
+        makers = (graph.ops[graph.producer[name]] for name in op.inputs)
+        held = (*op.params, *(name for maker in makers if maker.kind == "attribute" for name in maker.params))
+    else:
+        held = ()
+    return any(p.trainable and len(p.shape) > 1 for p in map(graph.parameter, held))
 
 
 def _dtype(op: Op) -> str:
@@ -81,17 +106,17 @@ class CostTable:
 
     forward: Floats
     backward: Floats
-    flops: Floats
-    saved: Floats
+    weight: Floats
+    """The part of the backward that can be put off."""
 
     @classmethod
     def of(cls, costs: Sequence[Cost]) -> CostTable:
         """Sum up a row of costs: entry ``i`` is the sum of the first ``i``."""
         columns = np.array(
-            [(c.forward_seconds, c.backward_seconds, c.flops, c.saved_bytes) for c in costs], np.float64
-        ).reshape(len(costs), 4)
-        sums = np.vstack([np.zeros((1, 4)), np.cumsum(columns, axis=0)])
-        return cls(*(np.ascontiguousarray(sums[:, column]) for column in range(4)))
+            [(c.forward_seconds, c.backward_seconds, c.weight_seconds) for c in costs], np.float64
+        ).reshape(len(costs), 3)
+        sums = np.vstack([np.zeros((1, 3)), np.cumsum(columns, axis=0)])
+        return cls(*(np.ascontiguousarray(sums[:, column]) for column in range(3)))
 
     @property
     def seconds(self) -> Floats:
@@ -101,7 +126,7 @@ class CostTable:
     def at(self, positions: Sequence[int] | NDArray[np.int64]) -> CostTable:
         """The same sums at some positions only."""
         index = np.asarray(positions, np.int64)
-        return CostTable(self.forward[index], self.backward[index], self.flops[index], self.saved[index])
+        return CostTable(self.forward[index], self.backward[index], self.weight[index])
 
 
 def op_costs(graph: ProxyGraph, hardware: Hardware, *, scale: float = 1.0) -> tuple[Cost, ...]:

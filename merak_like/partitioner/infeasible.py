@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from merak_like.partitioner.batches import divisors
-from merak_like.partitioner.feasible import first_fit, fits, least_memory
+from merak_like.partitioner.feasible import cut_fits, least_memory
+from merak_like.partitioner.judge import Judge
 from merak_like.partitioner.problem import Problem
+from merak_like.partitioner.search import quick
 
-Try = Callable[[int, int, str], Problem]
-"""The problem with so many micro-batches and stages, and a schedule."""
+Try = Callable[..., Problem]
+"""The problem with other choices: ``micro_batches``, ``pp``, ``schedule``, ``recompute``."""
 MORE_STAGES = 64
-"""As many additional stages are tried."""
+"""As many additional ranks are tried."""
 
 
 def too_little_memory(problem: Problem, other: Try, samples: int) -> ValueError:
@@ -22,47 +24,69 @@ def too_little_memory(problem: Problem, other: Try, samples: int) -> ValueError:
     ``other`` makes the problems of the changes that are tried, ``samples`` are those of one replica and step.
     """
     job = problem.job
-    needed, starts = least_memory(problem)
-    memory = problem.stage_memory(starts)
-    stage = max(range(len(memory)), key=lambda s: memory[s].total)
-    kinds = asdict(memory[stage])
+    needed, starts = _least_needed(problem)
+    unlimited = replace(problem, job=replace(job, memory_limit=needed))
+    judged = Judge(unlimited)(starts)
+    assert judged is not None, "that many bytes are what it needs"
+    rank = max(range(job.mesh.pp), key=lambda r: judged.rank_bytes[r])
+    stages = [s for s, of in enumerate(job.order.stage_rank) if of == rank]
+    kinds: dict[str, int] = {}
+    for stage in stages:
+        for kind, nbytes in asdict(judged.memory(stage)).items():
+            kinds[kind] = kinds.get(kind, 0) + nbytes
     kind = max(kinds, key=lambda name: kinds[name])
     changes = list(_changes(problem, other, samples))
     changes.append(f"devices where a rank may use {needed / 1e9:.2f} GB (memory_limit={needed})")
+    alone = job.stages == job.mesh.pp
+    where, found = (f"stage {rank}", "") if alone else (f"rank {rank}", " that was found")
+    though = {
+        "auto": ", even with everything recomputed that can be", "full": ", with everything recomputed", "none": "",
+    }[job.recompute]  # fmt: skip
     return ValueError(
-        f"no way to cut {len(starts) - 1} stages fits the memory: with the best, stage {stage} needs "
+        f"no way{found} to cut {job.stages} stages fits the memory{though}: with the best, {where} needs "
         f"{needed / 1e9:.2f} GB of {job.memory_limit / 1e9:.2f} GB, {kinds[kind] / 1e9:.2f} GB of it {kind} "
-        f"({job.live[stage]} of {job.micro_batches} micro-batches alive, schedule {job.schedule}). "
+        f"({max(job.live[s] for s in stages)} of {job.micro_batches} micro-batches alive, schedule {job.schedule}). "
         f"What fits: {'; or '.join(changes)}"
     )
+
+
+def _least_needed(problem: Problem) -> tuple[int, tuple[int, ...]]:
+    """Bytes of the fullest rank of the emptiest partition known, and that partition."""
+    starts = least_memory(problem)[1]
+    return problem.job.memory_limit + Judge(problem).over(starts), starts
+
+
+def _fits(problem: Problem) -> bool:
+    """Whether the planner would find a partition."""
+    return cut_fits(problem) and (problem.job.stages == problem.job.mesh.pp or quick(problem) is not None)
 
 
 def _changes(problem: Problem, other: Try, samples: int) -> Iterator[str]:
     """Single changes that were tried and fit, the nearest of each kind."""
     job = problem.job
-    pp, m, schedule = job.mesh.pp, job.micro_batches, job.schedule
-    if schedule != "1f1b" and fits(other(m, pp, "1f1b")):
+    m = job.micro_batches
+    if job.recompute == "none" and _fits(other(recompute="auto")):
+        yield "recompute='auto'"
+    if job.schedule != "1f1b" and _fits(other(schedule="1f1b")):
         yield "schedule='1f1b'"
     # More and smaller micro-batches never need more memory, so bisection finds the fewest.
     more = [number for number in divisors(samples) if number > m]
-    if more and fits(other(more[-1], pp, schedule)):
-        nearest = more[bisect_left(more[:-1], True, key=lambda number: fits(other(number, pp, schedule)))]
+    if more and _fits(other(micro_batches=more[-1])):
+        nearest = more[bisect_left(more[:-1], True, key=lambda number: _fits(other(micro_batches=number)))]
         yield f"micro_batches={nearest} (of {samples // nearest} samples instead of {samples // m})"
     if (stages := _more_stages(problem, other)) is not None:
         yield f"pp={stages}"
 
 
 def _more_stages(problem: Problem, other: Try) -> int | None:
-    job = problem.job
-    pp, m, schedule = job.mesh.pp, job.micro_batches, job.schedule
+    """The fewest ranks that are enough: first at the same places to cut, then for certain at their own."""
+    pp = problem.job.mesh.pp
     try:
-        tried = problem if pp > 1 else other(m, pp + 1, schedule)
-        least = first_fit(tried, pp + 1, min(tried.size, pp + MORE_STAGES)) if tried.size > pp else None
-        while least is not None:
-            tried = other(m, least, schedule)  # more stages may be cut at other places
-            if fits(tried):
-                return least
-            least = first_fit(tried, least + 1, min(tried.size, pp + MORE_STAGES)) if tried.size > least else None
+        base = problem if pp > 1 else other(pp=2)
+        for ranks in range(pp + 1, pp + MORE_STAGES + 1):
+            same = replace(base, job=replace(base.job, mesh=replace(base.job.mesh, pp=ranks)))
+            if same.job.stages <= same.size and cut_fits(same) and _fits(other(pp=ranks)):
+                return ranks
     except ValueError:  # more stages than places to cut
         pass
     return None

@@ -1,19 +1,22 @@
-"""Bytes on one rank of a stage, at its fullest moment. Estimated from shapes; nothing is allocated.
+"""Bytes of the ops of a stage: what they hold all the time, and what each live micro-batch adds. Estimated from shapes.
 
-=========== ===========================================================================================================
-weights     parameters and buffers the stage reads, each storage once; one that several stages read counts on each
-gradients   of the trainable ones                                                             (``StateBytes``)
-optimizer   of the trainable ones                                                             (``StateBytes``)
-activations what the ops keep for the backward, for each live micro-batch
-boundary    values received and sent, for each live micro-batch, and the gradients of one micro-batch's
-workspace   the largest outputs of one op with their gradients
-=========== ===========================================================================================================
+fixed, throughout a step
+    weights       parameters and buffers that are read, each storage once; one that several stages read counts on each
+    gradients     of the trainable ones                                                           (``StateBytes``)
+    optimizer     of the trainable ones                                                           (``StateBytes``)
+    workspace     the largest outputs of one op with their gradients, and the gradients of one micro-batch's boundary
+for each live micro-batch
+    saved         what the ops keep for the backward
+    boundary      values received and sent
+    inputs        of the batch: to run the ops again, these are kept instead of ``saved``
+    put_off       inputs and output gradients of the ops whose weight gradients wait for a W
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
@@ -21,9 +24,9 @@ from math import ceil
 import numpy as np
 
 from merak_like.partitioner.balance import Ints, beyond, span
+from merak_like.partitioner.cost import puts_off
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.locality import accesses, held_by, residents, unused
-from merak_like.partitioner.plan import StageMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +53,32 @@ ADAMW = STATES["adamw"]
 
 @dataclass(frozen=True)
 class Bands:
-    """Bytes of every range of a band (see ``balance``): ``fixed + live micro-batches * per_micro_batch``."""
+    """Bytes of every range of a band (see ``balance``)."""
 
     fixed: Ints
-    per_micro_batch: Ints
+    saved: Ints
+    boundary: Ints
+    inputs: Ints
+    put_off: Ints
 
-    def total(self, live: int) -> Ints:
-        """Bytes with so many live micro-batches."""
-        return self.fixed + live * self.per_micro_batch
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Bytes of one range of ops."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    workspace: int
+    saved: int
+    boundary: int
+    inputs: int
+    put_off: int
+
+    @property
+    def fixed(self) -> int:
+        """Held throughout a step."""
+        return self.weights + self.gradients + self.optimizer + self.workspace
 
 
 class MemoryModel:
@@ -71,8 +92,8 @@ class MemoryModel:
         for p in graph.parameters:
             trained = p.nbytes if p.trainable and not p.buffer and p.name not in idle else 0
             self._bytes[p.name] = (p.nbytes, ceil(trained * states.gradients), ceil(trained * states.optimizer))
-        saved = np.fromiter((ceil(op.saved_bytes * scale) for op in graph.ops), np.int64, size)
-        self._saved = np.concatenate([[0], np.cumsum(saved)])
+        self._saved = _running(ceil(op.saved_bytes * scale) for op in graph.ops)
+        self._put_off = _running(_waiting(graph, scale))
         largest = (sum(ceil(v.nbytes * scale) * (1 + v.requires_grad) for v in op.outputs) for op in graph.ops)
         self._largest = np.fromiter(largest, np.int64, size)
         values = graph.values
@@ -81,33 +102,62 @@ class MemoryModel:
             for name, uses in accesses(graph).items()
             if len(uses) > 1
         ]
+        self._inputs: dict[str, tuple[int, list[int]]] = {
+            v.name: (ceil(v.nbytes * scale), []) for op in graph.ops if op.kind == "input" for v in op.outputs
+        }
+        for index, op in enumerate(graph.ops):
+            for name in op.inputs:
+                if name in self._inputs:
+                    self._inputs[name][1].append(index)
         self._reads: dict[str, list[int]] = {}
         for index, names in enumerate(self._needs):
             for name in names:
                 self._reads.setdefault(name, []).append(index)
 
-    def stage(self, start: int, stop: int, live: int) -> StageMemory:
-        """Bytes of a stage of ops ``start <= i < stop`` with so many live micro-batches."""
+    def parts(self, start: int, stop: int) -> Parts:
+        """Bytes of ops ``start <= i < stop`` as a stage."""
         held = [self._bytes[name] for name in held_by(self._needs, start, stop)]
-        boundary = 0
+        boundary = returning = 0
         for uses, nbytes, requires_grad in self._values:
             if uses[0] >= stop or uses[-1] < start:
                 continue
             received = uses[0] < start and any(start <= use < stop for use in uses)
             sent = start <= uses[0] < stop <= uses[-1]
             if received or sent:
-                boundary += nbytes * (live + requires_grad)
-        return StageMemory(
+                boundary += nbytes
+                returning += nbytes * requires_grad
+        return Parts(
             weights=sum(b[0] for b in held),
             gradients=sum(b[1] for b in held),
             optimizer=sum(b[2] for b in held),
-            activations=live * int(self._saved[stop] - self._saved[start]),
+            workspace=int(self._largest[start:stop].max(initial=0)) + returning,
+            saved=int(self._saved[stop] - self._saved[start]),
             boundary=boundary,
-            workspace=int(self._largest[start:stop].max(initial=0)),
+            inputs=sum(nbytes for nbytes, reads in self._inputs.values() if any(start <= i < stop for i in reads)),
+            put_off=int(self._put_off[stop] - self._put_off[start]),
         )
 
+    def kept_by(self, borders: Sequence[int]) -> tuple[list[int], list[int], int]:
+        """What the units between these borders, which together are a stage, save and read.
+
+        For each unit, what it saves, and what only it reads of what the unit before it made. Then what is read further
+        on than that, or by several, or comes from the batch. What is sent is held as part of the boundary anyway.
+        """
+        saved = np.diff(self._saved[list(borders)]).tolist()
+        near, far = [0] * len(saved), 0
+        for uses, nbytes, _ in self._values:
+            if borders[0] <= uses[0] and uses[-1] < borders[-1]:
+                units = _distinct(bisect_right(borders, use) - 1 for use in uses)
+                if len(units) == 2 and units[1] == units[0] + 1:
+                    near[units[1]] += nbytes
+                elif len(units) > 1:
+                    far += nbytes
+        for nbytes, reads in self._inputs.values():
+            far += nbytes * any(borders[0] <= read < borders[-1] for read in reads)
+        return saved, near, far
+
     def least(self, positions: Ints) -> Ints:
-        """Bytes that each segment adds to its stage at least: what it is the first to read, and what it keeps."""
+        """Bytes that each segment adds to its stage at least: what it is the first to read, and what it saves."""
         added = np.diff(self._saved)
         for name, reads in self._reads.items():
             added[reads[0]] += sum(self._bytes[name])
@@ -118,7 +168,6 @@ class MemoryModel:
         size = len(positions) - 1
         first, stop = span(size, width)
         segment = np.searchsorted(positions, np.arange(len(self._needs)), side="right") - 1
-        saved = self._saved[positions]
         sent: Counter[tuple[int, int, bool]] = Counter()
         received: Counter[tuple[int, int, bool]] = Counter()
         for uses, nbytes, requires_grad in self._values:
@@ -132,31 +181,52 @@ class MemoryModel:
             + _live(size, sent, grad)[stop] - _spanning(size, width, sent, grad)
             for grad in (False, True)
         }  # fmt: skip
-        fixed = self._resident_bands(segment, size, width) + crossing[True]
+        held = {name: (sum(self._bytes[name]), reads) for name, reads in self._reads.items()}
+        fixed = _reading_bands(held.values(), segment, size, width) + crossing[True]
         fixed += _largest_bands(np.maximum.reduceat(self._largest, positions[:-1]), width)
-        per_micro_batch = saved[stop] - saved[first] + crossing[False] + crossing[True]
+        boundary = crossing[False] + crossing[True]
+        inputs = _reading_bands(self._inputs.values(), segment, size, width)
+        saved, put_off = (sums[positions][stop] - sums[positions][first] for sums in (self._saved, self._put_off))
         outside = beyond(size, width)
-        fixed[outside] = per_micro_batch[outside] = 0
-        return Bands(fixed, per_micro_batch)
+        for table in (fixed, saved, boundary, inputs, put_off):
+            table[outside] = 0
+        return Bands(fixed, saved, boundary, inputs, put_off)
 
-    def _resident_bands(self, segment: Ints, size: int, width: int) -> Ints:
-        """Weights, gradients and optimizer: each read counts, less those that follow a read inside the same range."""
-        own = np.zeros(size + 1, np.int64)
-        repeats: Counter[tuple[int, int]] = Counter()
-        for name, reads in self._reads.items():
-            nbytes = sum(self._bytes[name])
-            places = _distinct(segment[reads].tolist())
-            np.add.at(own, [place + 1 for place in places], nbytes)
-            for before, after in pairwise(places):
-                repeats[before, after] += nbytes
-        sums = np.cumsum(own)
-        first, stop = span(size, width)
-        table = sums[stop] - sums[first]
-        for (before, after), nbytes in repeats.items():
-            # Ranges that begin at or before the first read and end after the second: rows of one skewed corner.
-            for row in range(max(after - width + 1, 0), before + 1):
-                table[row, after - row :] -= nbytes
-        return table
+
+def _waiting(graph: ProxyGraph, scale: float) -> Iterator[int]:
+    """For each op, the bytes that wait for its W and that no earlier op already keeps for that."""
+    values, paid = graph.values, set[str]()
+    for op in graph.ops:
+        nbytes = 0
+        if any(value.requires_grad for value in op.outputs) and puts_off(op, graph):
+            read = [n for n in op.inputs if n not in paid and graph.ops[graph.producer[n]].kind != "attribute"]
+            paid.update(read)
+            nbytes = sum(ceil(values[name].nbytes * scale) for name in read)
+            nbytes += sum(ceil(value.nbytes * scale) for value in op.outputs)
+        yield nbytes
+
+
+def _running(amounts: Iterable[int]) -> Ints:
+    return np.cumsum(np.array([0, *amounts], np.int64))
+
+
+def _reading_bands(held: Iterable[tuple[int, Sequence[int]]], segment: Ints, size: int, width: int) -> Ints:
+    """Bytes of what is read, given with its readers, each once in a range: all reads less those that follow another."""
+    own = np.zeros(size + 1, np.int64)
+    repeats: Counter[tuple[int, int]] = Counter()
+    for nbytes, reads in held:
+        places = _distinct(segment[list(reads)].tolist())
+        np.add.at(own, [place + 1 for place in places], nbytes)
+        for before, after in pairwise(places):
+            repeats[before, after] += nbytes
+    sums = np.cumsum(own)
+    first, stop = span(size, width)
+    table = sums[stop] - sums[first]
+    for (before, after), nbytes in repeats.items():
+        # Ranges that begin at or before the first read and end after the second: rows of one skewed corner.
+        for row in range(max(after - width + 1, 0), before + 1):
+            table[row, after - row :] -= nbytes
+    return table
 
 
 def _distinct(ordered: Iterable[int]) -> list[int]:

@@ -8,25 +8,35 @@ from math import comb
 
 import numpy as np
 
+from merak_like.partitioner.assemble import Setting
 from merak_like.partitioner.blocks import Piece
 from merak_like.partitioner.graph import ProxyGraph
+from merak_like.partitioner.judge import Judge, Judged
 from merak_like.partitioner.locality import unused
-from merak_like.partitioner.problem import Problem
+from merak_like.partitioner.problem import STAND_IN, Problem
+from merak_like.partitioner.recompute import peak
+from merak_like.partitioner.schedules.auto.build import Found as Order
 from merak_like.partitioner.search import Found
 
 
 def notes(
     graph: ProxyGraph,
-    problem: Problem,
-    pieces: Sequence[Piece],
+    setting: Setting,
     found: Found,
+    judged: Judged,
+    order: Order | None,
     micro_batches: Mapping[int, float],
-    scale: float,
 ) -> tuple[str, ...]:
-    """The sentences. ``micro_batches`` maps other numbers that were tried to seconds (infinite: does not fit)."""
-    told = [*_assumed(graph, problem, scale), *_binding(problem, found)]
-    if problem.job.mesh.pp > 1:
-        told += [_searched(problem, found), *_equal_blocks(problem, pieces, found)]
+    """The sentences. ``judged`` is what was found under its final ``order``, None for a schedule that is known.
+
+    ``micro_batches`` maps other numbers that were tried to seconds (infinite: does not fit).
+    """
+    problem = setting.problem
+    told = [*_assumed(graph, problem, setting.scale), *_binding(problem, judged), *_recomputed(problem, judged)]
+    if problem.job.stages > 1:
+        told += [_searched(problem, found), *_equal_blocks(problem, setting.pieces, found)]
+    if order is not None:
+        told.append(_ordered(problem, found, judged, order))
     if micro_batches:
         ways = [f"{m}: {'too little memory' if s == float('inf') else _seconds(s)}" for m, s in micro_batches.items()]
         told.append(f"numbers of micro-batches compared, each by its quickest partition: {', '.join(ways)}")
@@ -52,49 +62,83 @@ def _assumed(graph: ProxyGraph, problem: Problem, scale: float) -> list[str]:
     return told
 
 
-def _binding(problem: Problem, found: Found) -> list[str]:
+def _binding(problem: Problem, judged: Judged) -> list[str]:
     job = problem.job
-    work = np.diff(problem.seconds[list(found.starts)])
-    memory = problem.stage_memory(found.starts)
-    fullest = max(range(len(memory)), key=lambda s: memory[s].total)
+    work = np.array([s.forward + s.backward for s in judged.stages])
+    fullest = int(np.argmax(judged.rank_bytes))
+    own = [s for s, rank in enumerate(job.order.stage_rank) if rank == fullest]
     told: list[str] = []
-    if job.mesh.pp > 1:
+    if job.stages > 1:
         slowest = int(work.argmax())
         told.append(
             f"stage {slowest} binds: {_seconds(float(work[slowest]))} for each micro-batch, the mean stage "
             f"{_seconds(float(work.mean()))} (balance {float(work.mean() / max(work.max(), 1e-30)):.3f}); "
-            f"{found.timeline.bubble:.1%} of the step is idle"
+            f"{judged.timeline.bubble:.1%} of the step is idle"
         )
+    alive = " and ".join(str(judged.timeline.peak_live[s]) for s in own)
     told.append(
-        f"stage {fullest} is fullest: {memory[fullest].total / 1e9:.3g} of {job.memory_limit / 1e9:.3g} GB, "
-        f"with {job.live[fullest]} micro-batches alive"
+        f"{_place(problem, fullest)} is fullest: {judged.rank_bytes[fullest] / 1e9:.3g} of "
+        f"{job.memory_limit / 1e9:.3g} GB, with {alive} micro-batches alive"
     )
     return told
 
 
+def _place(problem: Problem, rank: int) -> str:
+    return f"stage {rank}" if problem.job.stages == problem.job.mesh.pp else f"rank {rank}"
+
+
+def _recomputed(problem: Problem, judged: Judged) -> list[str]:
+    """For each rank what is computed again, and what would be needed otherwise."""
+    job, told = problem.job, list[str]()
+    for rank, held in enumerate(job.held):
+        again = [s for s in held.stages if judged.recompute[s]]
+        if not again:
+            continue
+        units = sum(len(judged.recompute[s]) for s in again)
+        of = sum(len(judged.stages[s].borders) - 1 for s in held.stages)
+        spent = sum(judged.costs.stages[s].recompute for s in again)
+        live = [judged.stages[s].live for s in held.stages]
+        whole = peak(held, live, [s.full for s in live]) + sum(judged.stages[s].parts.fixed for s in held.stages)
+        why = "as was asked" if job.recompute == "full" else f"to keep everything would take {whole / 1e9:.3g} GB"
+        what = f"{units} of {of} units again, {_seconds(spent)} for each micro-batch"
+        told.append(f"{_place(problem, rank)} computes {what}: {why}")
+    return told
+
+
 def _searched(problem: Problem, found: Found) -> str:
-    inner, cuts = problem.size - 1, problem.job.mesh.pp - 1
+    inner, cuts, job = problem.size - 1, problem.job.stages - 1, problem.job
     ways = comb(inner, cuts)
     many = f"{ways:,}" if ways < 10**9 else f"about 10^{len(str(ways)) - 1}"
-    told = f"best of {many} ways to cut {inner} places {cuts} times, {found.simulated} of them simulated: "
+    under = f" for {STAND_IN[job.schedule]}" if job.schedule in STAND_IN else ""
+    told = f"best of {many} ways to cut {inner} places {cuts} times{under}, {found.simulated} of them simulated: "
     if found.proven:
         return told + "optimal under the estimated costs, proven by bound"
-    away = 1 - found.bound / found.timeline.makespan
+    away = 1 - found.bound / found.judged.timeline.makespan
     return told + f"not proven optimal, but no way is more than {away:.1%} faster"
+
+
+def _ordered(problem: Problem, found: Found, judged: Judged, order: Order) -> str:
+    step, before = judged.timeline.makespan, found.judged.timeline.makespan
+    gain = f"{STAND_IN[problem.job.schedule]} would take {_seconds(before)} ({before / step - 1:+.1%})"
+    gap = max(0.0, 1 - order.bound / step)
+    best = "no order is faster" if gap < 1e-9 else f"no order is more than {gap:.1%} faster"
+    return f"the order is built for these stages: {gain}; {best}"
 
 
 def _equal_blocks(problem: Problem, pieces: Sequence[Piece], found: Found) -> list[str]:
     """The usual way, as a comparison: the same number of blocks on each stage."""
-    stages, positions = problem.job.mesh.pp, problem.positions.tolist()
+    stages, positions = problem.job.stages, problem.positions.tolist()
     place = {position: index for index, position in enumerate(positions)}
     begins = [0, *(place[b.first] for a, b in pairwise(pieces) if a.block != b.block and b.first in place)]
     borders = [begins[len(begins) * stage // stages] for stage in range(1, stages)]
     starts = (0, *borders, problem.size)
     if not all(a < b for a, b in pairwise(starts)):
         return []
-    step = problem.judge(starts).makespan
-    room = all(memory.total <= problem.job.memory_limit for memory in problem.stage_memory(starts))
+    judged = Judge(problem)(starts)
+    if judged is None:
+        return ["the same number of blocks on each stage would not fit the memory"]
+    step = judged.timeline.makespan
     return [
         f"the same number of blocks on each stage would take {_seconds(step)} "
-        f"({step / found.timeline.makespan - 1:+.1%}){'' if room else ' and not fit the memory'}"
+        f"({step / found.judged.timeline.makespan - 1:+.1%})"
     ]

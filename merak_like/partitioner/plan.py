@@ -30,16 +30,22 @@ class Crossing:
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """Bytes on one rank of a stage at its fullest moment."""
+    """Bytes of a stage on its rank at the stage's fullest moment."""
 
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
     activations: int = 0
-    """Kept for the backward by all live micro-batches."""
+    """Kept for the backward, or for what is put off, by all live micro-batches."""
     boundary: int = 0
     """Values received from and sent to other stages, for all live micro-batches."""
     workspace: int = 0
+    """For a moment: what one op needs, and the gradients of one micro-batch's boundary."""
+
+    @property
+    def live(self) -> int:
+        """What comes and goes with the micro-batches."""
+        return self.activations + self.boundary
 
     @property
     def total(self) -> int:
@@ -121,6 +127,8 @@ class Plan:
     hardware: str
     memory_limit: int
     """Bytes a rank may use."""
+    rank_activation_bytes: tuple[int, ...]
+    """Bytes of all live micro-batches on each pipeline rank at its fullest moment, by simulation."""
     step_seconds: float
     """Simulated seconds of one step, optimizer and gradient reduction excluded."""
     bubble: float
@@ -182,6 +190,14 @@ class Plan:
     def stage_rank(self) -> tuple[int, ...]:
         """The pipeline rank that runs each stage."""
         return tuple(s.rank for s in self.stages)
+
+    @property
+    def rank_bytes(self) -> tuple[int, ...]:
+        """Bytes of each pipeline rank at its fullest moment; the stages of a rank need not be fullest together."""
+        total = list(self.rank_activation_bytes)
+        for stage in self.stages:
+            total[stage.rank] += stage.memory.total - stage.memory.live
+        return tuple(total)
 
     def with_notes(self, notes: Sequence[str]) -> Plan:
         """The same plan with more reasons attached."""

@@ -1,25 +1,28 @@
-"""One partitioning problem: how long a partition takes by simulation, whether it fits, and how fast it can be at best.
+"""One partitioning problem: what its stages cost, which may fit the memory, and how fast a partition can be at best.
 
-The bound. Let stage s hold segments ``i .. j-1``, W be forward and backward seconds of one micro-batch, m the number of
-micro-batches, and every stage wait for the one before it. Then no step of any schedule is shorter than::
+The bound. Let stage s hold segments ``i .. j-1``, f, b and w be seconds of one micro-batch (forward, the backward that
+cannot wait, the weights' half that can; w is part of b where the schedule has no W), m the number of micro-batches, and
+every stage wait for the one before it. Then no step of any schedule is shorter than::
 
-    sum of W and hops before stage s   +   m * W(i, j)            (start up; all its work; drain)
+    sum of f and hops before s          +   m * (f + b + w)(i, j)                      (start up; all its work)
+    sum of f + b and hops before s      +   m * (f + b)(i, j)                          (start up; less; drain)
 
-In 1F1B the forward of micro-batch x + live waits for the backward of x, which takes a round trip to the last stage::
+With no more than ``live`` micro-batches alive, the forward that comes ``live`` later than another waits for a backward
+that has gone to the last stage and back::
 
-    sum of W and hops before stage s   +   rounds * (W from i to the end + hops after)   +   the forwards left over
+    sum of f + b and hops before s      +   rounds * (f + b from i to the end + hops after)   +   the forwards left over
 
-and in GPipe, whose backwards start when all forwards have ended: ``sum of all W and hops + (m - 1) * W(i, j)``. Each
-is a bottleneck over ranges, so the chain partition finds the least of them exactly. Where a stage might not wait for
-the one before it (two towers), what lies before is left out: the bound stays true and is weaker.
+and in GPipe, whose backwards start when all forwards have ended: ``sum of all and hops + (m - 1) * (f + b)(i, j)``.
+Each is a bottleneck over ranges, so the chain partition finds the least of them exactly. Where a stage might not wait
+for the one before it (two towers), what lies before is left out: the bound stays true and is weaker. Recompute only
+adds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from itertools import pairwise
+from functools import cached_property, reduce
 
 import numpy as np
 
@@ -27,19 +30,19 @@ from merak_like.partitioner.balance import Floats, StageCost, band_width, beyond
 from merak_like.partitioner.cost import CostTable
 from merak_like.partitioner.cuts import Bools, Ints
 from merak_like.partitioner.hardware import Hardware, Link
+from merak_like.partitioner.held import Held, held
 from merak_like.partitioner.memory import Bands, MemoryModel
 from merak_like.partitioner.mesh import Coord, Mesh
-from merak_like.partitioner.plan import StageMemory
-from merak_like.partitioner.schedules import builder
-from merak_like.partitioner.schedules.action import Edges, Schedule
-from merak_like.partitioner.schedules.passes import add_transfers
-from merak_like.partitioner.simulator import Costs, StageCosts, Timeline, simulate
+from merak_like.partitioner.planned import named_schedule
+from merak_like.partitioner.schedules import AUTO, AUTO_V
+from merak_like.partitioner.schedules.action import Kind, Schedule
+from merak_like.partitioner.schedules.scp import LADDER
 from merak_like.partitioner.traffic import Traffic
 
-
-@lru_cache(maxsize=8)
-def _with_transfers(schedule: str, stages: int, micro_batches: int, edges: Edges) -> Schedule:
-    return add_transfers(builder(schedule)(stages, micro_batches), edges)
+STAND_IN = {AUTO: "1f1b", AUTO_V: "zb-v"}
+"""What the stages are cut for where the order is built for the stages."""
+RECOMPUTE = ("auto", "none", "full")
+"""As little as the memory asks for; nothing; all that the schedule lets be recomputed."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,51 @@ class Job:
     schedule: str
     micro_batches: int
     memory_limit: int
+    chunks: int = 1
+    """Stages per rank of an interleaved schedule."""
+    recompute: str = "auto"
+
+    @cached_property
+    def order(self) -> Schedule:
+        """The compute-only schedule that partitions are judged by."""
+        return named_schedule(STAND_IN.get(self.schedule, self.schedule), self.mesh.pp, self.micro_batches, self.chunks)
+
+    @property
+    def stages(self) -> int:
+        """Number of stages."""
+        return self.order.stages
 
     @cached_property
     def live(self) -> tuple[int, ...]:
         """Micro-batches alive at once, of each stage."""
-        return builder(self.schedule)(self.mesh.pp, self.micro_batches).peak_live()
+        return self.order.peak_live()
 
-    def link(self, source: int, target: int) -> Link:
-        """The slowest link between two stages over all replicas."""
-        ranks = [[self.mesh.rank(Coord(dp, stage, 0)) for stage in (source, target)] for dp in range(self.mesh.dp)]
+    @cached_property
+    def held(self) -> tuple[Held, ...]:
+        """What each rank holds."""
+        return held(self.order)
+
+    @cached_property
+    def recomputes(self) -> frozenset[int]:
+        """The stages that may recompute, or must where everything is recomputed."""
+        if self.recompute == "none":
+            return frozenset()
+        if self.recompute == "full" and self.schedule in LADDER:
+            return self.order.recomputes
+        return frozenset(range(self.stages))
+
+    def link(self, source: int, target: int) -> Link | None:
+        """The slowest link between two stages over all replicas; none on the same rank."""
+        ends = self.order.stage_rank[source], self.order.stage_rank[target]
+        if ends[0] == ends[1]:
+            return None
+        ranks = [[self.mesh.rank(Coord(dp, rank, 0)) for rank in ends] for dp in range(self.mesh.dp)]
         return min((self.hardware.link(*pair) for pair in ranks), key=lambda link: link.bandwidth)
 
     @cached_property
-    def links(self) -> tuple[Link, ...]:
+    def links(self) -> tuple[Link | None, ...]:
         """``links[s]``: between stage s and the next."""
-        return tuple(self.link(stage, stage + 1) for stage in range(self.mesh.pp - 1))
+        return tuple(self.link(stage, stage + 1) for stage in range(self.stages - 1))
 
 
 @dataclass(frozen=True)
@@ -75,10 +108,12 @@ class Problem:
     job: Job
     positions: Ints
     """Ops at which segments begin, then the end."""
-    costs: CostTable
-    """Running sums at the positions."""
+    ops: CostTable
+    """Running sums over ops."""
     memory: MemoryModel
     traffic: Traffic
+    borders: Ints
+    """Ops at which units begin, then the end."""
     _bands: dict[int, Bands] = field(default_factory=dict[int, Bands], repr=False)
 
     @property
@@ -87,9 +122,20 @@ class Problem:
         return len(self.positions) - 1
 
     @cached_property
+    def costs(self) -> CostTable:
+        """Running sums at the positions."""
+        return self.ops.at(self.positions)
+
+    @cached_property
     def seconds(self) -> Floats:
         """Running sums of forward and backward."""
         return self.costs.seconds
+
+    @cached_property
+    def urgent(self) -> Floats:
+        """Running sums of what cannot be put off."""
+        waits = any(action.kind is Kind.W for order in self.job.order.orders for action in order)
+        return self.seconds - self.costs.weight if waits else self.seconds
 
     def width(self, most: float) -> int:
         """Segments in the longest range of no more than so many seconds."""
@@ -101,27 +147,6 @@ class Problem:
             self._bands.clear()  # one at a time: wide ones are large
             self._bands[width] = self.memory.bands(self.positions, width)
         return self._bands[width]
-
-    def stage_memory(self, starts: Sequence[int]) -> tuple[StageMemory, ...]:
-        """Bytes of every stage."""
-        return tuple(
-            self.memory.stage(int(self.positions[start]), int(self.positions[stop]), live)
-            for (start, stop), live in zip(pairwise(starts), self.job.live, strict=True)
-        )
-
-    def judge(self, starts: Sequence[int]) -> Timeline:
-        """Simulate one step, with each value sent straight from stage to stage."""
-        job, index = self.job, list(starts)
-        transfer = {
-            (source, target): job.link(source, target).seconds(nbytes) if target > source + 1
-            else job.links[source].seconds(nbytes)
-            for (source, target), nbytes in self.traffic.edges(starts).items()
-        }  # fmt: skip
-        forward, backward = np.diff(self.costs.forward[index]).tolist(), np.diff(self.costs.backward[index]).tolist()
-        edges = frozenset(transfer)
-        schedule = _with_transfers(job.schedule, job.mesh.pp, job.micro_batches, edges)
-        stages = tuple(StageCosts(f, b) for f, b in zip(forward, backward, strict=True))
-        return simulate(schedule, Costs(stages, transfer), edges)
 
     @cached_property
     def _after_break(self) -> tuple[Ints, Ints, bool]:
@@ -136,9 +161,12 @@ class Problem:
     @cached_property
     def _hops(self) -> tuple[Floats, ...]:
         """``_hops[s]``: least seconds of the transfer into stage s (none for the first), by position of the cut."""
-        near = self.traffic.near_bytes
-        rows = [np.where(near > 0, link.latency + near / link.bandwidth, 0.0) for link in self.job.links]
-        return (np.zeros(self.size + 1), *rows)
+        near, none = self.traffic.near_bytes, np.zeros(self.size + 1)
+        rows = [
+            none if link is None else np.where(near > 0, link.latency + near / link.bandwidth, 0.0)
+            for link in self.job.links
+        ]
+        return (none, *rows)
 
     @cached_property
     def _least_hops(self) -> Floats:
@@ -149,29 +177,63 @@ class Problem:
 
     def bound(self, k: int, i: Ints, j: Ints) -> Floats:
         """Least seconds of a step in which segments ``i .. j-1`` are the stage with ``k`` stages after it."""
-        job, seconds, linked = self.job, self.seconds, self.traffic.linked
-        stages, m = job.mesh.pp, job.micro_batches
+        job, urgent, forward, linked = self.job, self.urgent, self.costs.forward, self.traffic.linked
+        stages, m = job.stages, job.micro_batches
         s = stages - 1 - k
         last_break, next_break, broken = self._after_break
-        least, work = self._least_hops, seconds[j] - seconds[i]
-        before = seconds[i] - seconds[last_break[i]]
-        if s:
-            before = before + 2 * (self._hops[s][i] * linked[i] + least[s])
-        bound = before + m * work
-        trip = np.maximum(seconds[next_break[i]], seconds[j]) - seconds[i]
+        least = self._least_hops
+        forwards = forward[j] - forward[i]
+        again = forwards * (job.recompute == "full" and s in job.recomputes)  # before the last backward
+        whole, work = self.seconds[j] - self.seconds[i] + again, urgent[j] - urgent[i] + again
+        hops = self._hops[s][i] * linked[i] + least[s] if s else 0.0
+        before = urgent[i] - urgent[last_break[i]] + 2 * hops
+        bound = np.maximum(before + m * work, forward[i] - forward[last_break[i]] + hops + m * whole)
+        trip = np.maximum(urgent[next_break[i]], urgent[j]) - urgent[i]
         if k:
             trip = trip + 2 * (self._hops[s + 1][j] * linked[j] + least[stages] - least[s + 2])
         rounds, rest = divmod(m - 1, job.live[s])
-        forwards = rest * (self.costs.forward[j] - self.costs.forward[i])
-        bound = np.maximum(bound, before + (rounds + 1) * trip + forwards)
+        bound = np.maximum(bound, before + (rounds + 1) * trip + rest * forwards)
         if job.schedule == "gpipe" and not broken:
-            bound = np.maximum(bound, seconds[-1] + 2 * least[stages] + (m - 1) * work)
+            bound = np.maximum(bound, urgent[-1] + 2 * least[stages] + (m - 1) * work)
+        if stages > job.mesh.pp:  # some rank has at least its share
+            bound = np.maximum(bound, m * self.seconds[-1] / job.mesh.pp)
         return bound
 
     def within(self, width: int) -> list[Bools]:
-        """For each ``k``: which ranges of the band fit the memory."""
-        bands, out, live = self.bands(width), beyond(self.size, width), self.job.live
-        return [(bands.total(each) <= self.job.memory_limit) & ~out for each in reversed(live)]
+        """For each ``k``: which ranges of the band fit the memory if they have a rank for themselves."""
+        out = beyond(self.size, width)
+        return [(need <= self.job.memory_limit) & ~out for need in self.least_bytes(width)]
+
+    def least_bytes(self, width: int) -> Iterator[Ints]:
+        """For each ``k``: bytes of a rank that has only this stage, which keeps as little as it may."""
+        for stage in reversed(range(self.job.stages)):
+            moments = [taken + kept * least for taken, kept, _, least in self._banded(width, stage)]
+            yield reduce(np.maximum, moments)
+
+    def _banded(self, width: int, stage: int) -> Iterator[tuple[Ints, int, Ints, Ints]]:
+        """The fullest moments of a rank that has only this stage.
+
+        Each is the bytes of all but the kept micro-batches, how many are kept, and the bytes of one of them if nothing
+        is recomputed and if as much as may be is.
+        """
+        job, bands = self.job, self.bands(width)
+        full = bands.saved + bands.boundary
+        least = bands.boundary + np.minimum(bands.saved, bands.inputs) if stage in job.recomputes else full
+        waits = np.minimum(bands.put_off, full)
+        own = job.held[job.order.stage_rank[stage]].of(stage)
+        for kept, whole, wait in zip(own.kept[:, 0].tolist(), own.full[:, 0], own.waits[:, 0], strict=True):
+            yield bands.fixed + whole * full + (wait * waits if wait else 0), kept, full, least
+
+    def _recomputed(self, width: int, stage: int, limit: float) -> Floats | float:
+        """The share of each range that is recomputed to stay within the limit, at least so that it just fits."""
+        if self.job.recompute != "auto":
+            return float(stage in self.job.recomputes)
+        most: Floats | float = 0.0
+        for taken, kept, full, least in self._banded(width, stage):
+            over = taken + kept * full - limit
+            if (over > 0).any():
+                most = np.maximum(most, over / np.maximum(kept * (full - least), 1))
+        return np.clip(most, 0.0, 1.0)
 
     def bound_cost(self, width: int) -> StageCost:
         """``bound`` as the cost of a chain partition; infinite where memory does not fit."""
@@ -179,14 +241,20 @@ class Problem:
         fits = self.within(width)
         return lambda k: np.where(fits[k], self.bound(k, first, stop), np.inf)
 
-    def work_cost(self, width: int, *, hops: float) -> StageCost:
-        """Seconds of one micro-batch plus ``hops`` times its transfers; infinite where memory does not fit."""
+    def work_cost(self, width: int, *, hops: float, room: float = 1.0) -> StageCost:
+        """Seconds of one micro-batch, with what is likely to be recomputed, plus ``hops`` times its transfers.
+
+        Infinite where that share of the memory is not enough.
+        """
         first, stop = span(self.size, width)
-        fits, work = self.within(width), self.seconds[stop] - self.seconds[first]
+        out, work = beyond(self.size, width), self.seconds[stop] - self.seconds[first]
+        forward = self.costs.forward[stop] - self.costs.forward[first]
+        limit, needs = self.job.memory_limit * room, list(self.least_bytes(width))
 
         def cost(k: int) -> Floats:
-            s = self.job.mesh.pp - 1 - k
+            s = self.job.stages - 1 - k
             sent = self._hops[s + 1][stop] if k else 0.0
-            return np.where(fits[k], work + hops * (self._hops[s][first] + sent), np.inf)
+            spent = work + self._recomputed(width, s, limit) * forward + hops * (self._hops[s][first] + sent)
+            return np.where((needs[k] <= limit) & ~out, spent, np.inf)
 
         return cost

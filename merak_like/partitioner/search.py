@@ -1,6 +1,9 @@
 """The search for the partition whose simulated step is shortest.
 
-1. Seeds: the exact chain partitions of least bound, of least work per stage, and of least work and transfers.
+1. Seeds: the exact chain partitions of least bound, of least work per stage, and of least work and transfers; work is
+   forward, backward and what is likely to be recomputed. Where ranks have several stages, which share the memory, also
+   that of least work in equal shares of it; if none fits, borders are moved while the fullest rank gets emptier.
+   What fits is then not always found, unless the best-first search comes to its end.
 2. Moves: single borders of the best partition, one place at a time, dearest stages first.
 3. Best first: partitions in the order of their bound (see ``problem``), built stage by stage. When the next bound is no
    less than the best simulated step, that step is the optimum, and said to be proven.
@@ -18,9 +21,9 @@ import numpy as np
 
 from merak_like.partitioner.balance import bottleneck, suffixes
 from merak_like.partitioner.cuts import Bools
-from merak_like.partitioner.feasible import fits
+from merak_like.partitioner.feasible import cut_fits, fullest_width, least_memory
+from merak_like.partitioner.judge import Judge, Judged
 from merak_like.partitioner.problem import Problem
-from merak_like.partitioner.simulator import Timeline
 
 ACTIONS = 400_000
 """Simulated actions the search may spend, within the limits below: a few seconds of Python."""
@@ -39,7 +42,7 @@ class Found:
     """The best partition, in segments, and how it was found."""
 
     starts: Starts
-    timeline: Timeline
+    judged: Judged
     proven: bool
     """Nothing among the partitions of these segments is faster."""
     simulated: int
@@ -51,11 +54,11 @@ class _Judge:
     """Simulates within a budget, remembers everything, and keeps the best."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+        self.problem, self.judge = problem, Judge(problem)
         self.seen: dict[Starts, float] = {}
-        self.best: tuple[Starts, Timeline] | None = None
+        self.best: tuple[Starts, Judged] | None = None
         job = problem.job
-        actions = job.micro_batches * (2 * job.mesh.pp + 4 * (job.mesh.pp - 1))
+        actions = sum(map(len, job.order.orders)) + 4 * job.micro_batches * (job.stages - 1)
         self.budget = min(max(ACTIONS // actions, FEWEST), MOST)
 
     @property
@@ -64,54 +67,83 @@ class _Judge:
 
     @property
     def step(self) -> float:
-        return self.best[1].makespan if self.best else float("inf")
+        return self.best[1].timeline.makespan if self.best else float("inf")
 
     def __call__(self, starts: Starts) -> float:
-        """Simulate a partition that fits, unless that was done."""
+        """Simulate a partition, unless that was done; infinite if it does not fit."""
         if starts not in self.seen:
-            timeline = self.problem.judge(starts)
-            self.seen[starts] = timeline.makespan
-            if timeline.makespan < self.step * (1 - SAME):
-                self.best = starts, timeline
+            judged = self.judge(starts)
+            self.seen[starts] = judged.timeline.makespan if judged is not None else float("inf")
+            if judged is not None and judged.timeline.makespan < self.step * (1 - SAME):
+                self.best = starts, judged
         return self.seen[starts]
 
 
 def quick(problem: Problem) -> Found | None:
-    """The best of the seeds; None if no partition fits the memory."""
-    judge = _Judge(problem)
-    for starts in _seeds(problem):
-        judge(starts)
+    """The best of the seeds; None if none fits the memory, which with one stage per rank means that nothing does."""
+    judge = _sown(problem)
     if judge.best is None:
         return None
     return Found(*judge.best, proven=False, simulated=len(judge.seen), bound=0.0)
 
 
 def search(problem: Problem) -> Found | None:
-    """The best partition within the budget; None if no partition fits the memory."""
-    judge = _Judge(problem)
+    """The best partition within the budget; None if nothing that fits the memory is found (see ``quick``)."""
+    judge = _sown(problem)
+    if judge.best is None and problem.job.stages == problem.job.mesh.pp:
+        return None
+    if judge.best is not None:
+        _move(problem, judge)
+    proven, bound = _best_first(problem, judge)
+    return judge.best and Found(*judge.best, proven=proven, simulated=len(judge.seen), bound=bound)
+
+
+def _sown(problem: Problem) -> _Judge:
+    judge, alone = _Judge(problem), problem.job.stages == problem.job.mesh.pp
     for starts in _seeds(problem):
         judge(starts)
-    if judge.best is None:
-        return None
-    _move(problem, judge)
-    proven, bound = _best_first(problem, judge)
-    return Found(*judge.best, proven=proven, simulated=len(judge.seen), bound=bound)
+    if judge.best is None and not alone:
+        starts = _emptier(problem, judge.judge)
+        if starts is not None:
+            judge(starts)
+    return judge
 
 
 def _seeds(problem: Problem) -> Iterator[Starts]:
-    """Partitions that fit, if there are any: bands are widened until one is found or nothing is left out."""
-    size, stages = problem.size, problem.job.mesh.pp
+    """Partitions whose stages fit, if there are any: bands are widened until one is found or nothing is left out."""
+    size, stages, ranks = problem.size, problem.job.stages, problem.job.mesh.pp
     work = np.diff(problem.seconds)
     most, first = max(float(work.max()), float(work.sum()) / stages * 1.05), True
     while True:
         width = problem.width(most)
-        costs = (problem.bound_cost(width), problem.work_cost(width, hops=1.0), problem.work_cost(width, hops=0.0))
+        costs = [problem.bound_cost(width), problem.work_cost(width, hops=1.0), problem.work_cost(width, hops=0.0)]
+        if stages > ranks:
+            costs.append(problem.work_cost(width, hops=0.0, room=ranks / stages))
         found = [bottleneck(size, stages, cost) for cost in costs]
         starts = [each[1] for each in found if each is not None]
-        if starts or width >= size or (first and not fits(problem)):
-            yield from starts
+        if starts or width >= size or (first and not cut_fits(problem)):
+            yield from dict.fromkeys(starts)
             return
         most, first = most * 1.5, False
+
+
+def _emptier(problem: Problem, judge: Judge) -> Starts | None:
+    """One border moved at a time, by any power of two, while the fullest rank gets emptier; None if that never fits."""
+    starts = least_memory(problem)[1]
+    over = judge.over(starts)
+    while over > 0:
+        moved = [
+            (*starts[:border], starts[border] + shift, *starts[border + 1 :])
+            for border in range(1, len(starts) - 1)
+            for step in range(problem.size.bit_length())
+            for shift in (-(2**step), 2**step)
+            if starts[border - 1] < starts[border] + shift < starts[border + 1]
+        ]
+        best = min(((judge.over(each), each) for each in moved), default=(over, starts))
+        if best[0] >= over:
+            return None
+        over, starts = best
+    return starts
 
 
 def _move(problem: Problem, judge: _Judge) -> None:
@@ -138,7 +170,7 @@ def _move(problem: Problem, judge: _Judge) -> None:
 def _promising(problem: Problem, judge: _Judge, room: list[Bools], starts: Starts, stage: int) -> bool:
     """Whether a stage is not empty, fits the memory, and could be part of something better than the best."""
     i, j = starts[stage], starts[stage + 1]
-    k = problem.job.mesh.pp - 1 - stage
+    k = problem.job.stages - 1 - stage
     if not i < j <= i + room[k].shape[1] or not room[k][i, j - i - 1]:
         return False
     return float(problem.bound(k, np.array([i]), np.array([j]))[0]) < judge.step * (1 - SAME)
@@ -146,9 +178,9 @@ def _promising(problem: Problem, judge: _Judge, room: list[Bools], starts: Start
 
 def _best_first(problem: Problem, judge: _Judge) -> tuple[bool, float]:
     """Go on until nothing better can be left (True) or the budget is spent; and the least bound that is left."""
-    size, stages, m = problem.size, problem.job.mesh.pp, problem.job.micro_batches
+    size, stages, m = problem.size, problem.job.stages, problem.job.micro_batches
     # A stage of more work than this cannot be in a better partition.
-    width = problem.width(judge.step / m)
+    width = min(problem.width(judge.step / m), fullest_width(problem))
     cost = problem.bound_cost(width)
     least = suffixes(size, stages, cost)
     root = float(least[stages - 1, 0])

@@ -6,7 +6,7 @@ A schedule is plain data, so it can be printed, compared, timed and checked befo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
@@ -27,6 +27,13 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
     nearest = get_close_matches(name, names, n=1, cutoff=0.0)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     return ValueError(f"unknown {what} {name!r}: {hint}known are {', '.join(names)}")
+
+
+def known(name: str, what: str, names: Collection[str]) -> str:
+    """Return the name if it is one of these; raise the error of ``unknown`` if it is not."""
+    if name not in names:
+        raise unknown(what, name, names)
+    return name
 
 
 class Kind(StrEnum):

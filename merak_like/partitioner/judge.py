@@ -1,0 +1,194 @@
+"""One partition, judged: what its stages cost, what is recomputed so that it fits, and the step by simulation."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from merak_like.partitioner.memory import Parts
+from merak_like.partitioner.plan import StageMemory
+from merak_like.partitioner.planned import recomputing
+from merak_like.partitioner.problem import Problem
+from merak_like.partitioner.recompute import Front, Live, choose, front, peak
+from merak_like.partitioner.schedules.action import Edges, Schedule
+from merak_like.partitioner.schedules.passes import add_transfers
+from merak_like.partitioner.simulator import Costs, StageCosts, Timeline, simulate
+
+ORDERS = 16
+"""Schedules with transfers that are remembered."""
+NOTHING = Front(np.zeros(1, np.int64), np.zeros(1), ((),))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A range of segments as a stage: one micro-batch."""
+
+    parts: Parts
+    live: Live
+    borders: tuple[int, ...]
+    """Ops at which its units begin, then the end."""
+    forward: float
+    backward: float
+    """The whole of it."""
+    weight: float
+
+    @property
+    def nothing(self) -> Front:
+        """Only the way that recomputes nothing."""
+        return replace(NOTHING, kept=np.array([self.parts.saved]))
+
+    @property
+    def everything(self) -> Front:
+        """Only the way that recomputes all units."""
+        least = min(self.parts.saved, self.parts.inputs)
+        return Front(np.array([least]), np.array([self.forward]), (tuple(range(len(self.borders) - 1)),))
+
+    def costs(self, recompute: float, kept: int) -> StageCosts:
+        """What the simulator needs to know."""
+        return StageCosts(
+            forward=self.forward,
+            backward=max(self.backward - self.weight, 0.0),
+            recompute=recompute,
+            weight=self.weight,
+            activation_bytes=self.live.full,
+            kept_bytes=self.live.boundary + kept,
+            weight_bytes=self.live.waits,
+        )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A partition that fits, with its step."""
+
+    stages: tuple[Stage, ...]
+    recompute: tuple[tuple[tuple[int, int], ...], ...]
+    """For each stage, the units that it recomputes, as ops ``first`` up to ``stop``."""
+    schedule: Schedule
+    """Compute-only."""
+    costs: Costs
+    edges: Edges
+    timeline: Timeline
+
+    def memory(self, stage: int) -> StageMemory:
+        """Bytes of a stage at its own fullest moment."""
+        parts, live = self.stages[stage].parts, self.timeline.peak_bytes[stage]
+        boundary = min(live, self.timeline.peak_live[stage] * parts.boundary)
+        return StageMemory(parts.weights, parts.gradients, parts.optimizer, live - boundary, boundary, parts.workspace)
+
+    @property
+    def rank_bytes(self) -> tuple[int, ...]:
+        """Bytes of each rank at its fullest moment."""
+        total = list(self.timeline.rank_peak_bytes)
+        for stage, rank in zip(self.stages, self.schedule.stage_rank, strict=True):
+            total[rank] += stage.parts.fixed
+        return tuple(total)
+
+    def ordered(self, schedule: Schedule) -> Judged:
+        """The same partition under another order of the same stages."""
+        return replace(
+            self, schedule=schedule, timeline=simulate(add_transfers(schedule, self.edges), self.costs, self.edges)
+        )
+
+
+class Judge:
+    """Judges partitions of one problem; ranges that come again are not looked at again."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._stages: dict[tuple[int, int], Stage] = {}
+        self._fronts: dict[tuple[int, int], Front] = {}
+        self._orders: dict[tuple[frozenset[int], Edges], tuple[Schedule, Schedule]] = {}
+
+    def __call__(self, starts: Sequence[int]) -> Judged | None:
+        """Simulate a partition, each value sent straight from stage to stage; None if it does not fit the memory."""
+        job = self.problem.job
+        ranges = list(pairwise(starts))
+        stages = tuple(self.stage(*ends) for ends in ranges)
+        fronts = [self._only(stage, s) for s, stage in enumerate(stages)]
+        ways = [0] * len(stages)
+        for held in job.held:
+            live, own = [stages[s].live for s in held.stages], [fronts[s] for s in held.stages]
+            room = job.memory_limit - sum(stages[s].parts.fixed for s in held.stages)
+            # Most jobs have room: then nothing is recomputed, and the fronts need not be known.
+            if job.recompute == "auto" and peak(held, live, [s.full for s in live]) > room:
+                for n, s in enumerate(held.stages):
+                    own[n] = fronts[s] = self._ways(ranges[s])
+            chosen = choose(held, live, own, room)
+            if chosen is None:
+                return None
+            for s, way in zip(held.stages, chosen, strict=True):
+                ways[s] = way
+        costs = [
+            stage.costs(float(ahead.seconds[way]), int(ahead.kept[way]))
+            for stage, ahead, way in zip(stages, fronts, ways, strict=True)
+        ]
+        again = tuple(
+            tuple((stage.borders[unit], stage.borders[unit + 1]) for unit in ahead.units[way])
+            for stage, ahead, way in zip(stages, fronts, ways, strict=True)
+        )
+        sent = self.problem.traffic.edges(starts)
+        links = {ends: job.link(*ends) for ends in sent}
+        transfer = {ends: link.seconds(sent[ends]) for ends, link in links.items() if link is not None}
+        edges = frozenset(sent)
+        whole = Costs(tuple(costs), transfer)
+        schedule, full = self._order(frozenset(s for s, units in enumerate(again) if units), edges)
+        return Judged(stages, again, schedule, whole, edges, simulate(full, whole, edges))
+
+    def over(self, starts: Sequence[int]) -> int:
+        """Bytes that the fullest rank has too much, or less than nothing, if as much as may be is recomputed."""
+        job = self.problem.job
+        stages = [self.stage(*ends) for ends in pairwise(starts)]
+        most: list[int] = []
+        for held in job.held:
+            live = [stages[s].live for s in held.stages]
+            fronts = [stages[s].everything if s in job.recomputes else stages[s].nothing for s in held.stages]
+            least = [stage.boundary + int(only.kept[0]) for stage, only in zip(live, fronts, strict=True)]
+            most.append(peak(held, live, least) + sum(stages[s].parts.fixed for s in held.stages))
+        return max(most) - job.memory_limit
+
+    def stage(self, start: int, stop: int) -> Stage:
+        """Segments ``start .. stop - 1`` as a stage."""
+        if (start, stop) not in self._stages:
+            self._stages[start, stop] = self._made(start, stop)
+        return self._stages[start, stop]
+
+    def _made(self, start: int, stop: int) -> Stage:
+        problem, ops = self.problem, self.problem.ops
+        first, last = int(problem.positions[start]), int(problem.positions[stop])
+        borders = problem.borders.tolist()
+        inside = borders[bisect_right(borders, first) : bisect_left(borders, last)]
+        parts = problem.memory.parts(first, last)
+        full = parts.saved + parts.boundary
+        return Stage(
+            parts=parts,
+            live=Live(parts.boundary, full, min(parts.put_off, full)),
+            borders=(first, *inside, last),
+            forward=float(ops.forward[last] - ops.forward[first]),
+            backward=float(ops.backward[last] - ops.backward[first]),
+            weight=float(ops.weight[last] - ops.weight[first]),
+        )
+
+    def _only(self, stage: Stage, index: int) -> Front:
+        job = self.problem.job
+        return stage.everything if job.recompute == "full" and index in job.recomputes else stage.nothing
+
+    def _ways(self, ends: tuple[int, int]) -> Front:
+        if ends not in self._fronts:
+            stage, forward = self.stage(*ends), self.problem.ops.forward
+            saved, near, far = self.problem.memory.kept_by(stage.borders)
+            seconds = np.diff(forward[list(stage.borders)]).tolist()
+            self._fronts[ends] = front(seconds, saved, near, far, stage.parts.inputs)
+        return self._fronts[ends]
+
+    def _order(self, again: frozenset[int], edges: Edges) -> tuple[Schedule, Schedule]:
+        """The schedule where these stages recompute, and with transfers over these edges."""
+        if (again, edges) not in self._orders:
+            if len(self._orders) >= ORDERS:
+                self._orders.clear()
+            schedule = recomputing(self.problem.job.order, again)
+            self._orders[again, edges] = schedule, add_transfers(schedule, edges)
+        return self._orders[again, edges]

@@ -1,0 +1,40 @@
+"""The order of a plan's actions: as its schedule's name says, or built for the stages that were found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from merak_like.partitioner.judge import Judged
+from merak_like.partitioner.problem import STAND_IN, Problem
+from merak_like.partitioner.schedules.auto.build import Found as Order
+from merak_like.partitioner.schedules.auto.build import auto
+from merak_like.partitioner.search import Found
+
+EFFORT = 0.25
+"""Of the search for an order: about a second for the largest jobs."""
+
+
+def in_order(problem: Problem, found: Found) -> tuple[Judged, Order | None]:
+    """The partition under its final order, and for an order that was built how good it is.
+
+    The order is never slower than that of the schedule the partition was found with, and stays within the memory.
+    """
+    job, judged = problem.job, found.judged
+    if job.schedule not in STAND_IN:
+        return judged, None
+    fixed = [0] * job.mesh.pp
+    for stage, rank in zip(judged.stages, job.order.stage_rank, strict=True):
+        fixed[rank] += stage.parts.fixed
+    order = auto(
+        judged.costs,
+        job.micro_batches,
+        stage_rank=job.order.stage_rank,
+        edges=judged.edges,
+        memory=[job.memory_limit - each for each in fixed],
+        recomputes=[stage for stage, units in enumerate(judged.recompute) if units],
+        effort=EFFORT,
+    )
+    built = judged.ordered(order.schedule)
+    if built.timeline.makespan < judged.timeline.makespan:
+        return built, order
+    return judged, replace(order, schedule=judged.schedule, makespan=judged.timeline.makespan)
