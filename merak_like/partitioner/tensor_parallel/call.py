@@ -13,6 +13,10 @@ Path = tuple[int | str, ...]
 """Where in a step's arguments: ``(0,)`` the first, ``("dim",)`` a keyword, ``(1, 2, "stop")`` inside containers."""
 
 
+ALIASES: Mapping[str, str] = {"dim": "axis", "keepdim": "keepdims"}
+"""numpy's words, which torch takes too."""
+
+
 @dataclass
 class Operand:
     """A tensor among the arguments of a step. ``dims`` is how the step wants it, which a rule may change."""
@@ -64,6 +68,7 @@ class Call:
     def arg(self, place: int, key: str, default: Any = None) -> Any:
         """An argument by place or keyword."""
         kwargs: Mapping[str, Any] = self.step.kwargs
+        key = ALIASES[key] if key not in kwargs and ALIASES.get(key) in kwargs else key
         return kwargs[key] if key in kwargs else self.step.args[place] if place < len(self.step.args) else default
 
     def path(self, place: int, key: str) -> Path:

@@ -29,7 +29,32 @@ def choose(followed: Followed, flows: Flows, tp: int) -> tuple[Candidate, ...]:
     """Take candidates by volume, ties by bytes communicated, as long as they do not meet a taken one."""
     volumes = volumes_of(followed)
     meeting = meetings(followed, frozenset(volumes))
-    left = [c for c in candidates(followed, volumes, tp) if not any((a, a) in meeting for a in c.axes)]
+    good = [c for c in candidates(followed, volumes, tp) if not any((a, a) in meeting for a in c.axes)]
+    while True:
+        taken = independent(good, flows, meeting)
+        half = halves(followed, frozenset(axis for candidate in taken for axis in candidate.axes))
+        if not half:
+            return taken
+        good = [candidate for candidate in good if half.isdisjoint(candidate.axes)]
+
+
+def halves(followed: Followed, chosen: frozenset[int]) -> frozenset[int]:
+    """Axes in some segments of a row that is summed over, while other segments are whole.
+
+    The whole segments would be summed once by every rank.
+    """
+    axes, found = followed.axes, set[int]()
+    for record in followed.records:
+        for dim in record.contracted:
+            for axis in axes.resolve(dim):
+                parts = [chosen.intersection(axes.leaves(segment)) for segment in axes.segments(axis)]
+                if not all(parts):
+                    found.update(*parts)
+    return frozenset(found)
+
+
+def independent(left: list[Candidate], flows: Flows, meeting: set[tuple[int, int]]) -> tuple[Candidate, ...]:
+    """Candidates of which no two meet, the largest first."""
     taken = list[Candidate]()
     while left:
         most = max(candidate.volume for candidate in left)
@@ -59,7 +84,7 @@ def volumes_of(followed: Followed) -> dict[int, float]:
     axes, found = followed.axes, dict[int, float]()
     for name, dims in followed.weights.items():
         known = followed.known[name]
-        if len(known.shape) < 2:
+        if not known.matrix:
             continue
         for dim in dims:
             for axis, share in shares(axes, dim):

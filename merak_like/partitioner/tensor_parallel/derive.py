@@ -104,7 +104,7 @@ def describe(followed: Followed, flows: Flows, chosen: Sequence[Candidate], tp: 
         for (name, version), dims in followed.values.items()
         if not version and name not in followed.outer and _touches(followed, dims, place)
     }
-    matrices = {n: prod(followed.known[n].shape) for n in followed.weights if len(followed.known[n].shape) > 1}
+    matrices = {n: prod(followed.known[n].shape) for n in followed.weights if followed.known[n].matrix}
     return DerivedBlock(
         followed.unit.name, tuple(step.name for step in followed.unit.steps), tuple(_sharded_axis(followed, c) for c in chosen), weights, values, tuple(groups),
         _sizes(followed, degrees), tuple(r.step.name for r in followed.records
@@ -120,7 +120,7 @@ def _group(followed: Followed, flow: Flow, mine: frozenset[int], degree: int, re
     return Group(
         degree, repeat, flow.reduced, flow.entered, flow.entered_bytes, flow.evened,
         sliced, tuple(flow.shared), tuple(flow.partial), dict(flow.forms),
-        flow.forward_bytes - sum(flow.reduced.values()),
+        (flow.forward_bytes - sum(flow.reduced.values()), flow.backward_bytes - sum(flow.entered_bytes.values())),
     )  # fmt: skip
 
 

@@ -36,19 +36,20 @@ class Group:
     partial_gradients: tuple[str, ...]
     """Weights that are the same in the group, with gradients that add up over it."""
     forms: Mapping[str, str]
-    """Steps that must be rewritten: ``mean`` (divide by the degree), ``embedding``, ``cross_entropy``."""
-    inside_bytes: int = 0
-    """Reduced inside rewritten steps."""
+    """Steps that must be rewritten: ``mean`` (divide by the degree), ``embedding``, ``cross_entropy``, ``layer_norm``,
+    ``rms_norm``."""
+    inside_bytes: tuple[int, int] = (0, 0)
+    """Reduced inside rewritten steps, forward and backward."""
 
     @property
     def forward_bytes(self) -> int:
         """Payload of the forward's reductions."""
-        return sum(self.reduced.values()) + self.inside_bytes
+        return sum(self.reduced.values()) + self.inside_bytes[0]
 
     @property
     def backward_bytes(self) -> int:
         """Payload of the backward's reductions, those of weights' gradients not included."""
-        return sum(self.entered_bytes.values())
+        return sum(self.entered_bytes.values()) + self.inside_bytes[1]
 
 
 @dataclass(frozen=True)

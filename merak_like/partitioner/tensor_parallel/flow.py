@@ -23,8 +23,8 @@ from merak_like.partitioner.tensor_parallel.axes import Axes, Dim, Dims
 from merak_like.partitioner.tensor_parallel.follow import Followed, Record, Use, Version
 from merak_like.partitioner.tensor_parallel.layout import Where
 
-REDUCED_INSIDE = frozenset({"cross_entropy"})
-"""Forms that give a whole result by reducing inside."""
+REDUCED_INSIDE: Mapping[str, tuple[int, int]] = {"cross_entropy": (3, 0), "layer_norm": (2, 2), "rms_norm": (1, 1)}
+"""Forms whose partial sums are reduced inside: how many numbers per row, forward and backward."""
 
 
 @dataclass
@@ -133,7 +133,8 @@ class _Run:
 
     # ---------------------------------------------------------------------------------------------------- forward
     def forward(self) -> None:
-        self.flow.slices, self.flow.shared, self.flow.forms, self.flow.forward_bytes = [], [], [], 0
+        self.flow.slices, self.flow.shared, self.flow.forms = [], [], []
+        self.flow.forward_bytes = self.flow.backward_bytes = 0
         for index, record in enumerate(self.f.records):
             self.one(index, record)
         for version in self.flows.ends:
@@ -157,13 +158,15 @@ class _Run:
         if touched or passes:
             self.local.add(index)
         inside = record.form in REDUCED_INSIDE
-        if inside and touched:
+        if contracts and record.form:
             self.flow.forms.append((record.step.name, record.form))
-            rows = self.f.axes.size(self.f.axes.resolve(record.uses[0].own[0]))
-            self.flow.forward_bytes += 3 * rows * self.f.known[record.uses[0].name.name].itemsize
-        if contracts and not inside:
-            if record.form:
-                self.flow.forms.append((record.step.name, record.form))
+        if contracts and inside:
+            known, summed = self.f.known[record.uses[0].name.name], map(self.f.axes.size, record.contracted)
+            row = prod(known.shape) // prod(summed) * known.itemsize
+            forward, backward = REDUCED_INSIDE[record.form]
+            self.flow.forward_bytes += forward * row
+            self.flow.backward_bytes += backward * row
+        if (contracts and not inside) or passes:
             for use in record.uses:
                 if use.path in record.addends and not self.sharded(use.dims):
                     self.flow.shared.append((record.step.name, use.path))
@@ -176,7 +179,9 @@ class _Run:
 
     def passes(self, record: Record, partial: list[Use], touched: bool) -> bool:
         """Whether the step may work on partial sums, so that a reduction can wait."""
-        if touched or record.step.mutates or any(self.flows.counts[use.version] > 1 for use in partial):
+        if touched or record.step.mutates or record.addends or (record.linear == "product" and record.contracted):
+            return False
+        if any(self.flows.counts[use.version] > 1 for use in partial):
             return False
         if any(use.version in self.flows.ends for use in partial):
             return False

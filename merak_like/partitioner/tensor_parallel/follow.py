@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from merak_like.partitioner.tensor_parallel.axes import Axes, Dim, Dims
 from merak_like.partitioner.tensor_parallel.call import Call, Operand, Path, flatten
 from merak_like.partitioner.tensor_parallel.rules import RULES, Rule
+from merak_like.partitioner.tensor_parallel.rules.elementwise import broadcast
+from merak_like.partitioner.tensor_parallel.trying import commutes
 from merak_like.partitioner.tensor_parallel.units import VIEWS, Tensor, Unit, ancestors
 from merak_like.partitioner.tracer.fine import Name, Step
 
@@ -129,8 +131,10 @@ class _Follower:
         call = Call(step, self.axes, dict(operands), step.value.shape if step.value else None, booleans)
         rule = self.rules.get(step.word.split(".")[0])
         if rule is None:
-            self.unknown[step.word] += 1
-            rule = no_row
+            shapes = {name: self.known[name.name].shape for _, name in named}
+            if not commutes(step, shapes):
+                self.unknown[step.word] += 1
+            rule = no_row if step.word in self.unknown else tried
         rule(call)
         if step.word in VIEWS and (0,) in operands and operands[0,].name.kind == "value":
             self.base[step.name] = operands[0,].name.name
@@ -224,6 +228,12 @@ class _Follower:
                 return False
             (a if p > q else b).append((max(p, q) // min(p, q), x if p > q else y))
         return True
+
+def tried(call: Call) -> None:
+    """An operation that the table does not know, seen to work element by element."""
+    assert call.shape is not None
+    call.out(broadcast(call, list(call.operands.values()), call.shape))
+
 
 def no_row(call: Call) -> None:
     """An operation that the table does not know."""

@@ -332,7 +332,33 @@ def _cross_entropy(ranks: _Ranks, step: Step, args: list[Any], block: DerivedBlo
     return found
 
 
-REWRITTEN: Mapping[str, Callable[..., list[Tensor]]] = {"embedding": _embedding, "cross_entropy": _cross_entropy}
+def _layer_norm(ranks: _Ranks, step: Step, args: list[Any], block: DerivedBlock) -> list[Tensor]:
+    """Mean and variance over dimensions of which a rank has a part: two sums are reduced, their gradients too."""
+    group = next(group for group in block.groups if step.name in group.forms)
+    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    if step.word == "rms_norm":
+        names = ("input", "normalized_shape", "weight", "eps")
+    given = [dict(zip(names, positional, strict=False)) | kwargs for positional, kwargs in args]
+    dims = tuple(range(-len(given[0]["normalized_shape"]), 0))
+
+    def mean(tensors: list[Tensor]) -> list[Tensor]:
+        means = [t.mean(dims, keepdim=True) / group.degree for t in tensors]
+        return _over(group, _over(group, means, lambda t: _AllReduce.apply(*t)), lambda t: _Enter.apply(*t))  # type: ignore[arg-type]
+
+    x = [g["input"] for g in given]
+    if step.word == "layer_norm":
+        x = [t - m for t, m in zip(x, mean(x), strict=True)]
+    found = list[Tensor]()
+    for g, t, square in zip(given, x, mean([t * t for t in x]), strict=True):
+        eps = g.get("eps", 1e-5)
+        out = t * (square + (torch.finfo(t.dtype).eps if eps is None else eps)).rsqrt()
+        out = out if g.get("weight") is None else out * g["weight"]
+        found.append(out if g.get("bias") is None else out + g["bias"])
+    return found
+
+
+REWRITTEN: Mapping[str, Callable[..., list[Tensor]]] = {"embedding": _embedding, "cross_entropy": _cross_entropy,
+                                                       "layer_norm": _layer_norm, "rms_norm": _layer_norm}
 
 
 def _wide(value: Any) -> Any:

@@ -23,6 +23,8 @@ class Tensor:
     """A gradient flows into it, perhaps after something was written into it."""
     side: bool
     """Does not depend on the batch, or has no gradient."""
+    matrix: bool = False
+    """A parameter of two dimensions or more."""
 
     @property
     def itemsize(self) -> int:
@@ -83,7 +85,7 @@ def blocks(graph: ProxyGraph) -> Iterator[tuple[str, int, int]]:
 
 def tensors(graph: ProxyGraph, steps: Sequence[Step], constants: Mapping[str, Any]) -> dict[str, Tensor]:
     """Every tensor by the name steps use for it."""
-    known = {p.name: Tensor(p.shape, p.dtype, p.trainable, True) for p in graph.parameters}
+    known = {p.name: Tensor(p.shape, p.dtype, p.trainable, True, len(p.shape) > 1 and not p.buffer) for p in graph.parameters}
     for name, value in constants.items():
         if hasattr(value, "shape") and hasattr(value, "dtype"):
             known[name] = Tensor(tuple(value.shape), str(value.dtype).removeprefix("torch."), False, True)

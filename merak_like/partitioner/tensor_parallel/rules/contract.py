@@ -128,6 +128,7 @@ def cross_entropy(call: Call) -> None:
             call.pin(dim, why="the loss is a mean over it" if index != at else "this cross-entropy needs all classes")
     if plain:
         call.form = "cross_entropy"
+        call.contracted.append(logits.dims[at])
     call.out(call.fresh(call.shape or (), "a loss"))
 
 

@@ -46,6 +46,7 @@ def _picked(call: Call, dims: Dims, key: Any, path: Path) -> list[Dim]:
                 first_index = len(out)
             if isinstance(k, Name):
                 indexed.append(call.operands[where])
+                call.pin(*call.operands[where].dims, why="it tells which elements are picked")
         elif isinstance(k, int):
             dim = call.axes.resolve(dims[place])
             call.pin(dim, why="one element of it is picked")
@@ -189,8 +190,10 @@ def index(call: Call) -> None:
     call.pin(dims[at], why="elements are picked from it")
     if call.step.word == "index_select":
         indices = call.operands[call.path(2, "index")]
+        call.pin(*indices.dims, why="it tells which elements are picked")
         dims[at] = call.axes.fresh(call.size(indices.dims[0]) if indices.dims else 1, "picked by a tensor")
     elif (source := call.operand(3, "source")) is not None:
+        call.pin(*call.operands[call.path(2, "index")].dims, why="it tells where elements are put")
         call.pin(source.dims[at])
         call.follow(source, [*dims[:at], source.dims[at], *dims[at + 1 :]])
     call.out(dims)

@@ -122,7 +122,8 @@ def repeat_interleave(call: Call) -> None:
 def cat(call: Call) -> None:
     """One dimension becomes a row of segments, the others are the same."""
     assert call.shape is not None
-    parts = [part for part in call.within(0, "tensors") if part.dims]
+    # torch lets an empty vector stand among tensors of any rank
+    parts = [part for part in call.within(0, "tensors") if len(part.dims) == len(call.shape)]
     at = call.arg(1, "dim", 0) % len(call.shape)
     call.linear = "sum"
     leaders = [part for part in parts if not part.side] or parts[:1]

@@ -74,14 +74,16 @@ def reduced(call: Call) -> None:
 
 @register("layer_norm", "rms_norm")
 def layer_norm(call: Call) -> None:
-    """Normalized dimensions are whole, with their weight and bias."""
-    shape = call.arg(1, "normalized_shape")
+    """Normalized dimensions with their weight and bias; where they are sharded, the sums over them are reduced."""
+    shape, path = call.arg(1, "normalized_shape"), call.path(1, "normalized_shape")
     rank = len(shape) if isinstance(shape, (tuple, list)) else 1
     last = call.first.dims[-rank:]
-    call.pin(*last, why=f"{call.step.word} is over it")
     for operand in list(call.operands.values())[1:]:
         for own, dim in zip(operand.dims, last, strict=True):
             call.axes.unify(own, dim)
+    call.contracted.extend(last)
+    call.sizes.extend(((*path, i), dim) for i, dim in enumerate(last))
+    call.form = call.step.word
     call.out(call.first.dims)
 
 
@@ -210,3 +212,18 @@ def check(call: Call) -> None:
     """A question about the tensor is asked of the whole tensor."""
     for operand in call.operands.values():
         call.pin(*operand.dims, why="the model's Python asks about it")
+
+
+@register("unfold")
+def unfold(call: Call) -> None:
+    """Windows: of an image (channels pass, the window is the faster axis), or of one dimension."""
+    assert call.shape is not None
+    dims, why = call.first.dims, "windows move along it"
+    if isinstance(call.step.target, str):
+        at = call.axis(call.arg(1, "dimension"))
+        call.pin(dims[at], why=why)
+        call.out([*dims[:at], *call.fresh((call.shape[at],), why), *dims[at + 1 :], *call.fresh(call.shape[-1:], why)])
+        return
+    call.pin(*dims[-2:], why=why)
+    window = call.axes.fresh(call.shape[-2] // call.size(dims[-3]), why)
+    call.out([*dims[:-3], dims[-3] + window, *call.fresh(call.shape[-1:], why)])
