@@ -70,8 +70,9 @@ def independent(left: list[Candidate], flows: Flows, meeting: set[tuple[int, int
 
 def traffic(flows: Flows, candidate: Candidate) -> int:
     """Bytes reduced forward and backward if only this candidate is taken."""
-    flow = flows.run(frozenset(candidate.axes), max(candidate.degrees))
-    return flow.forward_bytes + flow.backward_bytes
+    degrees = dict(zip(candidate.axes, candidate.degrees, strict=True))
+    each = [flows.run(frozenset((axis,)), degree, degrees) for axis, degree in degrees.items()]
+    return sum(flow.forward_bytes + flow.backward_bytes for flow in each)
 
 
 def meet(meeting: set[tuple[int, int]], one: int, other: int) -> bool:
@@ -116,7 +117,6 @@ def candidates(followed: Followed, volumes: Mapping[int, float], tp: int) -> lis
             for other in sorted(neighbours(followed, axis) & volumes.keys()):
                 if axes.size((other,)) % (tp // few) == 0:
                     found.append(Candidate((axis, other), (few, tp // few), volume))
-                    break
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -98,6 +99,8 @@ def describe(followed: Followed, flows: Flows, chosen: Sequence[Candidate], tp: 
         flow = flows.run(mine, degree, degrees)
         groups.append(_group(followed, flow, mine, degree, repeat))
         local |= set(flow.local)
+    if len(groups) > 1:
+        groups = [*_common(groups, tp), *groups]
     weights = {n: _layout(followed, d, place) for n, d in followed.weights.items() if _touches(followed, d, place)}
     values = {
         name: _layout(followed, dims, place)
@@ -112,6 +115,41 @@ def describe(followed: Followed, flows: Flows, chosen: Sequence[Candidate], tp: 
         {name: _reason(followed, dims, tp) for name, dims in followed.weights.items() if name not in weights},
         dict(followed.unknown), sum(matrices.values()), sum(n for name, n in matrices.items() if name in weights),
     )  # fmt: skip
+
+
+def _common(groups: list[Group], tp: int) -> list[Group]:
+    """Take out of two groups what both do, to be done once by all ranks; slices are taken one after the other."""
+    outer, inner = groups
+
+    def both(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> dict[Any, Any]:
+        return {key: value for key, value in one.items() if key in other and other[key] == value}
+
+    def shared(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(item for item in one if item in other)
+
+    merged = Group(
+        tp, 1, both(outer.reduced, inner.reduced), both(outer.entered, inner.entered), {},
+        both(outer.evened, inner.evened), {}, shared(outer.shared, inner.shared),
+        shared(outer.partial_gradients, inner.partial_gradients), both(outer.forms, inner.forms),
+        outer.inside_bytes if outer.forms and outer.forms == inner.forms else (0, 0),
+    )  # fmt: skip
+    merged = replace(merged, entered_bytes={name: outer.entered_bytes[name] for name in merged.entered})
+    for index, group in enumerate(groups):
+        entered = _without(group.entered, merged.entered)
+        groups[index] = replace(
+            group, reduced=_without(group.reduced, merged.reduced), entered=entered,
+            entered_bytes={name: group.entered_bytes[name] for name in entered},
+            evened=_without(group.evened, merged.evened),
+            shared=tuple(item for item in group.shared if item not in merged.shared),
+            partial_gradients=tuple(n for n in group.partial_gradients if n not in merged.partial_gradients),
+            forms=_without(group.forms, merged.forms),
+            inside_bytes=(0, 0) if any(merged.inside_bytes) else group.inside_bytes,
+        )  # fmt: skip
+    return [merged]
+
+
+def _without(items: Mapping[Any, Any], taken: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: value for key, value in items.items() if key not in taken}
 
 
 def _group(followed: Followed, flow: Flow, mine: frozenset[int], degree: int, repeat: int) -> Group:

@@ -10,6 +10,7 @@ from merak_like.partitioner.blocks import _mark_blocks, _Node, _tree
 from merak_like.partitioner.graph import ITEMSIZE, ProxyGraph, Value
 from merak_like.partitioner.tensor_parallel.call import flatten
 from merak_like.partitioner.tensor_parallel.derived import OUTSIDE
+from merak_like.partitioner.tensor_parallel.rules.elementwise import BINARY_WORDS, UNARY_WORDS
 from merak_like.partitioner.tracer.fine import Name, Step
 
 
@@ -98,7 +99,9 @@ def tensors(graph: ProxyGraph, steps: Sequence[Step], constants: Mapping[str, An
         changed = False
         for step in steps:
             sources = [name.name for _, name in flatten((step.args, step.kwargs)) if name.kind == "value"]
-            depends = any(batch.get(name) for name in sources)
+            # A table's rows plus a mask of the batch are still about the table: what has no gradient adds no stream.
+            counted = [s for s in sources if grad.get(s)] if grad.get(step.name) and step.word in PLAIN else sources
+            depends = any(batch.get(name) for name in counted)
             if depends and not batch[step.name]:
                 batch[step.name] = changed = True
             if sources and step.word in VIEWS:
@@ -113,6 +116,7 @@ def tensors(graph: ProxyGraph, steps: Sequence[Step], constants: Mapping[str, An
     return known
 
 
+PLAIN = UNARY_WORDS | BINARY_WORDS
 VIEWS = frozenset(
     "view reshape transpose permute unsqueeze squeeze getitem select narrow t flatten unflatten expand chunk split "
     "unbind detach contiguous to view_as swapaxes moveaxis".split()
