@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merak_like.partitioner.schedules import BY_NAME
 from merak_like.partitioner.schedules.action import RECEIVE_OF, USER_OF, Action, Edges, Kind, Schedule, chain
 from merak_like.partitioner.schedules.gpipe import gpipe
 from merak_like.partitioner.schedules.one_f_one_b import one_f_one_b
@@ -17,6 +16,7 @@ from merak_like.partitioner.schedules.passes import add_transfers
 from merak_like.partitioner.simulator import Costs, Entry, StageCosts, simulate
 from tests.schedule_cases import random_edges, random_schedule
 
+PLAIN = {"gpipe": gpipe, "1f1b": one_f_one_b}
 SECONDS = st.floats(0.01, 10)
 SIZES = {"stages": st.integers(1, 6), "micro_batches": st.integers(1, 9)}
 SEEDS = st.integers(0, 2**32 - 1)
@@ -30,12 +30,12 @@ def equal(stages: int, forward: float, backward: float, hop: float = 0.0) -> Cos
 
 
 @settings(deadline=None, max_examples=60)
-@given(name=st.sampled_from(sorted(BY_NAME)), forward=SECONDS, backward=SECONDS, **SIZES)
+@given(name=st.sampled_from(sorted(PLAIN)), forward=SECONDS, backward=SECONDS, **SIZES)
 def test_equal_stages_take_the_textbook_time(
     name: str, forward: float, backward: float, stages: int, micro_batches: int
 ) -> None:
     """Narayanan et al. 2021, section 2.2: a bubble of (p - 1) (f + b) beside m (f + b) of work, for either schedule."""
-    timeline = simulate(BY_NAME[name](stages, micro_batches), equal(stages, forward, backward))
+    timeline = simulate(PLAIN[name](stages, micro_batches), equal(stages, forward, backward))
     assert timeline.makespan == pytest.approx((micro_batches + stages - 1) * (forward + backward), rel=1e-9)
     bubble = (stages - 1) / (micro_batches + stages - 1)
     assert timeline.rank_bubble == pytest.approx([bubble] * stages, abs=1e-9)
@@ -50,7 +50,7 @@ def test_no_schedule_beats_its_busiest_stage(seed: int, stages: int, micro_batch
     costs = Costs(tuple(StageCosts(random.random(), random.random()) for _ in range(stages)))
     per_stage = [stage.forward + stage.backward for stage in costs.stages]
     bound = max(sum(per_stage[:stage]) + micro_batches * per_stage[stage] for stage in range(stages))
-    for build in BY_NAME.values():
+    for build in PLAIN.values():
         assert simulate(build(stages, micro_batches), costs).makespan >= bound - 1e-9
 
 
@@ -177,12 +177,12 @@ def test_the_makespan_is_the_longest_path(seed: int, stages: int, micro_batches:
 
 
 @settings(deadline=None, max_examples=40)
-@given(name=st.sampled_from(sorted(BY_NAME)), seed=SEEDS, **SIZES)
+@given(name=st.sampled_from(sorted(PLAIN)), seed=SEEDS, **SIZES)
 def test_transfers_that_take_no_time_change_nothing(name: str, seed: int, stages: int, micro_batches: int) -> None:
     random = Random(seed)
     edges = random_edges(random, stages)
     costs = Costs(tuple(StageCosts(random.random(), random.random()) for _ in range(stages)))
-    schedule = BY_NAME[name](stages, micro_batches)
+    schedule = PLAIN[name](stages, micro_batches)
     transferred = simulate(add_transfers(schedule, edges), costs, edges)
     computed = tuple(tuple(entry for entry in entries if entry.action.peer < 0) for entries in transferred.entries)
     assert computed == simulate(schedule, costs, edges).entries

@@ -67,13 +67,13 @@ def read_pipeline(
                 )
         pipeline = pipeline_of(load_plan(plan, edited))
         if micro_batches is not None:
-            pipeline = replace(pipeline, micro_batches=micro_batches)
+            pipeline = replace(pipeline, micro_batches=micro_batches, plan=None)
     if memory is not None:
         if memory < 1:
             raise ValueError(f"--memory {memory}: a rank must hold at least one micro-batch")
         pipeline = replace(pipeline, live=(memory,) * pipeline.ranks)
     if recompute is not None:
-        pipeline = replace(pipeline, recomputes=_stages(recompute, pipeline.ranks))
+        pipeline = replace(pipeline, recomputes=_stages(recompute, pipeline.ranks), plan=None)
     return replace(pipeline, chunks=chunks)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from merak_like.partitioner.hardware import PRESETS
+from merak_like.partitioner.mesh import Coord
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.schedules import AUTO, AUTO_V, data_builder
-from merak_like.partitioner.schedules.action import Action, Kind, Schedule
+from merak_like.partitioner.schedules.action import Action, Edges, Kind, Schedule, chain
 from merak_like.partitioner.schedules.interleaved import interleaved
+from merak_like.partitioner.simulator import Costs, StageCosts
 
 
 def schedule_of(plan: Plan) -> Schedule:
@@ -28,6 +31,34 @@ def schedule_of(plan: Plan) -> Schedule:
             f"but the plan has {len(plan.stages)} on {plan.stage_rank} of {plan.mesh.pp}: make the plan again"
         )
     return recomputing(made, recomputes)
+
+
+def costs_of(plan: Plan) -> Costs:
+    """The seconds of a plan's stages, and of the transfers between its ranks; bytes are not in the plan.
+
+    A plan whose hardware is no preset does not say how fast its links are: transfers then take no time.
+    """
+    stages = tuple(
+        StageCosts(s.forward_seconds, max(s.backward_seconds - s.weight_seconds, 0.0), s.recompute_seconds,
+                   s.weight_seconds)
+        for s in plan.stages
+    )  # fmt: skip
+    nbytes: dict[tuple[int, int], int] = {}
+    for crossing in plan.crossings:
+        for target in crossing.targets:
+            nbytes[crossing.source, target] = nbytes.get((crossing.source, target), 0) + crossing.nbytes
+    hardware, mesh, rank = PRESETS.get(plan.hardware), plan.mesh, plan.stage_rank
+    hops: dict[tuple[int, int], float] = {}
+    for (source, target), size in nbytes.items():
+        if hardware is not None and rank[source] != rank[target]:
+            ends = [[mesh.rank(Coord(dp, rank[stage], 0)) for stage in (source, target)] for dp in range(mesh.dp)]
+            hops[source, target] = max(hardware.link(*pair).seconds(size) for pair in ends)
+    return Costs(stages, hops)
+
+
+def edges_of(plan: Plan) -> Edges:
+    """The stages that a plan's values go between, and neighbours, which always wait for each other."""
+    return frozenset((c.source, t) for c in plan.crossings for t in c.targets) | chain(len(plan.stages))
 
 
 def named_schedule(name: str, ranks: int, micro_batches: int, chunks: int) -> Schedule:

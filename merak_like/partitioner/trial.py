@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import floor
+from math import ceil, floor
 
-from merak_like.partitioner.hardware import PRESETS
-from merak_like.partitioner.mesh import Coord
 from merak_like.partitioner.plan import Plan
-from merak_like.partitioner.schedules import AS_DATA, AUTO, AUTO_V, data_builder
-from merak_like.partitioner.schedules.action import Edges, Kind, Schedule, chain
+from merak_like.partitioner.planned import costs_of, edges_of, named_schedule, recomputing, schedule_of
+from merak_like.partitioner.schedules import AS_DATA, AUTO, AUTO_V
+from merak_like.partitioner.schedules.action import Edges, Schedule, chain
 from merak_like.partitioner.schedules.auto.build import Found, auto
-from merak_like.partitioner.schedules.interleaved import interleaved
-from merak_like.partitioner.schedules.scp import LADDER, recompute
+from merak_like.partitioner.schedules.scp import LADDER
 from merak_like.partitioner.schedules.v_shape import v_stage_rank
 from merak_like.partitioner.simulator import Costs, StageCosts, Timeline, simulate
 
@@ -36,6 +34,8 @@ class Pipeline:
     """Ranks that recompute; by default where it costs something, and for `auto` and `auto-v` not in the last stage."""
     chunks: int = 2
     """Stages per rank of an interleaved schedule."""
+    plan: Plan | None = None
+    """Where it comes from: the plan's own schedule is simulated with the plan's own stages."""
 
     @property
     def ranks(self) -> int:
@@ -63,8 +63,11 @@ class Trial:
 def try_out(name: str, pipeline: Pipeline) -> Trial:
     """Build the schedule of that name and simulate it, whether or not it fits the memory (`auto` always does)."""
     costs, ranks, edges, found = pipeline.costs, pipeline.ranks, pipeline.edges, None
+    plan = pipeline.plan
     default = frozenset(stage for stage, cost in enumerate(costs.stages) if cost.recompute > 0)
-    if name in (AUTO, AUTO_V):
+    if plan is not None and name == plan.schedule:
+        schedule, costs, edges = schedule_of(plan), costs_of(plan), edges_of(plan)
+    elif name in (AUTO, AUTO_V):
         stage_rank = tuple(range(ranks)) if name == AUTO else v_stage_rank(ranks)
         parts, stages = len(stage_rank) // ranks, len(stage_rank)
         if parts > 1:
@@ -97,17 +100,9 @@ def try_out(name: str, pipeline: Pipeline) -> Trial:
 
 
 def _named(name: str, pipeline: Pipeline, recomputes: Collection[int]) -> Schedule:
-    ranks, micro_batches = pipeline.ranks, pipeline.micro_batches
-    build = data_builder(name)
-    if build is interleaved:
-        schedule = interleaved(ranks, micro_batches, pipeline.chunks)
-    else:
-        schedule = build(ranks, micro_batches)
-    if name in LADDER:
-        kept = frozenset(recomputes)
-        orders = tuple(tuple(a for a in o if a.kind is not Kind.R or a.stage in kept) for o in schedule.orders)
-        return replace(schedule, orders=orders, recomputes=schedule.recomputes & kept)
-    return recompute(schedule, [stage for stage, rank in enumerate(schedule.stage_rank) if rank in recomputes])
+    schedule = named_schedule(name, pipeline.ranks, pipeline.micro_batches, pipeline.chunks)
+    again = {stage for stage, rank in enumerate(schedule.stage_rank) if rank in recomputes}
+    return recomputing(schedule, again & schedule.recomputes if name in LADDER else again)
 
 
 def spread(costs: Costs, stage_rank: Sequence[int]) -> Costs:
@@ -131,29 +126,45 @@ def _part(cost: StageCosts, parts: int) -> StageCosts:
 
 
 def pipeline_of(plan: Plan) -> Pipeline:
-    """Return the pipeline that a plan cuts: its costs, half of each backward for the weights; its links; its memory.
+    """Return the ranks of a plan with what their stages cost together, its links and its memory.
 
-    A plan whose hardware is no preset does not say how fast its links are: transfers then take no time.
+    Under another schedule, those ranks recompute that do so in the plan.
     """
-    stages = tuple(
-        StageCosts(s.forward_seconds, s.backward_seconds / 2, weight=s.backward_seconds / 2) for s in plan.stages
+    costs, edges, rank = costs_of(plan), edges_of(plan), plan.stage_rank
+    ranks = tuple(
+        _together([c for c, of in zip(costs.stages, rank, strict=True) if of == r]) for r in range(plan.mesh.pp)
     )
-    nbytes: dict[tuple[int, int], int] = {}
-    for crossing in plan.crossings:
-        for target in crossing.targets:
-            nbytes[crossing.source, target] = nbytes.get((crossing.source, target), 0) + crossing.nbytes
-    hardware, mesh = PRESETS.get(plan.hardware), plan.mesh
     hops: dict[tuple[int, int], float] = {}
-    for (source, target), size in nbytes.items():
-        if hardware is not None:
-            pairs = [[mesh.rank(Coord(dp, stage, 0)) for stage in (source, target)] for dp in range(mesh.dp)]
-            hops[source, target] = max(hardware.link(*pair).seconds(size) for pair in pairs)
-    live: list[int] = []
-    for stage in plan.stages:
-        memory = stage.memory
-        each = (memory.activations + memory.boundary) / max(1, stage.live_micro_batches)
-        room = plan.memory_limit - (memory.total - memory.activations - memory.boundary)
-        live.append(
-            max(stage.live_micro_batches, min(plan.micro_batches, floor(room / each)) if each else plan.micro_batches)
-        )
-    return Pipeline(Costs(stages, hops), plan.micro_batches, frozenset(nbytes) | chain(len(stages)), tuple(live))
+    for (source, target), seconds in costs.transfer.items():
+        pair = min(rank[source], rank[target]), max(rank[source], rank[target])
+        hops[pair] = max(hops.get(pair, 0.0), seconds)
+    between = ((rank[source], rank[target]) for source, target in edges)
+    near = frozenset((min(pair), max(pair)) for pair in between if pair[0] != pair[1])
+    return Pipeline(
+        Costs(ranks, hops),
+        plan.micro_batches,
+        near | chain(plan.mesh.pp),
+        _live(plan),
+        frozenset(stage.rank for stage in plan.stages if stage.recompute),
+        max(len(plan.stages) // plan.mesh.pp, 2),
+        plan,
+    )
+
+
+def _together(costs: Sequence[StageCosts]) -> StageCosts:
+    return StageCosts(
+        sum(c.forward for c in costs), sum(c.backward for c in costs), sum(c.recompute for c in costs),
+        sum(c.weight for c in costs),
+    )  # fmt: skip
+
+
+def _live(plan: Plan) -> tuple[int, ...]:
+    """Micro-batches that each rank has room for, a stage of it counted as its part of one; at least as planned."""
+    found: list[int] = []
+    for rank, nbytes in enumerate(plan.rank_bytes):
+        own = [stage for stage in plan.stages if stage.rank == rank]
+        each = sum(stage.memory.live / max(1, stage.live_micro_batches) for stage in own)
+        room = plan.memory_limit - nbytes + plan.rank_activation_bytes[rank]
+        planned = ceil(sum(stage.live_micro_batches for stage in own) / len(own))
+        found.append(max(planned, min(plan.micro_batches, floor(room / each)) if each else plan.micro_batches))
+    return tuple(found)

@@ -1,7 +1,6 @@
 """Pipeline schedules as data: builders here, passes that rewrite them in passes.py, the check in validate.py.
 
-Two tables: the schedules that the engine carries out, and those that exist as data, to be simulated and drawn. `auto`,
-which needs costs as well, is in auto/.
+The engine carries out all of them. `auto`, which needs costs as well, is in auto/.
 """
 
 from collections.abc import Callable
@@ -19,12 +18,10 @@ from merak_like.partitioner.schedules.zb_v import zb_v
 #: (pipeline ranks, micro_batches) -> compute-only schedule
 Builder = Callable[[int, int], Schedule]
 
-#: What the engine carries out; each has one stage per rank.
-BY_NAME: dict[str, Builder] = {"gpipe": gpipe, "1f1b": one_f_one_b}
-
-#: What can be simulated and drawn. These build the same orders whatever the costs.
+#: By name. These build the same orders whatever the costs.
 AS_DATA: dict[str, Builder] = {
-    **BY_NAME,
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
     **{name: rung(name) for name in LADDER},
     "interleaved": interleaved,
     "zb-h1": zb_h1,
@@ -37,20 +34,8 @@ AS_DATA: dict[str, Builder] = {
 AUTO, AUTO_V = "auto", "auto-v"
 
 
-def builder(name: str) -> Builder:
-    """Return the builder of a schedule that the engine carries out."""
-    if name in BY_NAME:
-        return BY_NAME[name]
-    if name in (*AS_DATA, AUTO, AUTO_V):
-        raise ValueError(
-            f"schedule {name!r} is known and can be simulated (`merak simulate`), but it is not run yet: "
-            f"run are {', '.join(BY_NAME)}"
-        )
-    raise unknown("schedule", name, BY_NAME)
-
-
 def data_builder(name: str) -> Builder:
-    """Return the builder of a schedule that exists as data."""
+    """Return the builder of a schedule that needs no costs."""
     if name not in AS_DATA:
         raise unknown("schedule", name, [*AS_DATA, AUTO, AUTO_V])
     return AS_DATA[name]
