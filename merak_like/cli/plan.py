@@ -37,7 +37,13 @@ def run(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights; default: the config's.")] = None,
     hardware: Annotated[str, typer.Option(help="A preset, a JSON file of figures, or `this` machine.")] = "a100-80gb",
-    schedule: Annotated[str, typer.Option(help="Pipeline schedule.")] = "1f1b",
+    schedule: Annotated[
+        str, typer.Option(help="1f1b, scp, zb-v, ... or auto, auto-v: `merak simulate` has all of them.")
+    ] = "1f1b",
+    chunks: Annotated[int | None, typer.Option(help="Stages per rank of the interleaved schedule; default 2.")] = None,
+    recompute: Annotated[
+        str, typer.Option(help="auto: what the memory asks for; none; full: all that the schedule lets.")
+    ] = "auto",
     memory: Annotated[str | None, typer.Option(help="Of one rank, such as 40GB; default: the hardware's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan itself; a file only with -o.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The plan file; default plan.json.")] = None,
@@ -57,6 +63,8 @@ def run(
         micro_batches=micro_batches,
         micro_batch=micro_batch,
         schedule=schedule,
+        chunks=chunks,
+        recompute=recompute,
         memory_limit=limit,
     )
     if path is not None:

@@ -37,7 +37,10 @@ def svg(plan: Plan) -> str:
     parts += [_line(gap) for gap in scene.gaps]
     parts += [_edge(plan, edge) for edge in scene.edges]
     parts += [_cut(card, cut) for card, cut in zip(scene.cards, cuts(plan), strict=True)]
-    parts += [_unit(plan.units[box.index], box, prefix, slowest) for box in scene.units]
+    again = {name for stage in plan.stages for name in stage.recompute}
+    for box in scene.units:
+        unit = plan.units[box.index]
+        parts.append(_unit(unit, box, prefix, slowest, unit.name in again))
     parts += ["</svg>"]
     return "\n".join(parts)
 
@@ -61,11 +64,12 @@ def cut_tips(plan: Plan) -> list[Tip]:
 
 def _unit_tip(plan: Plan, unit: Unit) -> Tip:
     total = stage_seconds(plan.stages[unit.stage]) or 1.0
+    again = ", computed again" if unit.name in plan.stages[unit.stage].recompute else ", kept"
     rows = [
         ["forward", flops_text(unit.flops)],
         ["forward and backward", f"{seconds_text(unit.seconds)} ({percent_text(unit.seconds / total)} of its stage)"],
         ["parameters", bytes_text(unit.param_bytes)],
-        ["activations kept", f"{bytes_text(unit.activation_bytes)} a micro-batch"],
+        ["activations", f"{bytes_text(unit.activation_bytes)} a micro-batch{again}"],
         ["ops", f"{unit.first} to {unit.stop - 1}"],
     ]
     if unit.block != unit.name:
@@ -97,12 +101,14 @@ def _panel(plan: Plan, box: Box) -> str:
     )
 
 
-def _unit(unit: Unit, box: Box, prefix: str, slowest: float) -> str:
+def _unit(unit: Unit, box: Box, prefix: str, slowest: float, again: bool) -> str:
     label = shortened(unit.name.removeprefix(prefix), 21)
     said = f"{unit.name}, {unit.type}, stage {unit.stage}, {seconds_text(unit.seconds)}, {flops_text(unit.flops)}"
+    said += ", computed again" * again
     bar = max(0.0, (BOX_WIDTH - 8) * unit.seconds / slowest)
     return (
-        f'<g class="unit s{unit.stage}" id="unit-{box.index}" data-unit="{box.index}" tabindex="0" role="img" '
+        f'<g class="unit s{unit.stage}{" again" * again}" id="unit-{box.index}" '
+        f'data-unit="{box.index}" tabindex="0" role="img" '
         f'aria-label="{escape(said)}" transform="translate({box.x:g} {box.y:g})">'
         f'<rect class="box" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="4"/>'
         f'<rect class="cost" x="4" y="{BOX_HEIGHT - 4}" width="{bar:.1f}" height="2" rx="1"/>'

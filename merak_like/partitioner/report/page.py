@@ -73,14 +73,13 @@ def _colours(stages: int) -> Iterator[str]:
 
 
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
-    tight = summary.tight_stage(plan)
     yield "step (simulated)", seconds_text(plan.step_seconds)
     yield "bubble", percent_text(plan.bubble)
     yield "samples a step", f"{summary.samples(plan):,}".replace(",", " ")
     yield "micro-batches", f"{plan.micro_batches} of {plan.micro_batch}"
     yield "ranks", str(plan.mesh.size)
     yield "forward", flops_text(sum(stage.flops for stage in plan.stages))
-    yield "fullest rank", f"{bytes_text(tight.memory.total)} of {bytes_text(plan.memory_limit)}"
+    yield "fullest rank", f"{bytes_text(max(plan.rank_bytes))} of {bytes_text(plan.memory_limit)}"
 
 
 def _cards(plan: Plan) -> Iterator[str]:
@@ -88,9 +87,10 @@ def _cards(plan: Plan) -> Iterator[str]:
     for stage, share in zip(plan.stages, summary.shares(plan), strict=True):
         holds = ", ".join(ranges(summary.holds(plan, stage)))
         live = f"{stage.live_micro_batches} live micro-batch{'es' if stage.live_micro_batches > 1 else ''}"
-        recompute = f"recomputes {len(stage.recompute)} of {len(stage.blocks)}" if stage.recompute else ""
+        recompute = f"recomputes {summary.again(plan, stage)}" if stage.recompute else ""
+        rank = f" on rank {stage.rank}" if summary.shared_ranks(plan) else ""
         yield (
-            f'<article class="card s{stage.index}"><h3>Stage {stage.index}'
+            f'<article class="card s{stage.index}"><h3>Stage {stage.index}{rank}'
             f"<span>{escape(f'{count_text(stage.param_count)} params')}</span></h3>"
             f"<p>{escape(holds)}</p>"
             + _meter(
@@ -107,10 +107,11 @@ def _cards(plan: Plan) -> Iterator[str]:
 
 def _memory(plan: Plan, stage: StagePlan) -> str:
     limit, total = plan.memory_limit or 1, stage.memory.total
+    fits = plan.rank_bytes[stage.rank] <= plan.memory_limit
     whole = max(limit, total)
     parts = [(kind, getattr(stage.memory, kind) / whole) for kind in summary.MEMORY_KINDS]
     said = f"{percent_text(total / limit)} of {bytes_text(limit)}"
-    return _meter(f"memory {bytes_text(total)}", said, parts, over=total > limit)
+    return _meter(f"memory {bytes_text(total)}", said, parts, over=not fits)
 
 
 def _traffic(plan: Plan, stage: StagePlan) -> tuple[str, str]:
@@ -137,6 +138,7 @@ def _meter(left: str, right: str, parts: Sequence[tuple[str, float]], over: bool
 
 
 def _graph(plan: Plan) -> str:
+    again = "<li>dashed box: computed again for the backward</li>" * any(s.recompute for s in plan.stages)
     heats = "".join(f'<option value="{kind}">colour: {kind}</option>' for kind in _HEATS)
     return f"""<div class="bar"><h2>Units</h2>
 <output id="found" for="seek"></output>
@@ -147,7 +149,7 @@ def _graph(plan: Plan) -> str:
 <div class="stand">{svg(plan)}</div>
 <ul class="legend"><li>line under a unit: its time against the slowest unit's</li>
 <li>dashed: a cut, with the values live across it (one micro-batch, forward)</li>
-<li>coloured rails: values read further on than the next unit</li></ul>"""
+<li>coloured rails: values read further on than the next unit</li>{again}</ul>"""
 
 
 def _sections(plan: Plan) -> Iterator[str]:
@@ -157,9 +159,11 @@ def _sections(plan: Plan) -> Iterator[str]:
         yield f"<h2>Why</h2>{_list(plan.notes)}"
     if plan.ties:
         yield f"<h2>Tied weights</h2>{_list([_tie(plan, names) for names in plan.ties])}"
-    recompute = [f"stage {s.index}: {', '.join(ranges(s.recompute))}" for s in plan.stages if s.recompute]
-    if recompute:
-        yield f"<h2>Recomputed in the backward</h2>{_list(recompute)}"
+    if recompute := summary.recomputed(plan):
+        yield f"<h2>Computed again for the backward</h2>{_list(recompute)}"
+    if plan.orders:
+        lines = [f"rank {rank}: {line}" for rank, line in enumerate(plan.orders)]
+        yield f"<h2>Order, built for these stages</h2>{_list(lines)}"
 
 
 def _list(lines: Sequence[str]) -> str:

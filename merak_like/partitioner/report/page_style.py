@@ -62,6 +62,7 @@ svg .about { fill: var(--dim); font-size: 10.5px }
 .block { fill: none; stroke: var(--rule) }
 .unit { cursor: default; outline: none }
 .box { fill: var(--fill); stroke: var(--line); stroke-width: 1 }
+.again .box { stroke-dasharray: 4 2 }
 .cost { fill: var(--line) }
 .amount { text-anchor: end; fill: var(--dim) !important; font-size: 10px }
 .unit:hover .box, .unit:focus .box { stroke-width: 2.2 }

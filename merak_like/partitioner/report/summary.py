@@ -73,14 +73,34 @@ def samples(plan: Plan) -> int:
     return plan.mesh.dp * plan.micro_batches * plan.micro_batch
 
 
-def tight_stage(plan: Plan) -> StagePlan:
-    """The stage whose rank is fullest."""
-    return max(plan.stages, key=lambda stage: stage.memory.total)
+def tight_rank(plan: Plan) -> int:
+    """The pipeline rank that is fullest."""
+    return max(range(plan.mesh.pp), key=lambda rank: plan.rank_bytes[rank])
 
 
 def fits(plan: Plan) -> bool:
-    """Does every stage stay within the memory limit?"""
-    return tight_stage(plan).memory.total <= plan.memory_limit
+    """Does every rank stay within the memory limit?"""
+    return max(plan.rank_bytes) <= plan.memory_limit
+
+
+def shared_ranks(plan: Plan) -> bool:
+    """Does a rank run several stages?"""
+    return len(plan.stages) > plan.mesh.pp
+
+
+def again(plan: Plan, stage: StagePlan) -> str:
+    """How much of a stage is computed again, as in ``3 of 8 units``; nothing where it keeps everything."""
+    of = sum(unit.stage == stage.index for unit in plan.units)
+    return f"{len(stage.recompute)} of {of} units" if stage.recompute else ""
+
+
+def recomputed(plan: Plan) -> list[str]:
+    """What each stage computes again, in words; stages that keep everything are left out."""
+    return [
+        f"stage {stage.index}, {again(plan, stage)}: {', '.join(ranges(stage.recompute))}"
+        for stage in plan.stages
+        if stage.recompute
+    ]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -90,7 +110,6 @@ def as_json(plan: Plan) -> dict[str, Any]:
             **{key: item for key, item in asdict(stage).items() if key != "params"},
             "holds": ranges(holds(plan, stage)),
             "memory": {**asdict(stage.memory), "total": stage.memory.total},
-            "memory_fraction": stage.memory.total / plan.memory_limit if plan.memory_limit else None,
             "share_of_slowest": share,
             "sent_bytes": sent_bytes(plan, stage.index),
             "received_bytes": received_bytes(plan, stage.index),
@@ -103,12 +122,15 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "mesh": asdict(plan.mesh),
         "hardware": plan.hardware,
         "schedule": plan.schedule,
+        "orders": plan.orders,
         "micro_batches": plan.micro_batches,
         "micro_batch": plan.micro_batch,
         "samples_per_step": samples(plan),
         "step_seconds": plan.step_seconds,
         "bubble": plan.bubble,
         "memory_limit": plan.memory_limit,
+        "rank_bytes": plan.rank_bytes,
+        "rank_activation_bytes": plan.rank_activation_bytes,
         "fits": fits(plan),
         "stages": stages,
         "cuts": [{"after": c.after, "nbytes": c.nbytes, "values": [x.value for x in c.crossings]} for c in cuts(plan)],

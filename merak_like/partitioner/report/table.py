@@ -33,6 +33,8 @@ MEMORY_HEADS = {
     "boundary": "cuts",
     "workspace": "work",
 }
+MAX_ACTIONS = 30
+"""Actions of an order that are printed; the plan file has all of them."""
 MAX_CROSSINGS = 24
 """Rows of the table of crossings; the JSON and the page have all of them."""
 
@@ -81,28 +83,33 @@ def stage_table(plan: Plan) -> Table:
     """What each stage holds and how long it takes; the bar is its time against the slowest stage's."""
     table = _table("Stages (one micro-batch)")
     table.add_column("stage", justify="right", no_wrap=True)
+    shared, again = summary.shared_ranks(plan), any(stage.recompute for stage in plan.stages)
+    if shared:
+        table.add_column("rank", justify="right", no_wrap=True)
     prefix = common_prefix(u.block for u in plan.units)
     table.add_column(f"holds ({prefix}*)" if prefix else "holds", overflow="fold")
-    for head in ("params", "FLOP", "forward", "backward"):
+    for head in ("params", "FLOP", "forward", "backward", *(["again"] if again else [])):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("balance", no_wrap=True)
     for stage, share in zip(plan.stages, summary.shares(plan), strict=True):
         table.add_row(
             _stage_name(stage),
+            *([str(stage.rank)] if shared else []),
             Text(" ".join(ranges(name.removeprefix(prefix) for name in summary.holds(plan, stage)))),
             count_text(stage.param_count),
             flops_text(stage.flops).removesuffix("FLOP"),
             seconds_text(stage.forward_seconds),
             seconds_text(stage.backward_seconds),
+            *([seconds_text(stage.recompute_seconds) if stage.recompute else ""] if again else []),
             Text(f"{bar(share, 6)} {percent_text(share)}", style="green" if share > 0.9 else "yellow"),
         )
     return table
 
 
 def memory_table(plan: Plan) -> Table:
-    """Bytes on one rank of each stage at its fullest moment, by kind, against the limit."""
-    limit = plan.memory_limit
-    unit, scale = bytes_unit(max(limit, summary.tight_stage(plan).memory.total))
+    """Bytes of each stage at its fullest moment, by kind, and of each rank against the limit."""
+    limit, shared = plan.memory_limit, summary.shared_ranks(plan)
+    unit, scale = bytes_unit(max(limit, *plan.rank_bytes))
     table = _table(f"Memory of one rank at its fullest, in {unit}; the limit is {bytes_text(limit)}")
     table.add_column("stage", justify="right", no_wrap=True)
     table.add_column("live", justify="right", no_wrap=True)
@@ -111,17 +118,27 @@ def memory_table(plan: Plan) -> Table:
     table.add_column("total", justify="right", no_wrap=True)
     table.add_column("of limit", no_wrap=True)
     for stage in plan.stages:
-        total = stage.memory.total
-        share = total / limit if limit else 0.0
-        style = "red" if share > 1 else "yellow" if share > 0.9 else "green"
         table.add_row(
             _stage_name(stage),
             str(stage.live_micro_batches),
             *(f"{getattr(stage.memory, kind) / scale:.2f}" for kind in summary.MEMORY_KINDS),
-            Text(f"{total / scale:.2f}", style="bold"),
-            Text(f"{bar(share, 6) if share <= 1 else 'OVER  '} {percent_text(share)}", style=style),
+            Text(f"{stage.memory.total / scale:.2f}", style="" if shared else "bold"),
+            "" if shared else _of_limit(plan, stage.rank),
         )
+    if shared:
+        table.add_section()
+        for rank, total in enumerate(plan.rank_bytes):
+            blank = [""] * (len(summary.MEMORY_KINDS) + 1)
+            table.add_row(f"rank {rank}", *blank, Text(f"{total / scale:.2f}", style="bold"), _of_limit(plan, rank))
+        table.caption = "stages of one rank need not be fullest at the same moment"
+        table.caption_justify = "left"
     return table
+
+
+def _of_limit(plan: Plan, rank: int) -> Text:
+    share = plan.rank_bytes[rank] / plan.memory_limit if plan.memory_limit else 0.0
+    style = "red" if share > 1 else "yellow" if share > 0.9 else "green"
+    return Text(f"{bar(share, 6) if share <= 1 else 'OVER  '} {percent_text(share)}", style=style)
 
 
 def crossing_table(plan: Plan) -> Table:
@@ -157,16 +174,29 @@ def _live(plan: Plan) -> Iterator[str]:
 
 
 def _lists(plan: Plan) -> Iterator[RenderableType]:
-    """Recompute, ties and reasons: one line each, absent when there is nothing to say."""
-    recompute = [f"stage {s.index}: {', '.join(ranges(s.recompute))}" for s in plan.stages if s.recompute]
+    """Recompute, orders, ties and reasons: one line each, absent when there is nothing to say."""
+    recompute = summary.recomputed(plan)
+    orders = [f"rank {rank}: {_shortened(line)}" for rank, line in enumerate(plan.orders)]
     ties = [" = ".join(names) + _where(plan, names[0]) for names in plan.ties]
-    for head, lines in (("Recomputed in the backward", recompute), ("Tied weights", ties), ("Why", list(plan.notes))):
+    lists = (
+        ("Computed again for the backward", recompute),
+        ("Order, built for these stages", orders),
+        ("Tied weights", ties),
+        ("Why", list(plan.notes)),
+    )
+    for head, lines in lists:
         if lines:
             table = Table.grid(padding=(0, 1))
             for line in lines:
                 table.add_row("-", Text(line))
             yield Text(f"\n{head}", style="bold")
             yield table
+
+
+def _shortened(order: str) -> str:
+    actions = order.split()
+    left = len(actions) - MAX_ACTIONS
+    return " ".join(actions[:MAX_ACTIONS]) + (f" and {left} more" if left > 0 else "")
 
 
 def _where(plan: Plan, name: str) -> str:
