@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import gcd, prod
 
 from merak_like.partitioner.tensor_parallel.axes import Axes, Dim, Dims
@@ -31,7 +31,7 @@ def choose(followed: Followed, flows: Flows, tp: int) -> tuple[Candidate, ...]:
     meeting = meetings(followed, frozenset(volumes))
     good = [c for c in candidates(followed, volumes, tp) if not any((a, a) in meeting for a in c.axes)]
     while True:
-        taken = independent(good, flows, meeting)
+        taken = independent(good, volumes, flows, meeting)
         half = halves(followed, frozenset(axis for candidate in taken for axis in candidate.axes))
         if not half:
             return taken
@@ -53,14 +53,16 @@ def halves(followed: Followed, chosen: frozenset[int]) -> frozenset[int]:
     return frozenset(found)
 
 
-def independent(left: list[Candidate], flows: Flows, meeting: set[tuple[int, int]]) -> tuple[Candidate, ...]:
+def independent(
+    left: list[Candidate], volumes: Mapping[int, float], flows: Flows, meeting: set[tuple[int, int]]
+) -> tuple[Candidate, ...]:
     """Candidates of which no two meet, the largest first."""
     taken = list[Candidate]()
     while left:
         most = max(candidate.volume for candidate in left)
         best = [candidate for candidate in left if candidate.volume >= ALIKE * most]
         if len(best) > 1:
-            best.sort(key=lambda candidate: traffic(flows, candidate))
+            best.sort(key=lambda c: (traffic(flows, c), -sum(volumes[axis] for axis in c.axes)))
         taken.append(best[0])
         left = [
             c for c in left if c is not best[0] and not any(meet(meeting, a, b) for a in c.axes for b in best[0].axes)
@@ -126,7 +128,7 @@ def neighbours(followed: Followed, axis: int) -> set[int]:
 
     def walk(dim: Dim) -> None:
         dim = followed.axes.resolve(dim)
-        for one, other in zip(dim, dim[1:], strict=False):
+        for one, other in pairwise(dim):
             if one == axis:
                 found.add(other)
         for one in dim:

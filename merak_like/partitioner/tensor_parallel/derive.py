@@ -17,8 +17,7 @@ from merak_like.partitioner.tensor_parallel.layout import Axis, Factors, Layout,
 from merak_like.partitioner.tensor_parallel.rules import RULES, Rule
 from merak_like.partitioner.tensor_parallel.units import Tensor, Unit, signature, tensors, units
 from merak_like.partitioner.tracer.fine import Step
-
-RANDOM = frozenset("dropout dropout1d dropout2d alpha_dropout rand_like randn_like bernoulli".split())
+from merak_like.partitioner.tracer.words import draws
 
 
 def derive(
@@ -108,13 +107,23 @@ def describe(followed: Followed, flows: Flows, chosen: Sequence[Candidate], tp: 
         if not version and name not in followed.outer and _touches(followed, dims, place)
     }
     matrices = {n: prod(followed.known[n].shape) for n in followed.weights if followed.known[n].matrix}
+    local_steps = [record.step for record in followed.records if record.step.name in local]
     return DerivedBlock(
-        followed.unit.name, tuple(step.name for step in followed.unit.steps), tuple(_sharded_axis(followed, c) for c in chosen), weights, values, tuple(groups),
-        _sizes(followed, degrees), tuple(r.step.name for r in followed.records
-                                         if r.step.name in local and r.step.word in RANDOM),
-        {name: _reason(followed, dims, tp) for name, dims in followed.weights.items() if name not in weights},
-        dict(followed.unknown), sum(matrices.values()), sum(n for name, n in matrices.items() if name in weights),
-    )  # fmt: skip
+        name=followed.unit.name,
+        steps=tuple(step.name for step in followed.unit.steps),
+        axes=tuple(_sharded_axis(followed, candidate) for candidate in chosen),
+        weights=weights,
+        values=values,
+        groups=tuple(groups),
+        sizes=_sizes(followed, degrees),
+        random=tuple(
+            record.step.name for record in records if draws(record.step.word, record.step.args, record.step.kwargs)
+        ),
+        whole={n: _reason(followed, dims, tp) for n, dims in followed.weights.items() if n not in weights},
+        unknown=dict(followed.unknown),
+        matrix_elements=sum(matrices.values()),
+        sharded_elements=sum(size for name, size in matrices.items() if name in weights),
+    )
 
 
 def _common(groups: list[Group], tp: int) -> list[Group]:

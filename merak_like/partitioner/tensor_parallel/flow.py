@@ -171,7 +171,7 @@ class _Run:
                 if use.path in record.addends and not self.sharded(use.dims):
                     self.flow.shared.append((record.step.name, use.path))
         if (contracts and not inside) or passes:
-            for version, dims in record.outs:
+            for version, _ in record.outs:
                 way = self.partial[partial[0].version] if passes and len(partial) == 1 else []
                 self.once_partial.add(version)
                 if version not in self.at:

@@ -92,7 +92,7 @@ class _Follower:
         for step in self.unit.steps:
             self.step(step)
         for name in self.unit.left:
-            version = (name, self.versions.get(name, 0))
+            version = self.version(name)
             if version in self.values:
                 for dim in self.values[version]:
                     self.axes.pin(dim, "it leaves the block")
@@ -102,13 +102,17 @@ class _Follower:
             self.versions, self.unknown,
         )  # fmt: skip
 
+    def version(self, name: str) -> Version:
+        """A value as it is now."""
+        return name, self.versions.get(name, 0)
+
     def dims(self, name: Name) -> Dims:
         if name.kind == "weight":
             if name.name not in self.weights:
                 pin = self.whole.get(name.name, "")
                 self.weights[name.name] = tuple(self.axes.fresh(size, pin) for size in self.known[name.name].shape)
             return self.weights[name.name]
-        version = (name.name, self.versions.get(name.name, 0))
+        version = self.version(name.name)
         if version not in self.values:
             why = "a constant" if name.kind == "constant" else "it is made outside the block"
             self.outer.add(name.name)
@@ -139,9 +143,9 @@ class _Follower:
         if step.word in VIEWS and (0,) in operands and operands[0,].name.kind == "value":
             self.base[step.name] = operands[0,].name.name
         uses = [
-            Use(path, o.name, (o.name.name, self.versions.get(o.name.name, 0)), own[path], o.dims, o.grad, o.side, o.soft)
+            Use(path, o.name, self.version(o.name.name), own[path], o.dims, o.grad, o.side, o.soft)
             for path, o in call.operands.items()
-        ]  # fmt: skip
+        ]
         record = Record(step, uses, [], call.contracted, call.addends, call.linear, call.form, call.sizes, call.zero)
         self.give(record, call.outs)
 
@@ -158,10 +162,10 @@ class _Follower:
             self.parents[step.name] = outs
             self.of_parent[step.name] = record
         for name in dict.fromkeys(ancestors(self.base, step.mutates)):
-            if name in self.known and (name, self.versions.get(name, 0)) in self.values:
-                old = self.values[name, self.versions.get(name, 0)]
-                new = (name, self.versions.get(name, 0) + 1)
-                self.versions[name] = new[1]
+            if name in self.known and self.version(name) in self.values:
+                old = self.values[self.version(name)]
+                self.versions[name] = self.versions.get(name, 0) + 1
+                new = self.version(name)
                 self.values[new] = old
                 record.outs.append((new, old))
         self.records.append(record)
@@ -170,7 +174,7 @@ class _Follower:
         source, key = step.args[0], step.args[1]
         outs = self.parents.get(source.name)
         record = self.of_parent.get(source.name, Record(step, [], []))
-        self.base[step.name] = self.base.get(source.name, source.name)
+        self.base[step.name] = self.base.get(source.name) or str(source.name)
         if step.value is None:
             self.parents[step.name] = []
             self.of_parent[step.name] = record
@@ -219,15 +223,15 @@ class _Follower:
         while a and b:
             (p, x), (q, y) = a.pop(), b.pop()
             plain = not axes.segments(x) and not axes.pinned(x)
-            if x != y and not plain:
-                if axes.segments(x) or axes.segments(y) or not axes.pinned(y):
-                    return False
+            if x != y and not plain and (axes.segments(x) or axes.segments(y) or not axes.pinned(y)):
+                return False
             if p == q:
                 continue
-            if p % q and q % p or not min(p, q):
+            if (p % q and q % p) or not min(p, q):
                 return False
             (a if p > q else b).append((max(p, q) // min(p, q), x if p > q else y))
         return True
+
 
 def tried(call: Call) -> None:
     """An operation that the table does not know, seen to work element by element."""

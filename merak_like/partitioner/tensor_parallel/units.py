@@ -86,7 +86,9 @@ def blocks(graph: ProxyGraph) -> Iterator[tuple[str, int, int]]:
 
 def tensors(graph: ProxyGraph, steps: Sequence[Step], constants: Mapping[str, Any]) -> dict[str, Tensor]:
     """Every tensor by the name steps use for it."""
-    known = {p.name: Tensor(p.shape, p.dtype, p.trainable, True, len(p.shape) > 1 and not p.buffer) for p in graph.parameters}
+    known = {
+        p.name: Tensor(p.shape, p.dtype, p.trainable, True, len(p.shape) > 1 and not p.buffer) for p in graph.parameters
+    }
     for name, value in constants.items():
         if hasattr(value, "shape") and hasattr(value, "dtype"):
             known[name] = Tensor(tuple(value.shape), str(value.dtype).removeprefix("torch."), False, True)
@@ -109,7 +111,7 @@ def tensors(graph: ProxyGraph, steps: Sequence[Step], constants: Mapping[str, An
             for name in ancestors(base, step.mutates):
                 wants = any(grad.get(s) for s in sources)
                 if (depends, wants) != (depends and batch.get(name), wants and grad.get(name)):
-                    batch[name], grad[name] = batch.get(name) or depends, bool(grad.get(name) or wants)
+                    batch[name], grad[name] = bool(batch.get(name) or depends), bool(grad.get(name) or wants)
                     changed = True
     for name, value in values.items():
         known[name] = Tensor(value.shape, value.dtype, grad[name], not (grad[name] and batch[name]))

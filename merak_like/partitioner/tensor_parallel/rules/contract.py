@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from merak_like.partitioner.tensor_parallel.axes import Dim, Dims
-from merak_like.partitioner.tensor_parallel.call import Call
-from merak_like.partitioner.tensor_parallel.rules.elementwise import broadcast
+from merak_like.partitioner.tensor_parallel.call import Call, Operand
 from merak_like.partitioner.tensor_parallel.rules.table import register
 
 
@@ -34,9 +33,9 @@ def matmul(call: Call) -> None:
     """``(..., m, k) @ (..., k, n)``; a vector has no m or n."""
     a, b = call.first, call.operands[call.path(1, "other" if "other" in call.step.kwargs else "mat2")]
     batch = batches(call, a.dims[:-2], b.dims[:-2])
-    rows = a.dims[-2:-1] if len(a.dims) > 1 else ()
-    columns = b.dims[-1:] if len(b.dims) > 1 else ()
-    contraction(call, a.dims[-1], b.dims[-2] if len(b.dims) > 1 else b.dims[0], (*batch, *rows, *columns))
+    rows, columns = a.dims[-2:-1], b.dims[-1:] * (len(b.dims) > 1)
+    inner = b.dims[max(0, len(b.dims) - 2)]
+    contraction(call, a.dims[len(a.dims) - 1], inner, (*batch, *rows, *columns))
 
 
 def batches(call: Call, one: Dims, other: Dims) -> Dims:
@@ -171,19 +170,14 @@ def attention(call: Call) -> None:
         if mask.side:
             broadcast_to(call, mask, scores)
         else:
-            shape = [call.size(dim) for dim in scores]
-            broadcast(call, [mask], shape)
             for own, dim in zip(mask.dims, scores[len(scores) - len(mask.dims) :], strict=True):
                 if call.size(own) == call.size(dim):
                     call.axes.unify(own, dim)
     call.out([*batch, q.dims[-2], v.dims[-1]])
 
 
-def broadcast_to(call: Call, operand: object, dims: Dims) -> None:
+def broadcast_to(call: Call, operand: Operand, dims: Dims) -> None:
     """A side operand follows these dimensions where it is not of size 1."""
-    from merak_like.partitioner.tensor_parallel.call import Operand
-
-    assert isinstance(operand, Operand)
     wanted = dims[len(dims) - len(operand.dims) :] if operand.dims else ()
     operand.dims = tuple(() if call.size(own) == 1 else dim for own, dim in zip(operand.dims, wanted, strict=True))
     operand.soft = True

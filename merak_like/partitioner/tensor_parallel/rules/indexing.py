@@ -150,6 +150,12 @@ def narrow(call: Call) -> None:
     call.linear = "sum"
     at, start, length = call.axis(call.arg(1, "dim")), call.arg(2, "start"), call.arg(3, "length")
     dims = list(call.first.dims)
+    if not isinstance(start, int) or not isinstance(length, int):
+        assert call.shape is not None
+        call.pin(dims[at], why="its range is a tensor")
+        dims[at] = call.axes.fresh(call.shape[at], "its range is a tensor")
+        call.out(dims)
+        return
     if start:
         call.sizes.append((call.path(2, "start"), call.axes.part(dims[at], 0, start, "a range of it is picked")))
     dims[at] = call.axes.part(dims[at], start, start + length, "a range of it is picked")

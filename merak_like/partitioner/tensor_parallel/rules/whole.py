@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from merak_like.partitioner.tensor_parallel.call import Call
+from merak_like.partitioner.tensor_parallel.rules.contract import batches
+from merak_like.partitioner.tensor_parallel.rules.elementwise import elementwise
 from merak_like.partitioner.tensor_parallel.rules.table import register
 
 
-def _given(call: Call, place: int, key: str, default: Sequence[int]) -> set[int]:
-    given = call.arg(place, key)
-    if given is None or isinstance(given, bool) or (place, key) != (0, "") and given == ():
-        given = default
-    return {call.axis(i) for i in ((given,) if isinstance(given, int) else given)}
-
-
 @register("softmax", "log_softmax", "softmin", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "normalize",
-          "sort", "argsort", "flip", "roll", "diff", "renorm", "glu")  # fmt: skip
+          "sort", "argsort", "flip", "roll", "diff", "glu")  # fmt: skip
 def along(call: Call) -> None:
     """The same dimensions, some of them whole."""
     word, rank = call.step.word, len(call.first.dims)
@@ -49,8 +42,6 @@ def reduced(call: Call) -> None:
     """Dimensions that disappear are needed whole."""
     word, dims = call.step.word, call.first.dims
     if word in ("max", "min") and (1,) in call.operands:
-        from merak_like.partitioner.tensor_parallel.rules.elementwise import elementwise
-
         elementwise(call)
         return
     place = 2 if word in ("norm", "linalg_vector_norm", "linalg_norm", "kthvalue") else 1
@@ -139,8 +130,7 @@ def conv(call: Call) -> None:
     assert call.shape is not None
     x, weight, bias = call.first, call.operands[call.path(1, "weight")], call.operand(2, "bias")
     turned = "transpose" in call.step.word
-    place = 6 if turned else 6
-    groups = call.arg(place, "groups", 1)
+    groups = call.arg(6, "groups", 1)
     spatial = len(weight.dims) - 2
     lead = len(x.dims) - spatial - 1
     channels = x.dims[lead]
@@ -169,7 +159,7 @@ def conv(call: Call) -> None:
 
 @register("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
           "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "interpolate",
-          "upsample", "pixel_shuffle_")  # fmt: skip
+          "upsample")  # fmt: skip
 def pool(call: Call) -> None:
     """Places are whole, samples and channels pass."""
     assert call.shape is not None
@@ -188,8 +178,6 @@ def solve(call: Call) -> None:
         call.out(matrix.dims)
         return
     right = call.operands[1,]
-    from merak_like.partitioner.tensor_parallel.rules.contract import batches
-
     left = call.arg(3, "left", True)
     call.pin(right.dims[-2 if left else -1])
     out = batches(call, batch, right.dims[:-2])
