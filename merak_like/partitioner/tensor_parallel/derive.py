@@ -116,9 +116,7 @@ def describe(followed: Followed, flows: Flows, chosen: Sequence[Candidate], tp: 
         values=values,
         groups=tuple(groups),
         sizes=_sizes(followed, degrees),
-        random=tuple(
-            record.step.name for record in records if draws(record.step.word, record.step.args, record.step.kwargs)
-        ),
+        random=tuple(step.name for step in local_steps if draws(step.word, step.args, step.kwargs)),
         whole={n: _reason(followed, dims, tp) for n, dims in followed.weights.items() if n not in weights},
         unknown=dict(followed.unknown),
         matrix_elements=sum(matrices.values()),
