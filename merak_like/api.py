@@ -44,6 +44,8 @@ def auto_parallel(
     loss_fn: LossFn | None = None,
     optimizer: OptimizerFactory | None = None,
     schedule: str = "1f1b",
+    chunks: int | None = None,
+    recompute: str = "auto",
     micro_batches: int | None = None,
     max_grad_norm: float | None = None,
     loss_weight: LossWeight | None = None,
@@ -63,8 +65,9 @@ def auto_parallel(
     ``dp * micro_batches`` micro-batches. The model gives its own loss, or ``loss_fn(outputs, batch)`` does. The model
     may be on the meta device: each rank then makes or reads (``weights``) only its own part. ``optimizer`` is called
     with this rank's parameters. ``loss_weight(micro_batch)`` counts the items that a micro-batch's loss is the mean of:
-    by default target tokens for Hugging Face language models, else samples. ``plan`` obeys a plan made before.
-    ``timeout`` in seconds limits every wait for another rank.
+    by default target tokens for Hugging Face language models, else samples. ``schedule``, ``chunks`` (stages per rank,
+    for "interleaved") and ``recompute`` ("auto": what memory asks for, "none", "full") are those of ``make_plan``.
+    ``plan`` obeys a plan made before. ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
     traced or cut, memory that does not suffice, and ranks that do not agree.
@@ -88,13 +91,16 @@ def auto_parallel(
         rough: Trace | None = None
         if plan is None:  # on the CPU whatever the device, so that a plan does not depend on where it was made
             rough = trace(model, micro, loss_fn, device="cpu")
-            plan = _plan(rough, mesh, rows(example), schedule, micro_batches, hardware, memory_limit)
+            decide = partial(
+                _plan, mesh=mesh, samples=rows(example), schedule=schedule, chunks=chunks, recompute=recompute,
+                hardware=hardware or "a100-80gb", memory_limit=memory_limit,
+            )  # fmt: skip
+            plan = decide(rough, micro_batches)
             if signature(chosen := _micro_batch(example, mesh, plan.micro_batches)) != signature(micro):
                 # again for the micro-batches it chose: one sample may run fewer ops than many
                 micro, rough = chosen, trace(model, chosen, loss_fn, device="cpu")
                 compared = [note for note in plan.notes if note.startswith("numbers of micro-batches")]
-                plan = _plan(rough, mesh, rows(example), schedule, plan.micro_batches, hardware, memory_limit)
-                plan = plan.with_notes(compared)
+                plan = decide(rough, plan.micro_batches).with_notes(compared)
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
         collect.agree(facts | {"seed": str(seed), "max_grad_norm": str(max_grad_norm)}, world, watch)
         if rough is None or world.device.type != "cpu":
@@ -149,15 +155,11 @@ def _micro_batch(example: Any, mesh: Mesh, micro_batches: int) -> Any:
     return to_device(split(example, mesh.dp * micro_batches)[0], torch.device("cpu"))
 
 
-def _plan(
-    traced: Trace, mesh: Mesh, samples: int, schedule: str, micro_batches: int | None,
-    hardware: Hardware | str | None, memory_limit: int | None,
-) -> Plan:  # fmt: skip
+def _plan(traced: Trace, micro_batches: int | None, *, mesh: Mesh, samples: int, **choices: Any) -> Plan:
     """Plan for the example's batch, rounded up to whole micro-batches."""
     parts = mesh.dp * (micro_batches or 1)
     return make_plan(
-        traced.graph, mesh, hardware=hardware or "a100-80gb", batch=-(-samples // parts) * parts,
-        micro_batches=micro_batches, schedule=schedule, memory_limit=memory_limit,
+        traced.graph, mesh, batch=-(-samples // parts) * parts, micro_batches=micro_batches, **choices
     )  # fmt: skip
 
 

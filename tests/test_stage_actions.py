@@ -29,6 +29,8 @@ SPLIT = {
     "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), padding=(1, 0), dilation=(1, 2)), (2, 4, 7, 8)),
     "conv2d same": (lambda: nn.Conv2d(4, 6, 3, padding="same", bias=False), (2, 4, 7, 8)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 2, 4, 4, 4)),
+    "conv transpose1d": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1, groups=2), (2, 4, 5)),
+    "conv transpose2d": (lambda: nn.ConvTranspose2d(4, 3, (2, 3), padding=1, dilation=(1, 2)), (2, 4, 5, 6)),
     "attention": (lambda: nn.MultiheadAttention(4, 2, batch_first=True), (2, 5, 4)),
 }
 

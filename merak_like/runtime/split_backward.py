@@ -119,12 +119,18 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (g,), (x,), row, options, weight = gradients, ctx.saved_tensors, ctx.row, ctx.options, ctx.weight
+        (x,), row, options, weight = ctx.saved_tensors, ctx.row, ctx.options, ctx.weight
+        g = _own(gradients[0])
         ctx.later.add(weight, lambda: row.weight_gradient(g, x, _like(weight, x), *options))
         ctx.later.held += (x, g)
         _, _, _, _, needs_x, needs_bias = ctx.needs_input_grad
         of_x = row.input_gradient(g, _like(weight, x), x, *options) if needs_x else None
         return None, None, None, None, of_x, row.bias_gradient(g) if needs_bias else None
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor without the larger one it is a part of: what waits for a W keeps no more than it needs."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _like(weight: Tensor, x: Tensor) -> Tensor:
@@ -162,28 +168,44 @@ def _conv(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1,
 ) -> Any:  # fmt: skip
+    return None if isinstance(padding, str) else _convolution(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _conv_transpose(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Any:  # fmt: skip
+    return _convolution(input, weight, bias, stride, padding, dilation, groups, True, output_padding)
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int,
+    transposed: bool = False, output_padding: Any = 0,
+) -> Operands | None:  # fmt: skip
+    """In the words of torch.convolution; None for an input without a batch dimension."""
     spaces = weight.ndim - 2
-    if isinstance(padding, str) or input.ndim != weight.ndim:
-        return None
-    sizes = (tuple(size) * (spaces // len(size)) if isinstance(size, Sequence) else (size,) * spaces
-             for size in (stride, padding, dilation))  # fmt: skip
-    return Operands(input, weight, bias, (*sizes, groups))
+
+    def each(size: Any) -> tuple[int, ...]:
+        return tuple(size) * (spaces // len(size)) if isinstance(size, Sequence) else (size,) * spaces
+
+    options = (each(stride), each(padding), each(dilation), transposed, each(output_padding), groups)
+    return Operands(x, weight, bias, options) if x.ndim == weight.ndim else None
 
 
-def _conv_backward(g: Tensor, x: Tensor, weight: Tensor, options: Sequence[Any], mask: list[bool]) -> Any:
-    stride, padding, dilation, groups = options
-    spaces = [0] * (weight.ndim - 2)
-    return torch.ops.aten.convolution_backward(
-        g, x, weight, None, stride, padding, dilation, False, spaces, groups, mask
+def _convolution_gradient(g: Tensor, x: Tensor, weight: Tensor, options: Sequence[Any], which: int) -> Tensor:
+    mask = [which == 0, which == 1, False]
+    return torch.ops.aten.convolution_backward(g, x, weight, None, *options, mask)[which]
+
+
+CONV, CONV_TRANSPOSE = (
+    Row(
+        operands,
+        forward=torch.convolution,
+        input_gradient=lambda g, w, x, *o: _convolution_gradient(g, x, w, o, 0),
+        weight_gradient=lambda g, x, w, *o: _convolution_gradient(g, x, w, o, 1),
+        bias_gradient=lambda g: g.sum([0, *range(2, g.ndim)]),
     )
-
-
-CONV = Row(
-    _conv,
-    forward=lambda x, w, b, *o: {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[w.ndim](x, w, b, *o),
-    input_gradient=lambda g, w, x, *o: _conv_backward(g, x, w, o, [True, False, False])[0],
-    weight_gradient=lambda g, x, w, *o: _conv_backward(g, x, w, o, [False, True, False])[1],
-    bias_gradient=lambda g: g.sum([0, *range(2, g.ndim)]),
+    for operands in (_conv, _conv_transpose)
 )
 MATMUL = Row(
     _matmul,
@@ -220,6 +242,9 @@ ROWS: dict[Any, Row] = {
     F.conv1d: CONV,
     F.conv2d: CONV,
     F.conv3d: CONV,
+    F.conv_transpose1d: CONV_TRANSPOSE,
+    F.conv_transpose2d: CONV_TRANSPOSE,
+    F.conv_transpose3d: CONV_TRANSPOSE,
 }
 """Functions whose weight gradient can wait. Any other function computes it in B, which is as right, only earlier. Add a
 row for your own function if it goes through ``torch.overrides``."""
