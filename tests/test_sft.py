@@ -58,6 +58,14 @@ def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
+def bloom() -> nn.Module:
+    config = transformers.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=3, n_head=2, hidden_dropout=0.0, attention_dropout=0.0,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.BloomForCausalLM(config)
+
+
 def decoder(name: str, **options: Any) -> nn.Module:
     config = getattr(transformers, f"{name}Config")(
         vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
@@ -82,6 +90,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...], str | Non
         lambda: decoder("OPT", ffn_dim=48, word_embed_proj_dim=WIDTH, dropout=0.0), "model.decoder.layers.1", ("fc1",),
         "final_layer_norm",
     ),
+    "Gemma-2": (
+        lambda: decoder("Gemma2", num_key_value_heads=1, head_dim=12), "model.layers.1",
+        ("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm",
+    ),
+    "Bloom": (bloom, "transformer.h.1", ("mlp.dense_h_to_4h",), "post_attention_layernorm"),
     "torch post-LN": (lambda: Torch(False), "layers.1", ("linear1",), None),
     "torch pre-LN": (lambda: Torch(True), "layers.1", ("linear1",), "norm2"),
 }  # fmt: skip

@@ -90,6 +90,8 @@ class Block(nn.Module):
             case "beside":
                 side = self.side(x)
                 return x + side + self.fc2(self.fc1(x).relu())
+            case "scaled":
+                return 0.5 * x + self.fc2(self.fc1(x).relu())
             case "parallel":
                 side = self.side(x)
                 return self.fc2(self.fc1(x).relu()) + side + x
@@ -118,7 +120,7 @@ class Model(nn.Module):
 EXAMPLE = {"x": torch.ones(2, 3, 8)}
 
 
-@pytest.mark.parametrize("kind", ["plain", "in place", "beside"])
+@pytest.mark.parametrize("kind", ["plain", "in place", "scaled"])
 def test_one_addition_is_left_out_however_it_is_written(kind: str):
     torch.manual_seed(0)
     model = Model(kind)
@@ -132,6 +134,7 @@ def test_one_addition_is_left_out_however_it_is_written(kind: str):
     ("kind", "says"),
     [
         ("parallel", r"must have one residual link around it, found 2 \(.*side by side"),
+        ("beside", "found add, which its input does not come from"),
         ("no residual", "must have one residual link around it, found none"),
         ("attention", "that is attention, not a feed-forward"),
         ("twice", "'block' runs 2 times"),

@@ -48,7 +48,7 @@ def find_feed_forward(graph: ProxyGraph, model: nn.Module, layer: str) -> FeedFo
         raise ValueError(f"{layer} has no matrix: no module of it is a Linear")
     last = matrices[-1]
     first = _first(last, made, matrices, layer)
-    residual = _residual(ops, first, layer)
+    residual = _residual(ops, made, first, layer)
     return FeedForward(layer, tuple(op.target for op in first), last.target, residual)
 
 
@@ -90,8 +90,8 @@ def _first(last: Op, made: dict[str, Op], matrices: list[Op], layer: str) -> tup
     return first
 
 
-def _residual(ops: tuple[Op, ...], first: tuple[Op, ...], layer: str) -> str:
-    """What is added to the feed-forward's result."""
+def _residual(ops: tuple[Op, ...], made: dict[str, Op], first: tuple[Op, ...], layer: str) -> str:
+    """What is added to the feed-forward's result; the feed-forward's input must have been computed from it."""
     own = {value.name for op in first for value in op.outputs}
     shapes = {value.name: value.shape for op in ops for value in op.outputs}
     links: list[str] = []
@@ -100,13 +100,28 @@ def _residual(ops: tuple[Op, ...], first: tuple[Op, ...], layer: str) -> str:
         if len(others) == len(op.inputs):
             continue
         if op.target.rpartition(".")[2] in ADDS and others and op.outputs:
-            same = [name for name in others if shapes.get(name, op.outputs[0].shape) == op.outputs[0].shape]
-            links += same
+            links += [name for name in others if shapes.get(name, op.outputs[0].shape) == op.outputs[0].shape]
         own |= {value.name for value in op.outputs}
-    if len(links) != 1:
-        found = f"{len(links)} ({', '.join(links)})" if links else "none"
-        raise ValueError(
-            f"the feed-forward of {layer} must have one residual link around it, found {found}: a layer that adds its "
-            f"attention and feed-forward side by side, or adds nothing, has no narrow place here"
-        )
-    return links[0]
+    found = f"{len(links)} ({', '.join(links)})" if links else "none"
+    if len(links) == 1:
+        behind, link = _behind(first[0].inputs, made), links[0]
+        while link not in behind and (op := made.get(link)) is not None and len(op.inputs) == 1:
+            link = op.inputs[0]  # a cast or a scaled residual
+        if link in behind:
+            return links[0]
+        found = f"{links[0]}, which its input does not come from"
+    raise ValueError(
+        f"the feed-forward of {layer} must have one residual link around it, found {found}: a layer that adds its "
+        f"attention and feed-forward side by side, or adds nothing, has no narrow place here"
+    )
+
+
+def _behind(names: tuple[str, ...], made: dict[str, Op]) -> set[str]:
+    """These values and all in the layer they were computed from."""
+    found, todo = set[str](), list(names)
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += made[name].inputs if name in made else ()
+    return found
