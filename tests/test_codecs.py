@@ -19,7 +19,7 @@ TEXTS = [
     "identity", "fp16", "bf16", "int8", "int3", "int1", "int(4, 'sample')", "int(5, 'tensor')",
     "int(4, stochastic=True)", "sign", "sign('channel')", "topk(0.1)", "topk(0.7)", "randtopk(0.2, 0.3)",
     "aqsgd(4)", "aqsgd(2, 'bf16')", "c3sl(4)", "c3sl(3, unitary=True)", "deflate",
-    "topk(0.1)+int8+deflate", "c3sl(2)+int4", "aqsgd(3)+deflate|topk(0.2)+int4",
+    "topk(0.1)+int8+deflate", "c3sl(2)+int4", "aqsgd(3)+deflate|topk(0.2)+int4", "int8|aqsgd(4)",
 ]  # fmt: skip
 FIXED = [text for text in TEXTS if "deflate" not in text and "aqsgd" not in text]
 SHAPES = [(6, 5, 8), (7, 16), (3, 2, 2, 5), (1, 9), (33,), (1,), (), (0,), (0, 4), (3, 0), (2, 3, 0)]

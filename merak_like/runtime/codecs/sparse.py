@@ -48,8 +48,8 @@ class TopK(Codec):
             return x.reshape(-1)[indices], AS_FORWARD
         samples, features = by_sample(tuple(x.shape))
         chosen = self.choose(x.reshape(samples, features), self._kept(features), context)
-        starts = torch.arange(samples, device=x.device).unsqueeze(1) * features
-        indices = (chosen + starts).view(-1).sort().values
+        mask = torch.zeros(samples, features, dtype=torch.bool, device=x.device).scatter_(1, chosen, True)
+        indices = mask.view(-1).nonzero().view(-1)  # in order, in less time than by sorting
         self._remember(indices, context)
         return x.reshape(-1)[indices], OWN + to_bytes(pack_indices(indices, x.numel()))
 
