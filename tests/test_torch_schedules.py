@@ -1,10 +1,13 @@
-"""Our interleaved, ZB-V and DualPipeV orders beside torch's own: never fuller, and never slower in the same memory."""
+"""Torch's schedules beside ours: its orders are never better, and give the same gradients in both engines."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
-from merak_like.partitioner.schedules.action import Schedule, chain
+from merak_like.partitioner.schedules.action import chain
 from merak_like.partitioner.schedules.auto.build import auto
 from merak_like.partitioner.schedules.dualpipe_v import dualpipe_v
 from merak_like.partitioner.schedules.grid import from_csv, to_csv
@@ -12,20 +15,10 @@ from merak_like.partitioner.schedules.interleaved import interleaved
 from merak_like.partitioner.schedules.validate import validate
 from merak_like.partitioner.schedules.zb_v import zb_v
 from merak_like.partitioner.simulator import Costs, StageCosts, simulate
+from tests.ranks import Call, results_of, selected_calls
+from tests.torch_peer import TORCHS, torchs
 
 COSTS = [(1, 1, 1, 0), (1, 1, 1, 0.2), (3, 2.5, 2, 0.1), (1, 1.2, 0.7, 0.05), (2, 4, 0, 0.1)]
-
-
-def torchs(name: str, ranks: int, micro_batches: int, chunks: int) -> Schedule:
-    """Torch's order, computed without processes; pairs that it overlaps are taken one after the other."""
-    visualizer = pytest.importorskip("torch.distributed.pipelining._schedule_visualizer")
-    rows = visualizer.get_schedule_ops(name, ranks, micro_batches, chunks)
-
-    def cells(actions) -> list[str]:
-        flat = [each for action in actions if action is not None for each in (action.sub_actions or (action,))]
-        return [str(each) for each in flat]
-
-    return from_csv("".join(",".join(cells(actions)) + "\n" for actions in rows))
 
 
 @pytest.mark.parametrize(
@@ -58,3 +51,22 @@ def test_never_fuller_and_never_slower_than_torchs_own(
             assert micro_batches % ranks
             found = auto(costs, micro_batches, stage_rank=theirs.stage_rank, live=other.rank_peak_bytes)
             assert found.makespan <= other.makespan * (1 + 1e-9)
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> Callable[[Call], list[Any]]:
+    """What a call returned on every rank."""
+    return results_of(selected_calls(request))
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "case",
+    [Call(name, "tests.torch_peer:beside_torch", {"dp": 1, "pp": 2, "name": name}) for name in TORCHS],
+    ids=lambda case: case.name,
+)
+def test_torchs_orders_give_the_same_gradients_in_both_engines(
+    case: Call, results: Callable[[Call], list[Any]]
+) -> None:
+    assert max(results(case)) <= 1e-12
