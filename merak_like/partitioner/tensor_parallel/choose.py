@@ -27,6 +27,8 @@ class Candidate:
 
 def choose(followed: Followed, flows: Flows, tp: int) -> tuple[Candidate, ...]:
     """Take candidates by volume, ties by bytes communicated, as long as they do not meet a taken one."""
+    if tp == 1:
+        return ()
     volumes = volumes_of(followed)
     meeting = meetings(followed, frozenset(volumes))
     good = [c for c in candidates(followed, volumes, tp) if not any((a, a) in meeting for a in c.axes)]

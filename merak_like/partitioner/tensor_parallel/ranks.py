@@ -31,6 +31,10 @@ def take(tensor: Tensor, layout: Layout | None, rank: int) -> Tensor:
     return tensor
 
 
+SHAKE = 0.02
+"""Standard deviation of what is added to every parameter."""
+
+
 class Ranks:
     """The ranks of a group, in lockstep."""
 
@@ -44,12 +48,18 @@ class Ranks:
         self.count = derived.tp if derived else 1
         blocks = derived.blocks if derived else ()
         layouts = derived.weights if derived else {}
+        # Zero biases and norms of ones would hide a bias that is added once per rank, or not at all.
+        shake = torch.Generator().manual_seed(0)
+        shaken = {
+            name: wide(w.detach()) + SHAKE * torch.randn(w.shape, generator=shake, dtype=torch.float64)
+            for name, w in model.named_parameters()
+        } | {name: wide(w.detach()) for name, w in model.named_buffers()}
         self.weights = {
             name: [
-                take(wide(w.detach()), layouts.get(name), rank).clone().requires_grad_(name in self.trainable)
+                take(w, layouts.get(name), rank).clone().requires_grad_(name in self.trainable)
                 for rank in range(self.count)
             ]
-            for name, w in (*model.named_parameters(), *model.named_buffers())
+            for name, w in shaken.items()
         }
         self.constants = constants
         self.env: dict[str, list[Any]] = {}
