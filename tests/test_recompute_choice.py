@@ -23,7 +23,7 @@ from merak_like.partitioner.schedules.action import Kind
 from merak_like.partitioner.schedules.passes import add_transfers
 from merak_like.partitioner.schedules.scp import LADDER
 from merak_like.partitioner.simulator import Costs, StageCosts, simulate
-from tests.graphs import TOY, chain, encoder_decoder, gpt
+from tests.graphs import TOY, GraphBuilder, chain, encoder_decoder, gpt
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -75,7 +75,9 @@ def random_costs(random: Random, stages: int) -> Costs:
     full = [random.randint(50, 100) for _ in range(stages)]
     return Costs(
         tuple(
-            StageCosts(1, 1, 1, 1, each, random.randint(0, each), random.choice([0, each, random.randint(0, each)]))
+            StageCosts(
+                1, 1, 1, 1, each, random.randint(0, each), random.choice([0, each, random.randint(0, each), 2 * each])
+            )
             for each in full
         )
     )
@@ -111,7 +113,7 @@ def test_the_stages_of_a_rank_share_its_memory_for_the_fewest_seconds(
             saved = [random.randint(10, 60) for _ in range(4)]
             boundary = random.randint(0, 20)
             fronts.append(front([random.randint(1, 5) for _ in saved], saved, [0, 3, 9, 2], 5, 2))
-            live.append(Live(boundary, boundary + sum(saved), random.randint(0, 30)))
+            live.append(Live(boundary, boundary + sum(saved), random.choice([0, 30, 300])))
         room = random.randint(100, 1500)
         ways = [
             (sum(float(f.seconds[w]) for f, w in zip(fronts, way, strict=True)), way)
@@ -219,6 +221,25 @@ def test_an_order_that_is_built_is_in_the_plan_and_no_slower(schedule: str) -> N
     tight = plan(graph, 2, schedule=schedule, memory_limit=limit)
     assert max(tight.rank_bytes) <= limit
     assert made.step_seconds <= tight.step_seconds <= usual.step_seconds
+
+
+def test_an_order_without_halves_is_built_where_what_waits_is_too_much() -> None:
+    """These layers save nothing, so that their inputs and output gradients are all that could wait."""
+    made = GraphBuilder()
+    x = made.input("x", (512, 64), "float32")
+    for layer in range(8):
+        weight = made.weight(f"{layer}", 64, 64)
+        x = made.op(f"{layer}", x, kind="module", params=(weight,), shape=(512, 64), flops=10**9, saved=64)
+    graph = made.graph()
+    usual = make_plan(graph, Mesh(1, 2), hardware=TOY, batch=2048, micro_batches=4)
+    roomy, tight = (
+        make_plan(graph, Mesh(1, 2), hardware=TOY, batch=2048, micro_batches=4, schedule=AUTO, memory_limit=limit)
+        for limit in (10**9, max(usual.rank_bytes))
+    )
+    assert schedule_of(roomy).apart(Kind.W)
+    assert not schedule_of(tight).apart(Kind.W)
+    assert max(tight.rank_bytes) <= tight.memory_limit
+    assert roomy.step_seconds < tight.step_seconds <= usual.step_seconds
 
 
 def test_stages_of_one_rank_send_nothing() -> None:

@@ -75,7 +75,10 @@ def op_cost(op: Op, graph: ProxyGraph, hardware: Hardware, *, scale: float = 1.0
     return Cost(forward, backward, weight, round(flops), param_bytes, round(op.saved_bytes * scale))
 
 
-WEIGHTED = frozenset({"linear", "matmul", "__matmul__", "addmm", "embedding", "conv1d", "conv2d", "conv3d"})
+WEIGHTED = frozenset({
+    "linear", "matmul", "__matmul__", "addmm", "embedding", "conv1d", "conv2d", "conv3d",
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+})  # fmt: skip
 """Functions whose gradient of a weight can be computed apart from that of the input."""
 
 

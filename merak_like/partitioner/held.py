@@ -61,10 +61,10 @@ def held(schedule: Schedule) -> tuple[Held, ...]:
 def _fullest(stages: Sequence[int], kept: Ints, full: Ints, waits: Ints) -> Held:
     """Leave out the moments that hold no more than another, whatever the bytes.
 
-    What is kept or waits is between nothing and as much as in full, so these four sums decide, for each stage.
+    What is kept is between nothing and as much as in full, what waits may be anything, so these sums decide.
     """
-    sums = np.unique(np.hstack([full, full + kept, full + waits, full + kept + waits]), axis=0)
+    sums = np.unique(np.hstack([full, full + kept, waits]), axis=0)
     more = (sums[None, :, :] >= sums[:, None, :]).all(axis=2)
     sums = sums[more.sum(axis=1) == 1]  # each is no more than itself
-    full, with_kept, with_waits, _ = np.split(sums, 4, axis=1)
-    return Held(tuple(stages), with_kept - full, full, with_waits - full)
+    full, with_kept, waits = np.split(sums, 3, axis=1)
+    return Held(tuple(stages), with_kept - full, full, waits)

@@ -20,7 +20,6 @@ from merak_like.partitioner.simulator import Costs, StageCosts, Timeline, simula
 
 ORDERS = 16
 """Schedules with transfers that are remembered."""
-NOTHING = Front(np.zeros(1, np.int64), np.zeros(1), ((),))
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,15 @@ class Stage:
     """The whole of it."""
     weight: float
 
+    def handed(self, nbytes: int) -> Stage:
+        """The stage where so much of what it receives comes from its own rank, whose other stage holds it already."""
+        parts = replace(self.parts, boundary=self.parts.boundary - nbytes)
+        return replace(self, parts=parts, live=_live(parts)) if nbytes else self
+
     @property
     def nothing(self) -> Front:
         """Only the way that recomputes nothing."""
-        return replace(NOTHING, kept=np.array([self.parts.saved]))
+        return Front(np.array([self.parts.saved]), np.zeros(1), ((),))
 
     @property
     def everything(self) -> Front:
@@ -60,6 +64,10 @@ class Stage:
         )
 
 
+def _live(parts: Parts) -> Live:
+    return Live(parts.boundary, parts.saved + parts.boundary, parts.put_off)
+
+
 @dataclass(frozen=True)
 class Judged:
     """A partition that fits, with its step."""
@@ -73,19 +81,25 @@ class Judged:
     edges: Edges
     timeline: Timeline
 
-    def memory(self, stage: int) -> StageMemory:
+    def memory(self, index: int) -> StageMemory:
         """Bytes of a stage at its own fullest moment."""
-        parts, live = self.stages[stage].parts, self.timeline.peak_bytes[stage]
-        boundary = min(live, self.timeline.peak_live[stage] * parts.boundary)
+        stage, live = self.stages[index], self.timeline.peak_bytes[index]
+        boundary = min(live, self.timeline.peak_live[index] * stage.live.boundary)
+        parts = stage.parts
         return StageMemory(parts.weights, parts.gradients, parts.optimizer, live - boundary, boundary, parts.workspace)
+
+    @property
+    def rank_fixed(self) -> tuple[int, ...]:
+        """Bytes of each rank that do not come and go with the micro-batches."""
+        total = [0] * self.schedule.ranks
+        for stage, rank in zip(self.stages, self.schedule.stage_rank, strict=True):
+            total[rank] += stage.parts.fixed
+        return tuple(total)
 
     @property
     def rank_bytes(self) -> tuple[int, ...]:
         """Bytes of each rank at its fullest moment."""
-        total = list(self.timeline.rank_peak_bytes)
-        for stage, rank in zip(self.stages, self.schedule.stage_rank, strict=True):
-            total[rank] += stage.parts.fixed
-        return tuple(total)
+        return tuple(a + b for a, b in zip(self.rank_fixed, self.timeline.rank_peak_bytes, strict=True))
 
     def ordered(self, schedule: Schedule) -> Judged:
         """The same partition under another order of the same stages."""
@@ -106,8 +120,7 @@ class Judge:
     def __call__(self, starts: Sequence[int]) -> Judged | None:
         """Simulate a partition, each value sent straight from stage to stage; None if it does not fit the memory."""
         job = self.problem.job
-        ranges = list(pairwise(starts))
-        stages = tuple(self.stage(*ends) for ends in ranges)
+        ranges, stages = list(pairwise(starts)), self._partition(starts)
         fronts = [self._only(stage, s) for s, stage in enumerate(stages)]
         ways = [0] * len(stages)
         for held in job.held:
@@ -141,7 +154,7 @@ class Judge:
     def over(self, starts: Sequence[int]) -> int:
         """Bytes that the fullest rank has too much, or less than nothing, if as much as may be is recomputed."""
         job = self.problem.job
-        stages = [self.stage(*ends) for ends in pairwise(starts)]
+        stages = self._partition(starts)
         most: list[int] = []
         for held in job.held:
             live = [stages[s].live for s in held.stages]
@@ -149,6 +162,13 @@ class Judge:
             least = [stage.boundary + int(only.kept[0]) for stage, only in zip(live, fronts, strict=True)]
             most.append(peak(held, live, least) + sum(stages[s].parts.fixed for s in held.stages))
         return max(most) - job.memory_limit
+
+    def _partition(self, starts: Sequence[int]) -> tuple[Stage, ...]:
+        stages, near = [self.stage(*ends) for ends in pairwise(starts)], [0] * (len(starts) - 1)
+        if self.problem.job.mesh.pp < len(stages):
+            for (source, target), nbytes in self.problem.traffic.edges(starts).items():
+                near[target] += nbytes if self.problem.job.link(source, target) is None else 0
+        return tuple(stage.handed(nbytes) for stage, nbytes in zip(stages, near, strict=True))
 
     def stage(self, start: int, stop: int) -> Stage:
         """Segments ``start .. stop - 1`` as a stage."""
@@ -162,10 +182,9 @@ class Judge:
         borders = problem.borders.tolist()
         inside = borders[bisect_right(borders, first) : bisect_left(borders, last)]
         parts = problem.memory.parts(first, last)
-        full = parts.saved + parts.boundary
         return Stage(
             parts=parts,
-            live=Live(parts.boundary, full, min(parts.put_off, full)),
+            live=_live(parts),
             borders=(first, *inside, last),
             forward=float(ops.forward[last] - ops.forward[first]),
             backward=float(ops.backward[last] - ops.backward[first]),

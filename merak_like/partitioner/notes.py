@@ -98,7 +98,7 @@ def _recomputed(problem: Problem, judged: Judged) -> list[str]:
         of = sum(len(judged.stages[s].borders) - 1 for s in held.stages)
         spent = sum(judged.costs.stages[s].recompute for s in again)
         live = [judged.stages[s].live for s in held.stages]
-        whole = peak(held, live, [s.full for s in live]) + sum(judged.stages[s].parts.fixed for s in held.stages)
+        whole = peak(held, live, [s.full for s in live]) + judged.rank_fixed[rank]
         why = "as was asked" if job.recompute == "full" else f"to keep everything would take {whole / 1e9:.3g} GB"
         what = f"{units} of {of} units again, {_seconds(spent)} for each micro-batch"
         told.append(f"{_place(problem, rank)} computes {what}: {why}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from merak_like.partitioner.judge import Judged
 from merak_like.partitioner.problem import STAND_IN, Problem
@@ -22,19 +23,27 @@ def in_order(problem: Problem, found: Found) -> tuple[Judged, Order | None]:
     job, judged = problem.job, found.judged
     if job.schedule not in STAND_IN:
         return judged, None
-    fixed = [0] * job.mesh.pp
-    for stage, rank in zip(judged.stages, job.order.stage_rank, strict=True):
-        fixed[rank] += stage.parts.fixed
-    order = auto(
-        judged.costs,
-        job.micro_batches,
-        stage_rank=job.order.stage_rank,
-        edges=judged.edges,
-        memory=[job.memory_limit - each for each in fixed],
-        recomputes=[stage for stage, units in enumerate(judged.recompute) if units],
-        effort=EFFORT,
-    )
+    order = _built(problem, judged)
     built = judged.ordered(order.schedule)
     if built.timeline.makespan < judged.timeline.makespan:
         return built, order
     return judged, replace(order, schedule=judged.schedule, makespan=judged.timeline.makespan)
+
+
+def _built(problem: Problem, judged: Judged) -> Order:
+    """The fastest order found within the memory."""
+    job = problem.job
+    build = partial(
+        auto,
+        judged.costs,
+        job.micro_batches,
+        stage_rank=job.order.stage_rank,
+        edges=judged.edges,
+        memory=[job.memory_limit - each for each in judged.rank_fixed],
+        recomputes=[stage for stage, units in enumerate(judged.recompute) if units],
+        effort=EFFORT,
+    )
+    try:
+        return build()
+    except ValueError:  # what waits for a W may be more than the activations were, and too much
+        return build(split=False)

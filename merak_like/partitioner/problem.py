@@ -217,9 +217,11 @@ class Problem:
         is recomputed and if as much as may be is.
         """
         job, bands = self.job, self.bands(width)
-        full = bands.saved + bands.boundary
-        least = bands.boundary + np.minimum(bands.saved, bands.inputs) if stage in job.recomputes else full
-        waits = np.minimum(bands.put_off, full)
+        # What comes from a stage of the same rank is there already, and which cuts these are is not known here.
+        boundary = bands.boundary if job.stages == job.mesh.pp else np.zeros_like(bands.boundary)
+        full = bands.saved + boundary
+        least = boundary + np.minimum(bands.saved, bands.inputs) if stage in job.recomputes else full
+        waits = bands.put_off
         own = job.held[job.order.stage_rank[stage]].of(stage)
         for kept, whole, wait in zip(own.kept[:, 0].tolist(), own.full[:, 0], own.waits[:, 0], strict=True):
             yield bands.fixed + whole * full + (wait * waits if wait else 0), kept, full, least

@@ -30,7 +30,8 @@ class StageCosts:
     recomputes without one.
 
     A live micro-batch holds `activation_bytes`; between its F and its recompute only `kept_bytes`, and between its B
-    and its W only `weight_bytes`. Where these are not given, it holds everything throughout.
+    and its W `weight_bytes`, which may be more: gradients wait there. Where these are not given, it holds as much
+    throughout.
     """
 
     forward: float
@@ -45,9 +46,12 @@ class StageCosts:
         for seconds in (self.forward, self.backward, self.recompute, self.weight, self.activation_bytes):
             if not (isfinite(seconds) and seconds >= 0):
                 raise ValueError(f"costs must be finite and not negative: {self}")
-        for part in (self.kept_bytes, self.weight_bytes):
-            if part is not None and not 0 <= part <= self.activation_bytes:
-                raise ValueError(f"a part of the activations cannot be {part} of {self.activation_bytes} bytes: {self}")
+        if self.kept_bytes is not None and not 0 <= self.kept_bytes <= self.activation_bytes:
+            raise ValueError(
+                f"a part of the activations cannot be {self.kept_bytes} of {self.activation_bytes} bytes: {self}"
+            )
+        if self.weight_bytes is not None and self.weight_bytes < 0:
+            raise ValueError(f"no micro-batch can hold {self.weight_bytes} bytes: {self}")
 
     @property
     def kept(self) -> int:

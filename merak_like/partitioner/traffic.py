@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import ceil
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class Traffic:
         for name, uses in accesses(graph).items():
             places = list(dict.fromkeys(segment[use] for use in uses))
             for before, after in pairwise(places):
-                steps[places[0], before, after] += round(values[name].nbytes * scale)
+                steps[places[0], before, after] += ceil(values[name].nbytes * scale)
         # Row: the segment that makes values, two neighbouring segments among those that touch them, bytes.
         rows = np.array([(*key, nbytes) for key, nbytes in steps.items()], np.int64).reshape(-1, 4)
         self._made, self._before, self._after, self._bytes = rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3]
