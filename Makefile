@@ -57,6 +57,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/schedules/main.py
 	$(BIN)/torchrun --nproc-per-node 2 benchmarks/pipeline/overhead.py
 	$(BIN)/torchrun --nproc-per-node 2 benchmarks/pipeline/main.py
+	$(BIN)/python benchmarks/paced/main.py
 	$(BIN)/python benchmarks/tables.py
 
 setup: $(READY)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACES = ("README.md", "benchmarks/pipeline/README.md")
+PLACES = ("README.md", "benchmarks/pipeline/README.md", "benchmarks/paced/README.md")
 
 
 def pipeline() -> str:
@@ -40,11 +40,23 @@ def overhead() -> str:
     return "\n".join(lines)
 
 
+def paced() -> str:
+    """Simulated and measured steps of every schedule, on blocks that sleep."""
+    data = json.loads((ROOT / "benchmarks/paced/results.json").read_text())
+    unit, tables = data["setting"]["seconds of a rank's forward"], data["ranks"]
+    heads = [f"{ranks} ranks: {what}" for ranks in tables for what in ("simulated, f", "measured, f", "ratio")]
+    lines = ["| paced | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for rows in zip(*tables.values(), strict=True):
+        times = ((row["simulated"] / unit, row["measured"] / unit, row["measured"] / row["simulated"]) for row in rows)
+        lines.append(f"| {rows[0]['schedule']} | " + " | ".join(f"{a:.1f} | {b:.1f} | {c:.3f}" for a, b, c in times) + " |")
+    return "\n".join([*lines, "", _setting(data["setting"])])
+
+
 def _setting(setting: dict[str, Any]) -> str:
     return "Setting: " + ", ".join(f"{key} {value}" for key, value in setting.items()) + "."
 
 
-TABLES = {"pipeline": pipeline, "overhead": overhead}
+TABLES = {"pipeline": pipeline, "overhead": overhead, "paced": paced}
 
 
 def filled(text: str) -> str:

@@ -133,3 +133,14 @@ def test_what_is_copied_from_equal_calls_is_what_running_them_gives(entry: Any) 
     for ours, theirs in zip(copied.graph.ops, run.graph.ops, strict=True):
         assert ours == theirs
     assert copied.graph == run.graph
+
+
+def test_an_op_names_the_values_it_keeps_and_pays_for() -> None:
+    """The second layer's input is the first one's output after an activation; its views count as the same memory."""
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Flatten(0, 1), nn.Linear(D, D), nn.Linear(D, D))
+    ops = {op.name: op for op in trace(model, torch.randn(B, L, D), mean).graph.ops}
+    tanh, flat = ops["_1"], ops["_2"]
+    assert set(tanh.keeps) == {tanh.outputs[0].name, flat.outputs[0].name}, "tanh's backward reads its output"
+    assert ops["_0"].keeps == ("batch",)
+    assert ops["_3"].keeps == (), "it keeps what tanh pays for"
+    assert ops["_4"].keeps == (ops["_3"].outputs[0].name,)

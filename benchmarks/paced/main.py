@@ -33,7 +33,7 @@ from merak_like.partitioner.schedules.passes import add_transfers
 from merak_like.partitioner.schedules.scp import LADDER
 from merak_like.partitioner.simulator import Costs, StageCosts, simulate
 
-UNIT = 0.02
+UNIT = 0.03
 """Seconds of the forward of a rank's blocks: long beside what an engine costs on a core shared by four processes."""
 BLOCKS = 2
 """Per rank: one for each stage where a rank has two."""

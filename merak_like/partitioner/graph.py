@@ -75,6 +75,8 @@ class Op:
     """Number of torch functions the call runs, for the launch overhead."""
     random: bool = False
     """Whether the call draws random numbers (dropout)."""
+    keeps: tuple[str, ...] = ()
+    """Names of the values among ``saved_bytes``, views of them included."""
 
 
 @dataclass(frozen=True, slots=True)

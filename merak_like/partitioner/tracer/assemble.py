@@ -22,8 +22,12 @@ def assemble(
                 f"{call.path or 'the model'} must stay whole (it is compiled, has backward hooks or was named atomic), "
                 f"but {call.opaque}: apply that to a smaller module"
             )
+    names: dict[int, list[str]] = {}
+    for draft in writer.drafts:
+        for value, key in zip(draft.outputs, _storages(writer, draft), strict=True):
+            names.setdefault(key, []).append(value.name)
     return ProxyGraph(
-        ops=tuple(_op(draft) for draft in writer.drafts),
+        ops=tuple(_op(draft, names) for draft in writer.drafts),
         parameters=fake.parameters,
         calls=tuple(Call(c.path, c.type, c.first, c.stop, c.depth) for c in calls if c.stop > c.first),
         pinned=_pinned(writer, calls, fake),
@@ -32,11 +36,12 @@ def assemble(
     )
 
 
-def _op(draft: Draft) -> Op:
+def _op(draft: Draft, names: Mapping[int, Sequence[str]]) -> Op:
+    keeps = tuple(name for key in draft.kept for name in names.get(key, ()))
     return Op(
         draft.name, draft.kind, draft.target, draft.scope, tuple(draft.inputs), tuple(draft.outputs),
         tuple(draft.params), tuple(draft.buffers), tuple(draft.mutates),
-        draft.flops, draft.moved, draft.saved, draft.kernels, draft.random,
+        draft.flops, draft.moved, draft.saved, draft.kernels, draft.random, keeps,
     )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ class Costs:
         if key not in self.paid:
             self.paid.add(key)
             self.keep.append(tensor)
+            self.current.kept.append(key)
             self.current.saved += tensor.untyped_storage().nbytes()  # a view keeps all of what it is a view of
         return tensor
 

@@ -47,6 +47,8 @@ class Draft:
     flops: int = 0
     moved: int = 0
     saved: int = 0
+    kept: list[int] = field(default_factory=list)
+    """The storages behind ``saved``."""
     kernels: int = 0
     random: bool = False
     custom: bool = False
