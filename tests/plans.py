@@ -96,6 +96,6 @@ def _stage(index: int, units: Sequence[Unit], pp: int) -> StagePlan:
         weight_seconds=seconds / 3,
         recompute_seconds=seconds / 3 if index == 0 else 0.0,
         live_micro_batches=live,
-        recompute=tuple(dict.fromkeys(u.block for u in units))[:live] if index == 0 else (),
+        recompute=tuple(u.name for u in units)[:live] if index == 0 else (),
         memory=StageMemory(weights, weights, 2 * weights, live * 3 * GB, live * 6_291_456, 300_000_000),
     )

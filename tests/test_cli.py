@@ -243,6 +243,16 @@ def test_debug_shows_where(folder: Path):
         main(["--debug", "show", "nowhere.json"])
 
 
+def test_schedule_chunks_and_recompute_are_options(gpt2: Path, capsys: pytest.CaptureFixture[str]):
+    few = ("plan", str(gpt2), "--pp", "2", "--batch", "8", "--seq", "16", "--json")
+    plan = Plan.from_json(run(capsys, *few, "--schedule", "interleaved", "--chunks", "1", "--recompute", "full"))
+    assert plan.stage_rank == (0, 1)
+    assert all(stage.recompute for stage in plan.stages)
+    assert Plan.from_json(run(capsys, *few, "--schedule", "auto")).orders
+    assert "chunks = 3 has no meaning for schedule '1f1b'" in refused(capsys, *few, "--chunks", "3")
+    assert "unknown recompute 'some'" in refused(capsys, *few, "--recompute", "some")
+
+
 def test_the_page_about_plans_names_every_field_and_option(capsys: pytest.CaptureFixture[str]):
     told = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
     names = {field.name for kind in (Plan, StagePlan, StageMemory, Crossing, Unit, Mesh) for field in fields(kind)}

@@ -11,6 +11,7 @@ from itertools import combinations, pairwise
 import pytest
 from rich.console import Console
 
+from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Crossing, Plan
 from merak_like.partitioner.report import summary, text
 from merak_like.partitioner.report.drawing import shortened
@@ -147,6 +148,54 @@ def test_the_tables_fit_80_columns(plan: Plan):
     said = printed(plan, 80)
     assert max(map(len, said.splitlines())) <= 80
     assert "…" not in said
+
+
+def in_a_v(plan: Plan) -> Plan:
+    """The stages of four ranks on two, with an order of their own."""
+    stages = tuple(replace(s, rank=rank) for s, rank in zip(plan.stages, (0, 1, 1, 0), strict=True))
+    held = [s.memory.live for s in stages]
+    return replace(
+        plan,
+        mesh=Mesh(1, 2),
+        stages=stages,
+        schedule="auto-v",
+        rank_activation_bytes=(held[0] + held[3] - 1, held[1] + held[2] - 1),
+        orders=(" ".join(f"F{i}.0" for i in range(40)), "F0.1 W0.1"),
+    )
+
+
+def test_what_is_computed_again_is_shown():
+    plan = make_plan()
+    said, drawn = printed(plan), page(plan)
+    assert re.search(r"forward +backward +again +balance", said)
+    assert "stage 0, 4 of 7 units: transformer.wte" in said
+    assert "recomputes 4 of 7 units" in drawn
+    assert drawn.count('class="unit s0 again"') == 4 == drawn.count(', computed again"')
+    kept = replace(plan, stages=tuple(replace(s, recompute=()) for s in plan.stages))
+    assert "again" not in printed(kept)
+    assert 'class="unit s0 again"' not in page(kept)
+
+
+def test_ranks_of_several_stages_are_shown_with_what_they_hold_together():
+    plan = in_a_v(make_plan())
+    assert list(plan.rank_bytes) == [
+        plan.stages[a].memory.total + plan.stages[b].memory.total - 1 for a, b in ((0, 3), (1, 2))
+    ]
+    said = printed(plan)
+    assert re.search(r"stage +rank +holds", said)
+    for rank, total in enumerate(plan.rank_bytes):
+        assert re.search(rf"rank {rank} .*{total / GB:.2f}", said)
+    assert "rank 0: F0.0 F1.0" in said
+    assert "and 10 more" in said
+    assert "rank 1: F0.1 W0.1" in said
+    assert "Stage 2 on rank 1" in page(plan)
+    assert not re.search(r"stage +rank +holds", printed(make_plan()))
+    data = summary.as_json(plan)
+    assert data["rank_bytes"] == plan.rank_bytes
+    assert data["orders"] == plan.orders
+    tight = replace(plan, memory_limit=max(plan.rank_bytes) - 1)
+    assert not summary.fits(tight)
+    assert "OVER" in printed(tight)
 
 
 def test_too_much_memory_is_marked():
