@@ -77,7 +77,7 @@ def test_pointing_at_a_unit_tells_its_cost_and_shows_its_neighbours(tmp_path: Pa
         "transformer.wte",
     ):
         assert part in tip(dom)
-    near = re.findall(r'<g class="unit s\d near" id="unit-(\d+)"', dom)
+    near = re.findall(r'<g class="unit s\d(?: again)? near" id="unit-(\d+)"', dom)
     assert near == ["0", "1", "2"]
 
 
