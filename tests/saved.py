@@ -22,13 +22,17 @@ class Box:
 
 
 class Meter:
-    """The most bytes kept at once, each storage once. Parameters, buffers and the batch are not counted."""
+    """The most bytes kept at once, each storage once, and of the batch each part: a device has a copy of that.
+
+    Parameters and buffers are not counted.
+    """
 
     def __init__(self, engine: Engine, batch: Mapping[str, Tensor]) -> None:
         self.peak = 0
         self._engine = engine
         self._boxes: WeakSet[Box] = WeakSet()
-        lasting = (*engine.model.parameters(), *engine.model.buffers(), *batch.values())
+        self._batch = {t.untyped_storage().data_ptr() for t in batch.values()}
+        lasting = (*engine.model.parameters(), *engine.model.buffers())
         self._lasting = {t.untyped_storage().data_ptr() for t in lasting if not t.is_meta}
 
     @contextmanager
@@ -66,7 +70,9 @@ class Meter:
         storages = {}
         for tensor in (*(box.tensor for box in self._boxes), *self._held()):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._lasting:
+            if storage.data_ptr() in self._batch:
+                storages[tensor.data_ptr()] = tensor.nbytes
+            elif storage.data_ptr() not in self._lasting:
                 storages[storage.data_ptr()] = storage.nbytes()
         self.peak = max(self.peak, sum(storages.values()))
 

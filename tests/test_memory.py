@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from merak_like.partitioner.cuts import live_values
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.memory import ADAMW, STATES, MemoryModel, Parts
 from tests.graphs import GraphBuilder, encoder_decoder, gpt, norm, skips, two_towers
@@ -25,12 +28,46 @@ def small() -> ProxyGraph:
 def test_a_stage_by_hand():
     model = MemoryModel(small())
     assert model.parts(0, 2) == Parts(
-        weights=12, gradients=12, optimizer=24, workspace=128 + 64, saved=100, boundary=64, inputs=32, put_off=0
+        weights=12,
+        gradients=12,
+        optimizer=24,
+        workspace=128 + 64,
+        saved=100,
+        boundary=64,
+        bare=64,
+        inputs=32,
+        put_off=0,
+        received_saved=0,
+        sent_saved=0,
     ), "what is sent comes back as a gradient, one at a time"
     assert model.parts(2, 4) == Parts(
-        weights=20 + 12, gradients=12, optimizer=24, workspace=32 + 64, saved=11, boundary=64, inputs=0, put_off=0
+        weights=20 + 12,
+        gradients=12,
+        optimizer=24,
+        workspace=32 + 64,
+        saved=11,
+        boundary=64,
+        bare=64,
+        inputs=0,
+        put_off=0,
+        received_saved=0,
+        sent_saved=0,
     ), "the tied weight counts here again, the frozen one without gradient and states"
     assert model.parts(0, 4).weights == 32, "within a stage a tied weight counts once"
+
+
+def test_boundary_value_that_an_op_saves_is_found_on_the_side_of_that_op():
+    """The op after the cut saves what it receives; then the op before it, what it makes."""
+    for saver, here, there in ((2, "received_saved", "sent_saved"), (1, "sent_saved", "received_saved")):
+        graph = small()
+        (value,) = live_values(graph, 2)
+        ops = tuple(replace(op, keeps=(value.name,)) if i == saver else op for i, op in enumerate(graph.ops))
+        model = MemoryModel(replace(graph, ops=ops))
+        first, last = model.parts(0, 2), model.parts(2, 4)
+        side, other = (last, first) if saver == 2 else (first, last)
+        assert (getattr(side, here), getattr(side, there)) == (64, 0)
+        assert (other.received_saved, other.sent_saved) == (0, 0)
+        assert (first.boundary, first.bare, last.boundary, last.bare) == (64, 0, 64, 0)
 
 
 def test_what_waits_for_its_weight_gradient():
@@ -77,7 +114,7 @@ def check_bands(graph: ProxyGraph, positions: tuple[int, ...], scale: float, wid
     for i in range(size):
         for j in range(i + 1, min(i + width, size) + 1):
             parts = model.parts(positions[i], positions[j])
-            for name in ("fixed", "saved", "boundary", "inputs", "put_off"):
+            for name in ("fixed", "saved", "boundary", "bare", "inputs", "put_off"):
                 assert getattr(bands, name)[i, j - i - 1] == getattr(parts, name), (i, j, name)
 
 

@@ -52,20 +52,22 @@ class Stage:
         return Front(np.array([least]), np.array([self.forward]), (tuple(range(len(self.borders) - 1)),))
 
     def costs(self, recompute: float, kept: int) -> StageCosts:
-        """What the simulator needs to know."""
+        """What the simulator needs to know. What is sent is there twice once the op that saves it was run again."""
+        shared = 0 if recompute else self.parts.sent_saved
+        full = self.live.full - shared
         return StageCosts(
             forward=self.forward,
             backward=max(self.backward - self.weight, 0.0),
             recompute=recompute,
             weight=self.weight,
-            activation_bytes=self.live.full,
-            kept_bytes=self.live.boundary + kept,
+            activation_bytes=full,
+            kept_bytes=min(self.live.boundary + kept - shared, full),
             weight_bytes=self.live.waits,
         )
 
 
 def _live(parts: Parts) -> Live:
-    return Live(parts.boundary, parts.saved + parts.boundary, parts.put_off)
+    return Live(parts.boundary, parts.saved + parts.boundary - parts.received_saved, parts.put_off)
 
 
 @dataclass(frozen=True)

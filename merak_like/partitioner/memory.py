@@ -8,6 +8,8 @@ fixed, throughout a step
 for each live micro-batch
     saved         what the ops keep for the backward
     boundary      values received and sent
+    bare          those of them that no op of the graph saves
+    received_saved, sent_saved   those of them that are in ``saved`` as well
     inputs        of the batch: to run the ops again, these are kept instead of ``saved``
     put_off       inputs and output gradients of the ops whose weight gradients wait for a W
 """
@@ -18,7 +20,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from math import ceil
 
 import numpy as np
@@ -58,6 +60,7 @@ class Bands:
     fixed: Ints
     saved: Ints
     boundary: Ints
+    bare: Ints
     inputs: Ints
     put_off: Ints
 
@@ -72,8 +75,11 @@ class Parts:
     workspace: int
     saved: int
     boundary: int
+    bare: int
     inputs: int
     put_off: int
+    received_saved: int
+    sent_saved: int
 
     @property
     def fixed(self) -> int:
@@ -97,8 +103,9 @@ class MemoryModel:
         largest = (sum(ceil(v.nbytes * scale) * (1 + v.requires_grad) for v in op.outputs) for op in graph.ops)
         self._largest = np.fromiter(largest, np.int64, size)
         values = graph.values
+        saver = {name: index for index, op in enumerate(graph.ops) for name in op.keeps}
         self._values = [
-            (uses, ceil(values[name].nbytes * scale), values[name].requires_grad)
+            (uses, ceil(values[name].nbytes * scale), values[name].requires_grad, saver.get(name, -1))
             for name, uses in accesses(graph).items()
             if len(uses) > 1
         ]
@@ -117,15 +124,18 @@ class MemoryModel:
     def parts(self, start: int, stop: int) -> Parts:
         """Bytes of ops ``start <= i < stop`` as a stage."""
         held = [self._bytes[name] for name in held_by(self._needs, start, stop)]
-        boundary = returning = 0
-        for uses, nbytes, requires_grad in self._values:
+        boundary = bare = returning = received_saved = sent_saved = 0
+        for uses, nbytes, requires_grad, saver in self._values:
             if uses[0] >= stop or uses[-1] < start:
                 continue
             received = uses[0] < start and any(start <= use < stop for use in uses)
             sent = start <= uses[0] < stop <= uses[-1]
             if received or sent:
                 boundary += nbytes
+                bare += nbytes * (saver < 0)
                 returning += nbytes * requires_grad
+                received_saved += nbytes * (received and start <= saver < stop)
+                sent_saved += nbytes * (sent and start <= saver < stop)
         return Parts(
             weights=sum(b[0] for b in held),
             gradients=sum(b[1] for b in held),
@@ -133,8 +143,11 @@ class MemoryModel:
             workspace=int(self._largest[start:stop].max(initial=0)) + returning,
             saved=int(self._saved[stop] - self._saved[start]),
             boundary=boundary,
+            bare=bare,
             inputs=sum(nbytes for nbytes, reads in self._inputs.values() if any(start <= i < stop for i in reads)),
             put_off=int(self._put_off[stop] - self._put_off[start]),
+            received_saved=received_saved,
+            sent_saved=sent_saved,
         )
 
     def kept_by(self, borders: Sequence[int]) -> tuple[list[int], list[int], int]:
@@ -145,7 +158,7 @@ class MemoryModel:
         """
         saved = np.diff(self._saved[list(borders)]).tolist()
         near, far = [0] * len(saved), 0
-        for uses, nbytes, _ in self._values:
+        for uses, nbytes, _, _ in self._values:
             if borders[0] <= uses[0] and uses[-1] < borders[-1]:
                 units = _distinct(bisect_right(borders, use) - 1 for use in uses)
                 if len(units) == 2 and units[1] == units[0] + 1:
@@ -168,29 +181,36 @@ class MemoryModel:
         size = len(positions) - 1
         first, stop = span(size, width)
         segment = np.searchsorted(positions, np.arange(len(self._needs)), side="right") - 1
-        sent: Counter[tuple[int, int, bool]] = Counter()
-        received: Counter[tuple[int, int, bool]] = Counter()
-        for uses, nbytes, requires_grad in self._values:
-            places = _distinct(segment[uses].tolist())
-            if len(places) > 1:
-                sent[places[0], places[-1], requires_grad] += nbytes
-                for before, after in pairwise(places):
-                    received[before, after, requires_grad] += nbytes
-        crossing = {
-            grad: _live(size, sent, grad)[first] - _spanning(size, width, received, grad)
-            + _live(size, sent, grad)[stop] - _spanning(size, width, sent, grad)
-            for grad in (False, True)
-        }  # fmt: skip
+        crossing = {key: np.zeros((size, width), np.int64) for key in product((False, True), repeat=2)}
+        placed: dict[tuple[bool, bool], list[tuple[list[int], int]]] = {}
+        for uses, nbytes, requires_grad, saver in self._values:
+            placed.setdefault((requires_grad, saver >= 0), []).append((_distinct(segment[uses].tolist()), nbytes))
+        crossing.update((key, _crossing(values, size, width)) for key, values in placed.items())
         held = {name: (sum(self._bytes[name]), reads) for name, reads in self._reads.items()}
-        fixed = _reading_bands(held.values(), segment, size, width) + crossing[True]
+        fixed = _reading_bands(held.values(), segment, size, width) + crossing[True, False] + crossing[True, True]
         fixed += _largest_bands(np.maximum.reduceat(self._largest, positions[:-1]), width)
-        boundary = crossing[False] + crossing[True]
+        bare = crossing[False, False] + crossing[True, False]
+        boundary = bare + crossing[False, True] + crossing[True, True]
         inputs = _reading_bands(self._inputs.values(), segment, size, width)
         saved, put_off = (sums[positions][stop] - sums[positions][first] for sums in (self._saved, self._put_off))
         outside = beyond(size, width)
-        for table in (fixed, saved, boundary, inputs, put_off):
+        for table in (fixed, saved, boundary, bare, inputs, put_off):
             table[outside] = 0
-        return Bands(fixed, saved, boundary, inputs, put_off)
+        return Bands(fixed, saved, boundary, bare, inputs, put_off)
+
+
+def _crossing(values: Iterable[tuple[Sequence[int], int]], size: int, width: int) -> Ints:
+    """Bytes received and sent by every range, of values given by the segments that make and read them."""
+    first, stop = span(size, width)
+    sent: Counter[tuple[int, int]] = Counter()
+    received: Counter[tuple[int, int]] = Counter()
+    for places, nbytes in values:
+        if len(places) > 1:
+            sent[places[0], places[-1]] += nbytes
+            for before, after in pairwise(places):
+                received[before, after] += nbytes
+    live = _live(size, sent)
+    return live[first] - _spanning(size, width, received) + live[stop] - _spanning(size, width, sent)
 
 
 def _waiting(graph: ProxyGraph, scale: float) -> Iterator[int]:
@@ -233,22 +253,21 @@ def _distinct(ordered: Iterable[int]) -> list[int]:
     return list(dict.fromkeys(ordered))
 
 
-def _live(size: int, pairs: Counter[tuple[int, int, bool]], grad: bool) -> Ints:
+def _live(size: int, pairs: Counter[tuple[int, int]]) -> Ints:
     """Bytes of the values made before each position and read at or after it."""
     change = np.zeros(size + 2, np.int64)
-    for (first, last, requires_grad), nbytes in pairs.items():
-        if requires_grad == grad:
-            change[first + 1] += nbytes
-            change[last + 1] -= nbytes
+    for (first, last), nbytes in pairs.items():
+        change[first + 1] += nbytes
+        change[last + 1] -= nbytes
     return np.cumsum(change)[: size + 1]
 
 
-def _spanning(size: int, width: int, pairs: Counter[tuple[int, int, bool]], grad: bool) -> Ints:
+def _spanning(size: int, width: int, pairs: Counter[tuple[int, int]]) -> Ints:
     """Bytes of the pairs that begin before a range and end after it, so pass it by."""
     table = np.zeros((size, width), np.int64)
     begin: dict[int, list[tuple[int, int]]] = {}
-    for (first, last, requires_grad), nbytes in pairs.items():
-        if requires_grad == grad and last > first + 1:
+    for (first, last), nbytes in pairs.items():
+        if last > first + 1:
             begin.setdefault(first + 1, []).append((last, nbytes))
     passing = np.zeros(size + width + 1, np.int64)  # by the stop of the range
     for row in range(size):

@@ -217,10 +217,12 @@ class Problem:
         is recomputed and if as much as may be is.
         """
         job, bands = self.job, self.bands(width)
-        # What comes from a stage of the same rank is there already, and which cuts these are is not known here.
-        boundary = bands.boundary if job.stages == job.mesh.pp else np.zeros_like(bands.boundary)
-        full = bands.saved + boundary
-        least = boundary + np.minimum(bands.saved, bands.inputs) if stage in job.recomputes else full
+        # What comes from a stage of the same rank is there already, and which cuts these are is not known here. A value
+        # that some op saves may be among what is saved here.
+        alone = job.stages == job.mesh.pp
+        full = bands.saved + alone * bands.bare
+        least = alone * bands.boundary + np.minimum(bands.saved, bands.inputs)
+        least = np.minimum(least, full) if stage in job.recomputes else full
         waits = bands.put_off
         own = job.held[job.order.stage_rank[stage]].of(stage)
         for kept, whole, wait in zip(own.kept[:, 0].tolist(), own.full[:, 0], own.waits[:, 0], strict=True):
