@@ -124,6 +124,9 @@ class _Follower:
             return self.give(Record(step, [], []), [self.fresh(step, "a batch is whole")])
         if step.kind == "item":
             return self.item(step)
+        for name in step.weights:
+            for dim in self.dims(Name(name, "weight")):
+                self.axes.pin(dim, "its module looks at its data and is kept whole")
         named = [(path, name) for path, name in flatten((step.args, step.kwargs)) if name.name in self.known]
         named = [(path[1:], name) for path, name in named]
         own = {path: self.dims(name) for path, name in named}

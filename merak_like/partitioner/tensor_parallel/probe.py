@@ -44,7 +44,8 @@ def probe(model: nn.Module, traced: Trace, derived: Derived, batch: Any) -> Diff
     whole = Ranks(model, code, traced.constants, None, inputs)
     sharded = Ranks(model, code, traced.constants, derived, inputs)
     differences = {"loss": _difference(sharded.run(loss)[0], whole.run(loss)[0], 0.0)}
-    largest = max((w.grad.abs().max().item() for (w,) in whole.weights.values() if w.grad is not None), default=1.0)
+    gradients = [w.grad for (w,) in whole.weights.values() if w.grad is not None and w.grad.numel()]
+    largest = max((grad.abs().max().item() for grad in gradients), default=1.0)
     floor = max(1e-6 * largest, 1e-12)
     for name, reference in whole.weights.items():
         if not reference[0].requires_grad:

@@ -70,18 +70,25 @@ def units(graph: ProxyGraph, steps: Sequence[Step]) -> tuple[Unit, ...]:
 
 
 def blocks(graph: ProxyGraph) -> Iterator[tuple[str, int, int]]:
-    """Path, first op and end of the outermost repeated modules."""
+    """Path, first op and end of the outermost repeated modules, and of what stands in one list with them."""
     root = _tree(graph)
     _mark_blocks(graph, root)
 
     def walk(node: _Node) -> Iterator[tuple[str, int, int]]:
-        if node.is_block:
-            yield node.path, node.first, node.stop
-        else:
-            for child in node.children:
+        lists = {_list_of(child) for child in node.children if child.is_block}
+        for child in node.children:
+            if child.is_block or (_list_of(child) in lists and child.stop - child.first > 1):
+                yield child.path, child.first, child.stop
+            else:
                 yield from walk(child)
 
     return walk(root)
+
+
+def _list_of(node: _Node) -> str:
+    """The path of the list (or dict) a module is in; its own path if it is an attribute of its own."""
+    parent, _, name = node.path.rpartition(".")
+    return parent if name.isdigit() else node.path
 
 
 def tensors(graph: ProxyGraph, steps: Sequence[Step], constants: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -158,8 +165,9 @@ def signature(unit: Unit, known: Mapping[str, Tensor]) -> tuple[Signature, tuple
         return item if item.__hash__ is not None else repr(item)
 
     for step in unit.steps:
+        held = [Name(weight, "weight") for weight in step.weights]
         parts.append((
-            step.word, step.kind, word(step.args), word(step.kwargs), known.get(step.name),
+            step.word, step.kind, word(step.args), word(step.kwargs), word(held), known.get(step.name),
             step.name in unit.left, step.name in unit.kept, tuple(names.get(name, name) for name in step.mutates),
         ))  # fmt: skip
         names.setdefault(step.name, len(names))

@@ -50,6 +50,8 @@ class Step:
     """The tensor it gives; None for none or several."""
     mutates: tuple[str, ...] = ()
     """Names of what it changes in place."""
+    weights: tuple[str, ...] = ()
+    """Parameters of a module that was kept whole, which are no arguments."""
     grad: bool = True
     """Whether gradients were recorded; False inside ``no_grad``."""
 
@@ -93,8 +95,11 @@ def _step(node: fx.Node, trace: Trace, values: Mapping[str, Value], canonical: M
         kind = "item"
     else:
         kind = op.kind
-    return Step(node.name, word_of(node), kind, node.target, args, kwargs, node.meta["index"],
-                values.get(node.name), mutates, node.meta.get("state", (True,))[0])  # fmt: skip
+    whole = tuple(canonical[name] for name in op.params) if kind == "module" else ()
+    return Step(
+        node.name, word_of(node), kind, node.target, args, kwargs, node.meta["index"], values.get(node.name), mutates,
+        whole, node.meta.get("state", (True,))[0],
+    )  # fmt: skip
 
 
 def _translate(item: Any, name: Callable[[fx.Node], Name]) -> Any:
