@@ -51,7 +51,7 @@ def _assumed(graph: ProxyGraph, problem: Problem, scale: float) -> list[str]:
     hardware = problem.job.hardware
     told = [
         f"costs are estimated from flops and bytes for {hardware.name} ({hardware.source or 'figures given'}), "
-        "not measured; the optimizer and the reduction of gradients are not in the step"
+        "no op was timed; the optimizer and the reduction of gradients are not in the step"
     ]
     if scale != 1:
         told.append(
