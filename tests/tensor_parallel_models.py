@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from merak_like.partitioner.tensor_parallel import Derived, derive
+from merak_like.partitioner.tensor_parallel import Derived, DerivedBlock, derive
 from merak_like.partitioner.tensor_parallel.layout import is_sharded
 from merak_like.partitioner.tensor_parallel.probe import Difference, probe
 from merak_like.partitioner.tracer import LossFn, Trace
@@ -82,7 +82,8 @@ def _body(model_type: str) -> tuple[nn.Module, Any]:
     if "mrope_section" in inspect.getsource(module):
         half = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) // 2
         config.rope_parameters["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
-    model = classes[-1](config).train()
+    build: Any = classes[-1]
+    model = build(config).train()
     batch = sweep.batch_for(model, "causal-lm")
     batch.pop("labels", None)
     return model, batch
@@ -137,3 +138,11 @@ def differences(made: Subject) -> tuple[int, dict[str, str]]:
             why = f"sharded in dimension {at[0]}" if at else whole.get(first, "no step reads it")
             found.setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), f"{style}; {why}")
     return len(plan), found
+
+
+def sharded(block: DerivedBlock) -> dict[str, int]:
+    """The dimension of every sharded weight of a block, by its name in the block."""
+    return {
+        name.removeprefix(f"{block.name}."): next(i for i, factors in enumerate(layout) if is_sharded(factors))
+        for name, layout in block.weights.items()
+    }
