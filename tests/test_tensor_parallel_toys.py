@@ -177,6 +177,25 @@ def test_a_buffer_that_is_written_into_has_the_axes_of_what_is_written() -> None
     assert made.probe().worst < EXACT
 
 
+class Masked(nn.Module):
+    """Some elements of a sharded width are set to a number in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x) * 2
+        y[y.detach() > 0.5] = 0.25
+        return self.down(y)
+
+
+def test_a_mask_in_an_assignment_has_the_axes_of_what_it_masks() -> None:
+    made = toy(Masked)
+    assert made.derived.share == 1.0
+    assert made.probe().worst < EXACT
+
+
 class Shared(nn.Module):
     """One weight used forwards in one block and backwards in the other."""
 

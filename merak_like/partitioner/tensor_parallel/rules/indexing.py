@@ -85,7 +85,7 @@ def _rank(call: Call, k: Any, at: dict[int, Path]) -> int:
         return 0
     if isinstance(k, Name):
         operand = call.operands[at[id(k)]]
-        return len(operand.dims) if call.step.value is not None and _boolean(call, k) else 1
+        return len(operand.dims) if _boolean(call, k) else 1
     return 1
 
 
@@ -125,9 +125,13 @@ def _range(call: Call, dim: Dim, k: slice, path: Path) -> Dim:
 @register("setitem")
 def setitem(call: Call) -> None:
     """``x[...] = value``: in place."""
+    value, key = call.operands.get((2,)), call.step.args[1]
+    if isinstance(key, Name) and _boolean(call, key) and value is None:  # a mask and a number: element by element
+        mask = call.operands[1,]
+        call.follow(mask, call.first.dims[: len(mask.dims)])
+        return
     call.linear = "sum"
-    target = _picked(call, call.first.dims, call.step.args[1], (1,))
-    value = call.operands.get((2,))
+    target = _picked(call, call.first.dims, key, (1,))
     if value is not None:
         shared = len(value.dims)
         wanted = target[len(target) - shared :] if shared else []
