@@ -48,7 +48,8 @@ def paced() -> str:
     lines = ["| paced | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for rows in zip(*tables.values(), strict=True):
         times = ((row["simulated"] / unit, row["measured"] / unit, row["measured"] / row["simulated"]) for row in rows)
-        lines.append(f"| {rows[0]['schedule']} | " + " | ".join(f"{a:.1f} | {b:.1f} | {c:.3f}" for a, b, c in times) + " |")
+        cells = " | ".join(f"{a:.1f} | {b:.1f} | {c:.3f}" for a, b, c in times)
+        lines.append(f"| {rows[0]['schedule']} | {cells} |")
     return "\n".join([*lines, "", _setting(data["setting"])])
 
 
