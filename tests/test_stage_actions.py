@@ -242,6 +242,50 @@ def test_gradients_are_bitwise_those_without_recompute(name: str, recompute: str
     assert [key for key in plain if not torch.equal(plain[key], recomputed[key])] == []
 
 
+class FromNothing(nn.Module):
+    """Its first product reads no input at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = torch.tanh(self.a @ self.b)
+        return torch.sigmoid(made @ x)
+
+
+def test_piece_without_inputs_is_run_again() -> None:
+    torch.manual_seed(0)
+    model, x = FromNothing(), torch.randn(4, 4)
+    traced = trace(model, x, lambda out, batch: out.sum())
+    names = [op.name for op in traced.graph.ops]
+    again = [(0, names.index("tanh") + 1)] if names.index("tanh") < names.index("sigmoid") else []
+    found = []
+    for ranges in ((), again):
+        model.zero_grad()
+        stage = Stage(build_stage(traced, model, (0, len(names)), 0, ranges), traced.inputs, torch.device("cpu"))
+        made = stage.forward(0, x, {})
+        stage.backward(0, {"loss": torch.ones_like(made["loss"])})
+        found.append(gradients(model))
+    assert again
+    assert all(torch.equal(found[0][name], found[1][name]) for name in ("a", "b"))
+
+
+def test_piece_that_does_something_else_the_second_time_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    x = torch.randn(2, 4)
+    traced = trace(model, x, lambda out, batch: out.sum())
+    size = len(traced.graph.ops)
+    stage = Stage(build_stage(traced, model, (0, size), 0, [(0, size)]), traced.inputs, torch.device("cpu"))
+    stage.forward(0, x, {})
+    model[2].weight.requires_grad_(False)
+    model[2].forward = lambda x: x.exp().log()  # type: ignore[method-assign]
+    with pytest.raises(
+        RuntimeError, match=r"ops .* to .* kept \d+ tensors .* and \d+ when it was run again, .* do not rec"
+    ):
+        stage.recompute(0)
+
+
 def ranges_of(plan: Any, traced: Any) -> tuple[tuple[int, int], ...]:
     from merak_like.partitioner.realign import recomputed_ranges
 

@@ -28,7 +28,8 @@ class Again:
         self._args: list[Tensor] = [arg.detach().requires_grad_(arg.requires_grad) for arg in args]
         self._random = rng.state(device) if piece.random else None
         self._before = [buffer.clone() for buffer in buffers]
-        self._count = 0
+        self._wanted: list[tuple[torch.Size, torch.dtype]] = []
+        self._done = False
         self.kept: list[Tensor] = []
         """What the ops keep, once it was made again."""
 
@@ -40,9 +41,9 @@ class Again:
     def first(self, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the piece and keep nothing."""
 
-        def number(_: Tensor) -> int:
-            self._count += 1
-            return self._count - 1
+        def number(tensor: Tensor) -> int:
+            self._wanted.append((tensor.shape, tensor.dtype))
+            return len(self._wanted) - 1
 
         with torch.autograd.graph.saved_tensors_hooks(number, self.kept.__getitem__):
             return self._piece.module(*args)
@@ -54,19 +55,20 @@ class Again:
     def run(self) -> None:
         """Run the piece again; nothing is done the second time.
 
-        Raises RuntimeError where the second run did not keep as much as the first: the piece is not a function of its
+        Raises RuntimeError where the second run did not keep what the first did: the piece is not a function of its
         inputs, weights, buffers and random numbers.
         """
-        if not self._args:
+        if self._done:
             return
         with torch.enable_grad(), self._as_before(), torch.autograd.graph.saved_tensors_hooks(self._keep, _unread):
             self._piece.module(*self._args)
-        if len(self.kept) != self._count:
+        if [(tensor.shape, tensor.dtype) for tensor in self.kept] != self._wanted:
             raise RuntimeError(
-                f"{self._piece.name} kept {self._count} tensors for the backward when it ran first and "
-                f"{len(self.kept)} when it was run again: it does not do the same twice, so do not recompute it"
+                f"{self._piece.name} kept {len(self._wanted)} tensors for the backward when it ran first and "
+                f"{len(self.kept)} when it was run again, or others: it does not do the same twice, so do not "
+                "recompute it"
             )
-        self._args = []
+        self._args, self._done = [], True
 
     def _keep(self, tensor: Tensor) -> None:
         self.kept.append(tensor.detach())
