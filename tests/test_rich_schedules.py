@@ -222,3 +222,17 @@ def test_what_cannot_be_built_is_refused() -> None:
     for build in AS_DATA.values():
         with pytest.raises(ValueError, match="at least one stage and one micro-batch"):
             build(2, 0)
+
+
+@pytest.mark.parametrize("name", [*LADDER])
+def test_the_receive_of_a_gradient_is_posted_before_the_recompute_that_hides_it(name: str) -> None:
+    schedule = add_transfers(AS_DATA[name](4, 8), chain(4))
+    hidden = 0
+    for order in schedule.orders:
+        place = {action: at for at, action in enumerate(order)}
+        for action in order:
+            again = action._replace(kind=Kind.R, peer=-1)
+            if action.kind is Kind.RECV_B and order[place[action._replace(kind=Kind.B, peer=-1)] - 1] == again:
+                assert place[action] < place[again]
+                hidden += 1
+    assert hidden
