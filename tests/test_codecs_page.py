@@ -41,10 +41,11 @@ def test_links_lead_somewhere():
     assert [link for link in re.findall(r"\]\(([^)#]+)", prose) if not (ROOT / "docs" / link).exists()] == []
 
 
-def test_the_table_comes_from_the_results():
-    script = ROOT / "benchmarks/codecs/main.py"
+@pytest.mark.parametrize("name", ["main", "sft"])
+def test_the_tables_come_from_the_results(name: str):
+    script = ROOT / f"benchmarks/codecs/{name}.py"
     run = subprocess.run([sys.executable, script, "--table", "--check"], capture_output=True, text=True)
-    assert run.returncode == 0, f"{run.stdout}{run.stderr}run python benchmarks/codecs/main.py --table"
+    assert run.returncode == 0, f"{run.stdout}{run.stderr}run python benchmarks/codecs/{name}.py --table"
 
 
 def test_what_was_measured_keeps_what_was_promised():

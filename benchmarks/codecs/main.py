@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import statistics
 import sys
 import time
@@ -20,6 +19,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from page import fill
 
 HERE = Path(__file__).parent
 CODECS = (
@@ -134,20 +135,6 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join([*lines, "", setting])
 
 
-def fill(check: bool) -> int:
-    """Write the table into the README; or only say whether it is there."""
-    page = HERE / "README.md"
-    old = page.read_text(encoding="utf-8")
-    new = table(json.loads((HERE / "results.json").read_text(encoding="utf-8")))
-    filled = re.sub(
-        r"(<!-- table: codecs -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{new}\n{m[2]}", old, flags=re.DOTALL
-    )
-    if check:
-        return int(filled != old)
-    page.write_text(filled, encoding="utf-8")
-    return 0
-
-
 def main() -> int:
     """Measure, or only fill the table."""
     parser = argparse.ArgumentParser()
@@ -160,7 +147,8 @@ def main() -> int:
     args = parser.parse_args()
     if not args.table:
         args.out.write_text(json.dumps(measure(args), indent=1) + "\n", encoding="utf-8")
-    return fill(args.check)
+    data = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
+    return fill("codecs", table(data), args.check)
 
 
 if __name__ == "__main__":
