@@ -8,8 +8,8 @@ Edge and Cloud Collaborative Learning", arXiv 2211.16703; the details are from t
     cloud  z --> u --> activation --> last --> norm? --> ...   and its gradient, backward
 
 S starts diagonal and is trained as a full (rank, rank) matrix, as are U and V. A gated feed-forward has its gate and
-up matrix stacked, so that one z serves both. Removing the residual link is what costs accuracy, more than the rank:
-measure it for your task. With ``skip="surrogate"`` the cloud adds P z in its place, P = V^T S^-1 at first and
+up matrix stacked, so that one z serves both. Both the missing link and the rank cost accuracy, on token-level
+tasks much of it: measure yours. With ``skip="surrogate"`` the cloud adds P z in its place, P = V^T S^-1 at first and
 trained, at no byte more.
 
 The model's own Python runs on, under its own names: only the matrices are replaced, and the layer's forward is run
