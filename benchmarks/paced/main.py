@@ -33,7 +33,7 @@ from merak_like.partitioner.schedules.passes import add_transfers
 from merak_like.partitioner.schedules.scp import LADDER
 from merak_like.partitioner.simulator import Costs, StageCosts, simulate
 
-UNIT = 0.03
+UNIT = 0.05
 """Seconds of the forward of a rank's blocks: long beside what an engine costs on a core shared by four processes."""
 BLOCKS = 2
 """Per rank: one for each stage where a rank has two."""
@@ -67,6 +67,8 @@ def planned(row: Row, ranks: int, micro_batches: int) -> tuple[Plan, Costs]:
         graph, Mesh(pp=ranks), hardware=SLOW, batch=micro_batches, micro_batches=micro_batches,
         schedule=row.schedule, recompute="full" if row.recompute else "none",
     )  # fmt: skip
+    if row.schedule == AUTO:  # as in scp, the last stage keeps what it has: it holds few micro-batches
+        plan = replace(plan, stages=(*plan.stages[:-1], replace(plan.stages[-1], recompute=())))
     share = ranks / len(plan.stages)
     counts = [sum(name.endswith(".layer.weight") for name in stage.params) for stage in plan.stages]
     assert {*counts} == {round(BLOCKS * share)}, f"the stages have {counts} blocks"
@@ -114,7 +116,7 @@ def main() -> None:
     """Start a job for each number of ranks, or be one of its processes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, nargs="*", default=[4, 8])
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="names of rows")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
     args = parser.parse_args()
