@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import os
 from collections.abc import Callable
@@ -222,6 +223,25 @@ def write(name: str, dp: int, pp: int, folder: str) -> list[float]:
     ours.close()
     assert there, "a rank came back before the files were there"
     return losses
+
+
+def leaves_no_threads(dp: int, pp: int) -> None:
+    """What an engine started is gone when the engine is closed and forgotten; Python's collector is not needed."""
+    one = patchy()
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    counts = []
+    gc.disable()
+    for _ in range(4):
+        ours = engine(one, one.batch(SAMPLES), dp, pp, PARTS // dp)
+        ours.step(one.batch(SAMPLES))
+        ours.close()
+        del ours
+        counts.append(threads())
+    gc.enable()
+    assert counts[-1] == counts[1], counts
 
 
 def leaves_random_numbers_alone(dp: int, pp: int) -> None:

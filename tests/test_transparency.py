@@ -49,6 +49,8 @@ OTHERS = [
     call("evaluated", 1, 2, name="unet", schedule="1f1b"),
     call("evaluated", 2, 2, name="vit", schedule="1f1b"),
     *(call("partly_trained", *layout) for layout in ((2, 1), (2, 2), (1, 4))),
+    call("leaves_no_threads", 2, 1),
+    call("leaves_no_threads", 1, 2),
     call("leaves_random_numbers_alone", 2, 1),
     call("leaves_random_numbers_alone", 1, 4),
     call("readable_gradients", 2, 2),

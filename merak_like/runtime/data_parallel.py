@@ -65,9 +65,11 @@ class Reducer:
         self.place = {id(p): (b, i) for b in self.buckets for i, p in enumerate(b.parameters)}
         self._next = 0
         self._works: list[tuple[Any, str]] = []
-        for bucket in self.buckets:
-            for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(self._arrived)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._arrived)
+            for bucket in self.buckets
+            for parameter in bucket.parameters
+        ]
 
     def begin(self) -> None:
         """Forget the last step's gradients."""
@@ -96,6 +98,12 @@ class Reducer:
             for parameter, count in zip(bucket.parameters, bucket.counts.tolist(), strict=True):
                 if not count:
                     parameter.grad = None
+
+    def close(self) -> None:
+        """Leave the parameters alone, and let go of the groups."""
+        for hook in self._hooks:
+            hook.remove()
+        self.buckets.clear()
 
     def _arrived(self, parameter: Tensor) -> None:
         bucket, index = self.place[id(parameter)]

@@ -273,7 +273,9 @@ class Engine:
         if not self._watch.closed:
             collect.barrier(self.world, self._watch)
             self._watch.close()
+            self._reducer.close()
             self.groups.close()
+            self._do = {}  # methods of this engine: a cycle, which would keep the groups and their threads for long
 
     def _open(self) -> None:
         if self._watch.closed:
