@@ -136,7 +136,11 @@ def auto_parallel(
             ),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
             reducer=Reducer(
-                trainable, {name: groups.sums[sums[name]] for name in trainable}, watch, readers, pending,
+                trainable,
+                {name: groups.sums[sums[name]] for name in trainable},
+                watch,
+                readers,
+                pending,
                 parts.copies(trainable, groups, watch),
             ),  # fmt: skip
             optimizer=optimizer(trainable.values()) if optimizer and trainable else None,

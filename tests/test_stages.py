@@ -17,8 +17,8 @@ from merak_like.partitioner.tracer import Trace
 from merak_like.runtime.batches import rows
 from merak_like.runtime.orders import Orders
 from merak_like.runtime.programs import KEPT, Programs
-from merak_like.runtime.tensor_parallel.sharding import sharding
 from merak_like.runtime.stage_code import build_stage, foldable
+from merak_like.runtime.tensor_parallel.sharding import sharding
 from tests.faults import Small, items, mean_square
 from tests.scenarios import PARTS, Patchy, patchy
 from tests.training import subject

@@ -134,6 +134,12 @@ def to_first(mine: Any, world: World, watch: Watch) -> list[Any]:
     return everyone or []
 
 
+PLAN_HINT = (
+    ". If all run the same code and configuration, the model's Python may go through a set, whose order differs from "
+    "process to process: start the job with PYTHONHASHSEED=0"
+)
+
+
 def agree(facts: Mapping[str, str], world: World, watch: Watch) -> None:
     """Raise ValueError on every rank, naming the odd ranks, unless all ranks state the same facts."""
     if world.alone:
@@ -143,7 +149,8 @@ def agree(facts: Mapping[str, str], world: World, watch: Watch) -> None:
         dist.all_gather_object(said, dict(facts))
     problems = list(_odd(facts, said))
     if problems:
-        raise ValueError("the ranks do not agree: " + "; ".join(problems))
+        hint = "" if "plan" not in " ".join(problems) else PLAN_HINT
+        raise ValueError("the ranks do not agree: " + "; ".join(problems) + hint)
 
 
 def agree_on_weights(tensors: Mapping[str, Tensor], world: World, watch: Watch) -> None:

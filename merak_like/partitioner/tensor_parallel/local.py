@@ -41,9 +41,7 @@ def _local(layout: Layout) -> tuple[int, ...]:
     return tuple(local_size(factors) for factors in layout)
 
 
-def _shrunk(
-    op: Op, names: set[str], shapes: Mapping[str, tuple[int, ...]], whole: Mapping[str, tuple[int, ...]]
-) -> Op:
+def _shrunk(op: Op, names: set[str], shapes: Mapping[str, tuple[int, ...]], whole: Mapping[str, tuple[int, ...]]) -> Op:
     def share(tensors: Iterable[str]) -> float:
         there = [name for name in tensors if name in whole]
         total = sum(prod(whole[name]) for name in there)

@@ -65,9 +65,8 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: Tensor, node: Reduce) -> Tensor:
         ctx.set_materialize_grads(False)
-        if node.own and partial.is_contiguous():
-            ctx.mark_dirty(partial)
-            return node.group.reduce(partial, node.what)
+        if node.own and partial.is_contiguous():  # its memory, but no view of it: the model may go on in place
+            return node.group.reduce(partial.detach(), node.what)
         return node.group.reduce(partial.clone(memory_format=torch.contiguous_format), node.what)
 
     @staticmethod

@@ -34,7 +34,11 @@ class Copies:
     def add_up(self) -> None:
         """Sum their gradients, one collective for each group and dtype."""
         for copies in self.by_group.values():
-            pieces = [(c.parameter.grad.narrow(c.dim, c.start, c.stop - c.start), c) for c in copies if c.parameter.grad is not None]
+            pieces = [
+                (c.parameter.grad.narrow(c.dim, c.start, c.stop - c.start), c)
+                for c in copies
+                if c.parameter.grad is not None
+            ]
             for dtype in dict.fromkeys(piece.dtype for piece, _ in pieces):
                 same = [(piece, copy) for piece, copy in pieces if piece.dtype == dtype]
                 flat = torch.cat([piece.flatten() for piece, _ in same])

@@ -100,7 +100,8 @@ class Norm(Target):
         given = dict(zip(names, args, strict=False)) | kwargs
         weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps", 1e-5 if self.centred else None)
         dims = tuple(range(-len(normalized_shape), 0))
-        x = input - self.mean(input, dims) if self.centred else input
+        # torch's layer norm lays its result out anew, and a dropout after it draws in that order
+        x = input.contiguous() - self.mean(input, dims) if self.centred else input
         square = self.mean(x * x, dims)
         out = x * (square + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
         out = out if weight is None else out * weight

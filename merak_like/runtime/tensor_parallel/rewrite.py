@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from merak_like.partitioner.tensor_parallel.call import flatten
@@ -214,6 +213,8 @@ def _inside(item: Any, path: tuple[Any, ...], value: Any) -> Any:
         ends = {k: getattr(item, k) for k in ("start", "stop", "step")}
         ends[key] = _inside(ends[key], rest, value)
         return slice(*ends.values())
+    if isinstance(key, str):  # an index of one element, [i], which the rules follow as the range i:i+1
+        return [value] if key == "start" else item
     changed = list(item)
     changed[key] = _inside(changed[key], rest, value)
     return tuple(changed) if isinstance(item, tuple) else changed

@@ -96,7 +96,9 @@ WHOLE = Shards()
 """Every weight on every rank."""
 
 
-def _not_in(tensor: Tensor, dim: int, mine: Sequence[tuple[int, int]], taken: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+def _not_in(
+    tensor: Tensor, dim: int, mine: Sequence[tuple[int, int]], taken: Sequence[tuple[int, int]]
+) -> Iterator[Tensor]:
     """What is left of a tensor whose dimension is these ranges of the whole, without the taken ranges."""
     local = 0
     for start, stop in mine:
