@@ -142,7 +142,7 @@ def auto_parallel(
                 readers,
                 pending,
                 parts.copies(trainable, groups, watch),
-            ),  # fmt: skip
+            ),
             optimizer=optimizer(trainable.values()) if optimizer and trainable else None,
             world=world,
             groups=groups,

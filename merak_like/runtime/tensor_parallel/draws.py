@@ -32,7 +32,7 @@ class Dropout(Target):
 
 
 class Attention(Target):
-    """Scaled dot-product attention with dropout, for some heads: torch's own fused kernels draw for these heads only."""
+    """Attention with dropout for some heads, unfused: torch's fused kernels would draw for these heads only."""
 
     def __init__(self, layout: Layout, rank: int) -> None:
         """``layout`` is that of the result ``(..., heads, queries, width)``."""
