@@ -55,6 +55,7 @@ def auto_parallel(
     plan: Plan | None = None,
     hardware: Hardware | str | None = None,
     memory_limit: int | None = None,
+    tp_shares: int = 1,
     device: torch.device | str | None = None,
     timeout: float = 600.0,
     seed: int = 0,
@@ -69,7 +70,9 @@ def auto_parallel(
     with this rank's parameters. ``loss_weight(micro_batch)`` counts the items that a micro-batch's loss is the mean of:
     by default target tokens for Hugging Face language models, else samples. ``schedule``, ``chunks`` (stages per rank,
     for "interleaved") and ``recompute`` ("auto": what memory asks for, "none", "full") are those of ``make_plan``.
-    ``plan`` obeys a plan made before. ``timeout`` in seconds limits every wait for another rank.
+    ``tp_shares`` of 2 or more runs each micro-batch in so many parts, the sums over tensor-parallel ranks of one part
+    under the compute of another. ``plan`` obeys a plan made before. ``timeout`` in seconds limits every wait for
+    another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
     traced or cut, memory that does not suffice, and ranks that do not agree.
@@ -88,7 +91,7 @@ def auto_parallel(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
             )
         micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
-        parts = sharding(model, mesh.tp, loss_fn)
+        parts = sharding(model, mesh.tp, loss_fn, tp_shares)
         # on the CPU whatever the device, so that a plan does not depend on where it was made
         rough = parts.trace(micro, "cpu")
         graph = parts.graph(rough)
@@ -132,7 +135,7 @@ def auto_parallel(
             parameters=trainable,
             owned=[name for name in trainable if holders[name] == groups.coord.pp],
             programs=Programs(
-                model, plan, rough, micro, groups.coord.pp, world.device, parts, parts.rewrite(groups, watch), pending
+                model, plan, rough, micro, groups.coord.pp, world.device, parts, parts.prepare(groups, watch), pending
             ),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
             reducer=Reducer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -16,15 +17,18 @@ from merak_like.partitioner.tensor_parallel.layout import same_parts
 from merak_like.partitioner.tensor_parallel.local import local_graph
 from merak_like.partitioner.tracer import LossFn, Trace, trace
 from merak_like.partitioner.tracer.fine import fine_trace, steps
+from merak_like.runtime.batches import rows, samples
 from merak_like.runtime.groups import Groups, Span
+from merak_like.runtime.prepared import Prepared
 from merak_like.runtime.tensor_parallel.collectives import TensorGroup
 from merak_like.runtime.tensor_parallel.copies import Copies, Copy
+from merak_like.runtime.tensor_parallel.overlap import alone, overlapped, same_steps
 from merak_like.runtime.tensor_parallel.rewrite import shard
 from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 from merak_like.runtime.watch import Watch
 
-Rewrite = Callable[[Trace, Sequence[int]], Trace]
-"""From a trace and its stage starts to the code of this rank."""
+Prepare = Callable[[Trace, Sequence[int], Any], Prepared]
+"""From a trace, its stage starts and a micro-batch like it to what this rank runs."""
 
 
 class Sharding(Protocol):
@@ -50,7 +54,7 @@ class Sharding(Protocol):
         """Over which spans the gradients of a weight add up though all ranks have the weight."""
         ...
 
-    def rewrite(self, groups: Groups, watch: Watch) -> Rewrite:
+    def prepare(self, groups: Groups, watch: Watch) -> Prepare:
         """What makes a trace this rank's own."""
         ...
 
@@ -59,9 +63,15 @@ class Sharding(Protocol):
         ...
 
 
-def sharding(model: nn.Module, tp: int, loss_fn: LossFn | None) -> Sharding:
-    """How a model lies over ``tp`` ranks."""
-    return Sharded(model, tp, loss_fn) if tp > 1 else Unsharded(model, loss_fn)
+def sharding(model: nn.Module, tp: int, loss_fn: LossFn | None, shares: int = 1) -> Sharding:
+    """How a model lies over ``tp`` ranks.
+
+    ``shares``: micro-batches are run in so many parts, one's collectives under another's compute.
+    Raises ValueError for shares without tensor-parallel ranks.
+    """
+    if tp == 1 and shares > 1:
+        raise ValueError(f"{shares} parts of a micro-batch hide the sums over tensor-parallel ranks, but tp is 1")
+    return Sharded(model, tp, loss_fn, shares) if tp > 1 else Unsharded(model, loss_fn)
 
 
 class Unsharded:
@@ -85,8 +95,8 @@ class Unsharded:
     def partial(self, name: str) -> tuple[Span, ...]:
         return ()
 
-    def rewrite(self, groups: Groups, watch: Watch) -> Rewrite:
-        return lambda traced, starts: traced
+    def prepare(self, groups: Groups, watch: Watch) -> Prepare:
+        return lambda traced, starts, batch: Prepared.plainly(traced, self.model, starts)
 
     def copies(self, parameters: Mapping[str, nn.Parameter], groups: Groups, watch: Watch) -> Copies:
         return Copies(())
@@ -96,8 +106,8 @@ class Sharded:
     """Several ranks. The trace goes down to torch functions and is made of a copy of the model without memory, since
     the model itself will have parts of weights only."""
 
-    def __init__(self, model: nn.Module, tp: int, loss_fn: LossFn | None) -> None:
-        self.model, self.tp, self.loss_fn = model, tp, loss_fn
+    def __init__(self, model: nn.Module, tp: int, loss_fn: LossFn | None, shares: int) -> None:
+        self.model, self.tp, self.loss_fn, self.count = model, tp, loss_fn, shares
         self.blueprint = on_meta(model)
         self._derived: Derived | None = None
         self._of: ProxyGraph | None = None
@@ -121,6 +131,17 @@ class Sharded:
     def _derive(self, traced: Trace) -> Derived:
         return derive(traced.graph, steps(traced), self.tp, constants=traced.constants)
 
+    def _like(self, traced: Trace, batch: Any, size: int) -> Trace | None:
+        """The trace of fewer samples that runs the same steps; None if there is none.
+
+        The model's Python may look at the data: the samples are to give it the answers that all together gave.
+        """
+        for start in range(min(TRIED, rows(batch) - size + 1)):
+            found = self.trace(samples(batch, start, start + size), traced.device)
+            if same_steps(traced, found):
+                return found
+        return None
+
     def shards(self, rank: int) -> Shards:
         return Shards(self.derived.weights, rank, self.tp)
 
@@ -131,7 +152,7 @@ class Sharded:
         groups = [group for block in self.derived.blocks for group in block.groups]
         return tuple(sorted({(g.degree, g.repeat) for g in groups if name in g.partial_gradients}))
 
-    def rewrite(self, groups: Groups, watch: Watch) -> Rewrite:
+    def prepare(self, groups: Groups, watch: Watch) -> Prepare:
         ranks = {span: TensorGroup(group, span[0], watch) for span, group in groups.tensor.items()}
 
         def own(traced: Trace, starts: Sequence[int]) -> Trace:
@@ -143,7 +164,18 @@ class Sharded:
                 )
             return shard(traced, found, ranks, groups.coord.tp, lambda op: bisect_right(starts, op))
 
-        return own
+        def prepared(traced: Trace, starts: Sequence[int], batch: Any) -> Prepared:
+            total = rows(batch)
+            ends = [total * i // self.count for i in range(self.count + 1)]
+            shares = [share for share in pairwise(ends) if share[0] < share[1]]
+            if len(shares) == 1:
+                return Prepared.plainly(own(traced, starts), self.model, starts)
+            some = {size: self._like(traced, batch, size) for size in {stop - start for start, stop in shares}}
+            apart = alone(traced, some, total)
+            ready = {size: own(one, starts) for size, one in some.items() if one is not None}
+            return overlapped(own(traced, starts), ready, self.model, starts, shares, apart)
+
+        return prepared
 
     def copies(self, parameters: Mapping[str, nn.Parameter], groups: Groups, watch: Watch) -> Copies:
         found = list[Copy]()
@@ -155,6 +187,10 @@ class Sharded:
                         for start, stop in same_parts(factors, group.degree, group.repeat, self.tp):
                             found.append(Copy(parameters[name], dim, start, stop, ranks))
         return Copies(tuple(dict.fromkeys(found)))
+
+
+TRIED = 8
+"""Runs of samples tried to find some that the model treats as it does all."""
 
 
 def on_meta(model: nn.Module) -> nn.Module:
