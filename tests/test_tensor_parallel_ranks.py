@@ -30,6 +30,22 @@ def cells() -> Iterator[Any]:
                 yield pytest.param(one, id=one.name, marks=() if first else pytest.mark.slow)
 
 
+def in_shares() -> Iterator[Any]:
+    """Micro-batches of two and three samples in two shares, and in as many as there are."""
+    for row, name in enumerate(MODELS):
+        for column, layout in enumerate(((1, 1, 2), (1, 2, 2), (2, 1, 2))):
+            for turn, schedule in enumerate(SCHEDULES if layout[1] > 1 else SCHEDULES[::2]):
+                more = {"recompute": "full"} if (row + turn) % 2 else {}
+                one = sharded(*layout, name=name, schedule=schedule, tp_shares=2 + turn % 2, **more)
+                first = row < 5 and column == row % 3 and turn == (row + 1) % 2
+                yield pytest.param(one, id=one.name, marks=() if first else pytest.mark.slow)
+
+
+EIGHT = [
+    sharded(2, 2, 2, name=name, schedule=schedule, steps=2, **more)
+    for name, schedule in (("llama", "scp"), ("gpt2", "zb-h1"), ("t5", "1f1b"))
+    for more in ({}, {"tp_shares": 2}, {"recompute": "full"})
+]
 FLOAT32 = [sharded(1, 1, 2, name=name, dtype="float32") for name in ("llama", "gpt2")]
 
 
@@ -41,6 +57,17 @@ def results(request: pytest.FixtureRequest) -> Callable[[Call], list[Any]]:
 
 @pytest.mark.parametrize("case", list(cells()))
 def test_sharded_training_equals_plain_training(case: Call, results: Callable[[Call], list[Any]]) -> None:
+    assert max(results(case)) <= 1e-10
+
+
+@pytest.mark.parametrize("case", list(in_shares()))
+def test_training_in_shares_equals_plain_training(case: Call, results: Callable[[Call], list[Any]]) -> None:
+    assert max(results(case)) <= 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EIGHT, ids=lambda case: case.name)
+def test_three_axes_equal_plain_training(case: Call, results: Callable[[Call], list[Any]]) -> None:
     assert max(results(case)) <= 1e-10
 
 

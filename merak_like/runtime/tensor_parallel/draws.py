@@ -45,9 +45,17 @@ class Cut:
     def ones(self, like: Tensor) -> Tensor:
         """A whole tensor of ones whose elements lie in memory in the order that the part's do: so they are drawn."""
         sizes = [whole_size(factors) for factors in self.layout]
-        order = sorted(range(like.ndim), key=lambda dim: (-like.stride(dim), dim))
+        order = _order(like)
         ones = torch.ones([sizes[dim] for dim in order], dtype=like.dtype, device=like.device)
         return ones.permute([order.index(dim) for dim in range(like.ndim)])
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """The dimensions from the slowest in memory to the fastest. The stride of a dimension of one says nothing: it
+    stays in its place if the others are in theirs."""
+    longer = [dim for dim in range(tensor.ndim) if tensor.shape[dim] > 1]
+    natural = sorted(longer, key=lambda dim: (-tensor.stride(dim), dim)) == longer
+    return sorted(range(tensor.ndim), key=lambda dim: (0 if natural else -tensor.stride(dim), dim))
 
 
 class Draw(Target):

@@ -124,7 +124,7 @@ class PhasedStage:
         own = {name: _leaf(values.get((name, share))) for name in piece.received}
         ran = Ran(own, {}, PutOff(self._pending), None)
         with SplitBackward(ran.later):
-            given = self._call(piece, list(own.values()), ran)
+            given = self._call(piece, [leaf.clone() if n in segment.changed else leaf for n, leaf in own.items()], ran)
         ran.made = dict(zip(piece.made, given, strict=True))
         for name, value in ran.made.items():
             values.put((name, share), value)

@@ -13,7 +13,7 @@ and the last sum are not hidden. It is found from the graph: no architecture is 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -53,6 +53,8 @@ class Segment:
     """One for all samples, or one for each share of them."""
     entries: tuple[Entry, ...]
     sums: tuple[Sum, ...]
+    changed: frozenset[str]
+    """What it is given and changes in place."""
     borders: frozenset[str]
     """What stands before it: ``enter``, ``reduce``, or nothing where the way of running changes."""
 
@@ -130,7 +132,8 @@ class _Phases:
         self.apart = [shares_wanted and apart(i) and i not in random for i in range(self.first, self.stop)]
         turns = [i for i in range(self.first + 1, self.stop) if self.way(i) != self.way(i - 1)]
         finer = sorted({*starts, *turns})
-        self.builders = [StageBuilder(trace, model, finer, asked=True) for trace in traces]
+        whole, *some = traces
+        self.builders = [StageBuilder(t, model, finer, asked=True) for t in (whole, *map(_drawing_openly, some))]
         self.made_here = {node.name for node in self.nodes}
 
     def mine(self, node: fx.Node) -> bool:
@@ -163,10 +166,10 @@ class _Phases:
         groups = self.groups()
         home = {node.name: at for at, group in enumerate(groups) for node in group.nodes}
         home |= {entry.name: at for at, group in enumerate(groups) for entry in group.entries}
+        home |= {one.name: at + 1 for at, group in enumerate(groups) for one in group.sums}
         for node in self.nodes:
             for name in self.op(node).mutates if node.name == self.op(node).name else ():
-                if home.get(name, home[node.name]) != home[node.name]:
-                    raise ValueError(f"{node.name} changes {name} in place, which another segment made")
+                self.change(node, name, home, groups)
         received, sent, results = crossed(self.traces[0], self.starts, self.index)
         made = {name: self.traces[0].graph.outputs[name] for name in results}
         outputs = {*made.values(), *sent}
@@ -180,6 +183,18 @@ class _Phases:
         return PhasedCode(
             self.index, tuple(segments), tuple(self.shares), dims, inputs, received, sent, made
         )  # fmt: skip
+
+    def change(self, node: fx.Node, name: str, home: Mapping[str, int], groups: Sequence[_Group]) -> None:
+        """A segment may change in place what it was given if it is the last that reads it."""
+        at, value = home.get(node.name), self.builders[0].named.get(name)
+        if at is None or value is None or (home.get(name) == at and name in {n.name for n in groups[at].nodes}):
+            return
+        later = [user.name for user in value.users if home.get(user.name, at) > at]
+        if later or groups[at].way[1]:
+            raise ValueError(
+                f"{node.name} changes {name} in place, which {(later or ['a recomputed segment'])[0]} reads"
+            )
+        groups[at].changed.add(name)
 
     def groups(self) -> list[_Group]:
         found = [_Group(self.way(self.first))]
@@ -213,7 +228,9 @@ class _Phases:
         shared, repeated = not group.way[0], group.way[1]
         which = [0] if shared else list(range(1, len(self.traces)))
         pieces = tuple(self.piece(group, reads, made, trace, repeated) for trace in which)
-        return Segment(pieces, tuple(group.entries), tuple(group.sums), frozenset(group.borders))
+        return Segment(
+            pieces, tuple(group.entries), tuple(group.sums), frozenset(group.changed), frozenset(group.borders)
+        )
 
     def piece(self, group: _Group, reads: tuple[str, ...], made: Sequence[str], which: int, again: bool) -> Piece:
         builder = self.builders[which]
@@ -263,12 +280,19 @@ class _Phases:
         return sample_dim(whole[node.name].shape, some[node.name].shape, self.shares[-1][1], stop - start)
 
 
+def _drawing_openly(trace: Trace) -> Trace:
+    """Without the module calls that draw random numbers: of a share they draw some rows."""
+    ops = trace.graph.ops
+    return replace(trace, calls=tuple(c for c in trace.calls if not any(op.random for op in ops[c.first : c.stop])))
+
+
 class _Group:
     def __init__(self, way: tuple[bool, bool], *borders: str) -> None:
         self.way, self.borders = way, set(borders)
         self.nodes: list[fx.Node] = []
         self.entries: list[Entry] = []
         self.sums: list[Sum] = []
+        self.changed: set[str] = set()
 
 
 def _is_value(item: Any) -> bool:
