@@ -1,0 +1,83 @@
+"""Two hosts on one machine: network namespaces joined by a virtual cable whose rate `tc` limits. Needs root."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+ADDRESS = "10.231.78.{}"
+PORT = 29478
+
+
+def missing() -> str:
+    """Why this machine has no lab; empty if it has one."""
+    for command in ("ip", "tc"):
+        if shutil.which(command) is None:
+            return f"no `{command}` command: install iproute2"
+    return "" if os.geteuid() == 0 else "network namespaces need root"
+
+
+def _run(*words: str) -> None:
+    subprocess.run(words, check=True, capture_output=True, text=True)
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Two hosts by the names of their namespaces and their ends of the cable."""
+
+    names: tuple[str, str]
+    cable: tuple[str, str]
+
+    def shape(self, bits_per_second: float | None) -> None:
+        """Limit what each host sends, by a token bucket; None lifts the limit."""
+        for name, end in zip(self.names, self.cable, strict=True):
+            subprocess.run(["tc", "-n", name, "qdisc", "del", "dev", end, "root"], capture_output=True)
+            if bits_per_second is not None:
+                rate = f"{bits_per_second / 1e6:.3f}mbit"
+                _run("tc", "-n", name, "qdisc", "add", "dev", end, "root", "tbf", "rate", rate, "burst", "256kb",
+                     "latency", "400ms")  # fmt: skip
+
+    def torchrun(self, script: Sequence[str], timeout: float) -> None:
+        """One process on each host."""
+        agents = [
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
+                 f"--node-rank={rank}", f"--master-addr={ADDRESS.format(1)}", f"--master-port={PORT}",
+                 f"--local-addr={ADDRESS.format(rank + 1)}", "--nproc-per-node=1", *script],
+                env={**os.environ, "GLOO_SOCKET_IFNAME": end, "OMP_NUM_THREADS": "1"},
+            )
+            for rank, (name, end) in enumerate(zip(self.names, self.cable, strict=True))
+        ]  # fmt: skip
+        try:
+            codes = [agent.wait(timeout) for agent in agents]
+        finally:
+            for agent in agents:
+                agent.kill()
+        if any(codes):
+            raise SystemExit(f"the ranks of {' '.join(script)} ended with {codes}")
+
+
+@contextmanager
+def two_hosts() -> Iterator[Hosts]:
+    """Gone afterwards, whatever happens."""
+    tag = uuid.uuid4().hex[:6]
+    hosts = Hosts((f"lab-{tag}-0", f"lab-{tag}-1"), (f"lb{tag}0", f"lb{tag}1"))
+    try:
+        for name in hosts.names:
+            _run("ip", "netns", "add", name)
+        (one, other), (near, far) = hosts.names, hosts.cable
+        _run("ip", "link", "add", near, "netns", one, "type", "veth", "peer", "name", far, "netns", other)
+        for number, (name, end) in enumerate(zip(hosts.names, hosts.cable, strict=True), 1):
+            _run("ip", "-n", name, "addr", "add", f"{ADDRESS.format(number)}/24", "dev", end)
+            _run("ip", "-n", name, "link", "set", end, "up")
+            _run("ip", "-n", name, "link", "set", "lo", "up")
+        yield hosts
+    finally:
+        for name in hosts.names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
