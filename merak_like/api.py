@@ -22,10 +22,12 @@ from merak_like.runtime import collect
 from merak_like.runtime.batches import LossWeight, rows, signature, split, to_device
 from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.engine import Engine
+from merak_like.runtime.finite import Guard
 from merak_like.runtime.groups import make_groups
 from merak_like.runtime.initialize import join
 from merak_like.runtime.links import DistLinks, NoLinks
 from merak_like.runtime.materialize import Initialiser, materialize
+from merak_like.runtime.optimizer import Slot, Update
 from merak_like.runtime.programs import Programs
 from merak_like.runtime.watch import Watch
 
@@ -48,6 +50,7 @@ def auto_parallel(
     recompute: str = "auto",
     micro_batches: int | None = None,
     max_grad_norm: float | None = None,
+    skip_not_finite: int = 0,
     loss_weight: LossWeight | None = None,
     weights: str | Path | None = None,
     plan: Plan | None = None,
@@ -122,22 +125,29 @@ def auto_parallel(
         readers = {name: frozenset(s.index for s in own if name in s.params) for name in trainable}
         pending = Counter[int]()
         shared = {name: groups.shared.get(stages) for name, stages in plan.shared.items()}
+        slots = [
+            Slot(name, p, tuple(p.shape), counted=groups.coord.dp == 0 and holders[name] == groups.coord.pp)
+            for name, p in trainable.items()
+        ]
         return Engine(
             plan=plan,
             model=model,
             parameters=trainable,
-            owned=[name for name in trainable if holders[name] == groups.coord.pp],
             programs=Programs(model, plan, rough, micro, groups.coord.pp, world.device, loss_fn, pending),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
             reducer=Reducer(
                 trainable, {name: shared.get(name, groups.dp) for name in trainable}, watch, readers, pending
             ),
-            optimizer=optimizer(trainable.values()) if optimizer and trainable else None,
+            update=Update(
+                slots,
+                optimizer(trainable.values()) if optimizer and trainable else None,
+                max_grad_norm=max_grad_norm,
+                guard=Guard(skip_not_finite),
+            ),
             world=world,
             groups=groups,
             watch=watch,
             loss_weight=loss_weight or (counted if loss_fn is None else None) or rows,
-            max_grad_norm=max_grad_norm,
             seed=seed,
             save=save,
         )

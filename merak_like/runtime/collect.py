@@ -115,6 +115,16 @@ def to_first(mine: Any, world: World, watch: Watch) -> list[Any]:
     return everyone or []
 
 
+def from_all(mine: Any, world: World, watch: Watch) -> list[Any]:
+    """What every rank brings, by rank, on every rank."""
+    if world.alone:
+        return [mine]
+    everyone: list[Any] = [None] * world.size
+    with watch.waiting("what every rank has found"):
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
 def agree(facts: Mapping[str, str], world: World, watch: Watch) -> None:
     """Raise ValueError on every rank, naming the odd ranks, unless all ranks state the same facts."""
     if world.alone:

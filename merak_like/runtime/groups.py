@@ -88,3 +88,11 @@ def make_groups(mesh: Mesh, world: World, stage_rank: tuple[int, ...], shared: C
             if found is not None:
                 own_shared[stages] = found
     return Groups(mesh, coord, stage_rank, own_dp, own_up, own_down, own_shared, tuple(made))
+
+
+def files_group(world: World) -> Group:
+    """All ranks once more, on the CPU: what they tell each other about files never gets between the training's tensors.
+
+    The caller gives it back.
+    """
+    return dist.new_group(timeout=world.timeout, backend="gloo")
