@@ -1,8 +1,8 @@
 """What of a job goes into a checkpoint.
 
-    model/NAME             the weight as the optimizer has it (in full precision), and every buffer
-    replicas/DP/NAME       a buffer of another replica: batch norm's statistics differ
-    optimizer/NAME/KEY     what the optimizer keeps for the weight
+    model.NAME             the weight as the optimizer has it (in full precision), and every buffer
+    replicas.DP.NAME       a buffer of another replica: batch norm's statistics differ
+    optimizer.NAME.KEY     what the optimizer keeps for the weight
     job.pt                 step, options of each weight's group, random states of each rank, the user's own state
 
 Names are those of the user's model; nothing depends on dp, pp or tp.
@@ -77,7 +77,7 @@ class Contents:
 
     def _key(self, name: str) -> str:
         replica = self.groups.coord.dp
-        return f"replicas/{replica}/{name}" if replica and self._is_buffer(name) else f"model/{name}"
+        return f"replicas.{replica}.{name}" if replica and self._is_buffer(name) else f"model.{name}"
 
     def plain(self, name: str, tensor: Tensor) -> Held:
         shape = tuple(tensor.shape)
@@ -89,11 +89,11 @@ class Contents:
         return Held(key, placement.shape, tuple(parts(tensor.detach(), slot.shape, placement, slot.run)))
 
     def _of_slot(self, slot: Slot) -> list[Held]:
-        held = [self.as_slot(f"model/{slot.name}", slot, slot.target)]
+        held = [self.as_slot(f"model.{slot.name}", slot, slot.target)]
         for key, value in self._kept(slot).items():
             if not isinstance(value, Tensor):
                 continue
-            name = f"optimizer/{slot.name}/{key}"
+            name = f"optimizer.{slot.name}.{key}"
             if value.shape == slot.target.shape:
                 held.append(self.as_slot(name, slot, value))
                 continue

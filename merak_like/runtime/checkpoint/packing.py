@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import random
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +21,9 @@ def pack(what: str, value: Any) -> Pack:
     try:
         torch.save(value, stream)
         unpack(stream.getvalue())
-    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+    except (pickle.PickleError, AttributeError, TypeError, RuntimeError) as error:
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        reason = f"it has a {found[1]}" if found else str(error).strip().splitlines()[0][:200]
         raise ValueError(
             f"{what} cannot be kept in a checkpoint ({reason}): give numbers, text, tensors and containers of them, or "
             "an object whose state_dict() has only those"

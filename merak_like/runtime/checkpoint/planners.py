@@ -67,7 +67,7 @@ class Writing(SavePlanner):
             assert isinstance(entry, TensorStorageMetadata)
             there = sum(prod(chunk.sizes) for chunk in entry.chunks)
             assert there == prod(entry.size), f"{key}: {there} of {prod(entry.size)} numbers are written"
-        paths = {key: tuple(key.split("/", 1)) for key in metadata.state_dict_metadata}
+        paths = {key: _path(key) for key in metadata.state_dict_metadata}
         return plans, replace(metadata, planner_data=paths)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -75,6 +75,12 @@ class Writing(SavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         return self._data[write_item.index.fqn, tuple(write_item.index.offset or ())]
+
+
+def _path(key: str) -> tuple[str, ...]:
+    """Where torch's own tools put an entry in nested dictionaries: by kind and name, an optimizer's also by its key."""
+    kind, name = key.split(".", 1)
+    return (kind, *name.rsplit(".", 1)) if kind == "optimizer" else (kind, name)
 
 
 def _once(plans: list[SavePlan]) -> list[SavePlan]:

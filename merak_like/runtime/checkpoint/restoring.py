@@ -29,7 +29,7 @@ class Restoring:
         """Raise ValueError, before anything changes, unless this job can take the checkpoint up."""
         plan = self._contents.plan
         names = {name for stage in plan.stages for name in (*stage.params, *stage.buffers)}
-        there = {key.removeprefix("model/") for key in self._saved.entries if key.startswith("model/")}
+        there = {key.removeprefix("model.") for key in self._saved.entries if key.startswith("model.")}
         if there != names:
             missing, strange = sorted(names - there), sorted(there - names)
             raise ValueError(
@@ -70,10 +70,10 @@ class Restoring:
 
     def _wanted(self) -> list[Held]:
         contents, entries = self._contents, self._saved.entries
-        wanted = [contents.as_slot(f"model/{slot.name}", slot, slot.target) for slot in contents.update.slots]
+        wanted = [contents.as_slot(f"model.{slot.name}", slot, slot.target) for slot in contents.update.slots]
         for name, tensor in contents.others().items():
             one = contents.plain(name, tensor)
-            wanted.append(one if one.key in entries else one._replace(key=f"model/{name}"))
+            wanted.append(one if one.key in entries else one._replace(key=f"model.{name}"))
         if self._optimizer is not None:
             for slot in contents.update.slots:
                 wanted.extend(self._room(slot))
@@ -88,7 +88,7 @@ class Restoring:
             if kind == VALUE:
                 state[key] = where
                 continue
-            name = f"optimizer/{slot.name}/{key}"
+            name = f"optimizer.{slot.name}.{key}"
             shape, dtype = self._saved.entries[name]
             device = slot.target.device if where else torch.device("cpu")
             made = state[key] = torch.empty(slot.target.shape if kind else shape, dtype=dtype, device=device)
