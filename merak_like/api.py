@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,15 @@ from merak_like.runtime import collect
 from merak_like.runtime.batches import LossWeight, rows, signature, split, to_device
 from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.engine import Engine
-from merak_like.runtime.finite import Guard
 from merak_like.runtime.groups import make_groups
 from merak_like.runtime.initialize import join
 from merak_like.runtime.links import DistLinks, NoLinks
 from merak_like.runtime.materialize import Initialiser, materialize
 from merak_like.runtime.optimizer import Slot, Update
+from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.programs import Programs
 from merak_like.runtime.watch import Watch
+from merak_like.runtime.zero import FlatReducer, refuse_unsuited, retarget
 
 Degree = int | str
 Save = Callable[[nn.Module, Path, Mapping[str, Tensor]], None]
@@ -51,6 +53,8 @@ def auto_parallel(
     micro_batches: int | None = None,
     max_grad_norm: float | None = None,
     skip_not_finite: int = 0,
+    precision: str | Precision | None = None,
+    zero: int = 0,
     loss_weight: LossWeight | None = None,
     weights: str | Path | None = None,
     plan: Plan | None = None,
@@ -78,11 +82,15 @@ def auto_parallel(
     mesh = Mesh(*(_degree(axis, degree) for axis, degree in (("dp", dp), ("pp", pp), ("tp", tp))))
     if mesh.tp > 1:
         raise ValueError(f"tp={mesh.tp}: tensor parallelism is not available yet, use tp=1 and more dp or pp")
+    if zero not in (0, 1, 2):
+        raise ValueError(f"zero={zero}: it is 0, 1 (spread the optimizer's state) or 2 (gradients too)")
+    precise = precision_of(precision)
     world = join(mesh, timeout=timeout, device=device)
     if not model.training:
         model.train()
     watch = Watch(world.rank, world.timeout, world.pulse)
-    with watch.starting():
+    with watch.starting(), ExitStack() as lowered:
+        lowered.enter_context(precise.applied(model))
         if plan is None and hardware is None:  # one measurement for all, or each rank would plan for itself
             measure = partial(this_machine, device=world.device.type) if world.rank == 0 else None
             hardware = collect.from_first(measure, world, watch)
@@ -105,7 +113,8 @@ def auto_parallel(
                 compared = [note for note in plan.notes if note.startswith("numbers of micro-batches")]
                 plan = decide(rough, plan.micro_batches).with_notes(compared)
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
-        collect.agree(facts | {"seed": str(seed), "max_grad_norm": str(max_grad_norm)}, world, watch)
+        choices = {"seed": seed, "max_grad_norm": max_grad_norm, "precision": precise, "zero": zero}
+        collect.agree(facts | {name: str(choice) for name, choice in choices.items()}, world, watch)
         if rough is None or world.device.type != "cpu":
             rough = trace(model, micro, loss_fn, device=world.device)
         if plan.starts[-1] != len(rough.graph.ops):
@@ -116,6 +125,7 @@ def auto_parallel(
         groups = make_groups(mesh, world, plan.stage_rank, list(plan.shared.values()))
         own = [stage for stage in plan.stages if stage.rank == groups.coord.pp]
         initialise, counted, save = _habits(model)
+        lowered.close()  # weights are made in the model's own precision
         parameters = materialize(
             model, plan, [s.index for s in own], world.device, seed=seed, initialise=initialise, weights=weights
         )  # fmt: skip
@@ -125,24 +135,32 @@ def auto_parallel(
         readers = {name: frozenset(s.index for s in own if name in s.params) for name in trainable}
         pending = Counter[int]()
         shared = {name: groups.shared.get(stages) for name, stages in plan.shared.items()}
-        slots = [
-            Slot(name, p, tuple(p.shape), counted=groups.coord.dp == 0 and holders[name] == groups.coord.pp)
-            for name, p in trainable.items()
-        ]
+        precise.lower(model)
+        in_norm = {n for n in trainable if groups.coord.dp == 0 and holders[n] == groups.coord.pp}
+        holding = {name: shared.get(name, groups.dp) for name in trainable}
+        if zero or precise.compute is not None:
+            reducer = store = FlatReducer(
+                trainable, holding, watch, readers, pending, zero=zero, dtypes=precise.dtypes, counted=in_norm,
+                dp=groups.dp,
+            )  # fmt: skip
+            slots = store.slots
+        else:
+            reducer, store = Reducer(trainable, holding, watch, readers, pending), None
+            slots = [Slot(name, p, tuple(p.shape), counted=name in in_norm) for name, p in trainable.items()]
+        learner = optimizer(trainable.values()) if optimizer and trainable else None
+        if learner is not None and store is not None:
+            if zero:
+                refuse_unsuited(learner, zero)
+            retarget(learner, trainable, slots)
         return Engine(
             plan=plan,
             model=model,
             parameters=trainable,
             programs=Programs(model, plan, rough, micro, groups.coord.pp, world.device, loss_fn, pending),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
-            reducer=Reducer(
-                trainable, {name: shared.get(name, groups.dp) for name in trainable}, watch, readers, pending
-            ),
+            reducer=reducer,
             update=Update(
-                slots,
-                optimizer(trainable.values()) if optimizer and trainable else None,
-                max_grad_norm=max_grad_norm,
-                guard=Guard(skip_not_finite),
+                slots, learner, max_grad_norm=max_grad_norm, guard=precise.guard(skip_not_finite), store=store
             ),
             world=world,
             groups=groups,

@@ -27,16 +27,12 @@ def state_dict(model: nn.Module, plan: Plan, groups: Groups, world: World, watch
 
 
 def gradients(
-    parameters: Mapping[str, nn.Parameter], plan: Plan, groups: Groups, world: World, watch: Watch
+    mine: Mapping[str, Tensor | None], plan: Plan, groups: Groups, world: World, watch: Watch
 ) -> dict[str, Tensor]:
     """The gradient of every trainable parameter that has one, by first name, on rank 0; {} elsewhere."""
     rank_of = holders(plan)
-    mine: dict[str, Tensor | None] = {}
-    for name, parameter in parameters.items():
-        mine[name] = parameter.grad
-    have = [name for name, grad in mine.items() if grad is not None]
-    everyone = _everyones(have, world, watch)
     found = {name: grad for name, grad in mine.items() if grad is not None}
+    everyone = _everyones(list(found), world, watch)
     trained = dict.fromkeys(n for stage in plan.stages for n in stage.params if n in everyone)
     return _gather(found, {n: rank_of[n] for n in trained}, groups, world, watch)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,30 @@ class Bucket:
         self.views = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
 
 
+class Gradients(Protocol):
+    """Brings the gradients of this rank and of those that hold the same parameters together."""
+
+    def begin(self) -> None:
+        """Forget the last step's gradients."""
+        ...
+
+    def enter(self, stage: int, *, last: bool, whole: bool) -> None:
+        """A backward of a stage begins: its last one, or one that leaves no weight gradient to a W."""
+        ...
+
+    def finish(self) -> None:
+        """Sum what is left, and wait."""
+        ...
+
+    def gradients(self) -> Mapping[str, Tensor | None]:
+        """The last step's gradients by name, whole; every rank asks."""
+        ...
+
+    def close(self) -> None:
+        """Leave the parameters alone, and let go of the groups."""
+        ...
+
+
 class Reducer:
     """Sums gradients over the ranks that hold the same parameters."""
 
@@ -57,7 +81,7 @@ class Reducer:
         ``readers`` are the stages of this rank that read each parameter (stage 0, if not told), ``pending`` counts the
         gradients that wait for a W by the ``id`` of the parameter.
         """
-        self.watch = watch
+        self.watch, self._parameters = watch, parameters
         self._readers = {id(p): readers[name] if readers else {0} for name, p in parameters.items()}
         self._pending: Counter[int] = Counter() if pending is None else pending
         self._passed: set[int] = set()
@@ -83,9 +107,10 @@ class Reducer:
             for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
                 parameter.grad = view
 
-    def last_backward(self, stage: int) -> None:
-        """Say that the last backward of a stage begins."""
-        self._passed.add(stage)
+    def enter(self, stage: int, *, last: bool, whole: bool = True) -> None:
+        """A backward of a stage begins: its last one, or one that leaves no weight gradient to a W."""
+        if last:
+            self._passed.add(stage)
 
     def finish(self) -> None:
         """Reduce what is left and wait; a parameter that no rank has a gradient for gets ``grad = None``."""
@@ -98,6 +123,10 @@ class Reducer:
             for parameter, count in zip(bucket.parameters, bucket.counts.tolist(), strict=True):
                 if not count:
                     parameter.grad = None
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """The last step's gradients by name, whole."""
+        return {name: parameter.grad for name, parameter in self._parameters.items()}
 
     def close(self) -> None:
         """Leave the parameters alone, and let go of the groups."""

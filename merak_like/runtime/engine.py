@@ -21,7 +21,7 @@ from merak_like.runtime import collect, rng
 from merak_like.runtime.batches import LossWeight, split
 from merak_like.runtime.checkpoint.contents import Contents
 from merak_like.runtime.checkpoint.saver import Checkpoints
-from merak_like.runtime.data_parallel import Reducer
+from merak_like.runtime.data_parallel import Gradients
 from merak_like.runtime.finite import Witness, report
 from merak_like.runtime.groups import Groups
 from merak_like.runtime.initialize import World
@@ -39,11 +39,13 @@ class Engine(Lasting):
 
     def __init__(
         self, *, plan: Plan, model: nn.Module, parameters: Mapping[str, nn.Parameter],
-        programs: Programs, links: Links, reducer: Reducer, update: Update,
+        programs: Programs, links: Links, reducer: Gradients, update: Update,
         world: World, groups: Groups, watch: Watch, loss_weight: LossWeight, seed: int,
         save: Callable[[nn.Module, Path, Mapping[str, Tensor]], None],
     ) -> None:  # fmt: skip
-        super().__init__(Checkpoints(Contents(model, plan, groups, update, seed), world, watch), watch)
+        super().__init__(
+            Checkpoints(Contents(model, plan, groups, update, seed, frozenset(parameters)), world, watch), watch
+        )
         self.plan, self.model, self.optimizer = plan, model, update.optimizer
         self.world, self.groups = world, groups
         self._parameters, self._update = parameters, update
@@ -170,12 +172,13 @@ class Engine(Lasting):
             found.append({name: theirs.pop(name) for name in names})
         for name, gradient in (item for one in found for item in one.items()):
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
-        if action in self._work.last:
-            self._reducer.last_backward(at)
+        put_off = (index, at) in self._work.put_off
+        self._reducer.enter(at, last=action in self._work.last, whole=not put_off)
         self._gradients[index, at] = stage.backward(index, gradients)
         self._made.pop((index, at))
 
     def _weight(self, action: Action) -> None:
+        self._reducer.enter(action.stage, last=False, whole=True)
         self._running[action.micro_batch].stages[action.stage].weight(action.micro_batch)
 
     def _send_forward(self, action: Action) -> None:
@@ -220,9 +223,8 @@ class Engine(Lasting):
             finally:
                 self._do = before
                 self._made.clear()
-        gradients = {name: parameter.grad for name, parameter in self._parameters.items()}
         stage_of = {name: stage.index for stage in reversed(self.plan.stages) for name in stage.params}
-        return report(witness.seen, gradients, stage_of, self.world, self._watch)
+        return report(witness.seen, self._reducer.gradients(), stage_of, self.world, self._watch)
 
     def _clear_gradients(self) -> None:
         for parameter in self._parameters.values():
@@ -273,7 +275,7 @@ class Engine(Lasting):
     def full_gradients(self) -> dict[str, Tensor]:
         """The last step's gradients by name, as CPU tensors: on rank 0, else {}. Parameters without one are absent."""
         self._open()
-        return collect.gradients(self._parameters, self.plan, self.groups, self.world, self._watch)
+        return collect.gradients(self._reducer.gradients(), self.plan, self.groups, self.world, self._watch)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the whole model to a folder: safetensors, and for a Hugging Face model what ``from_pretrained`` needs.

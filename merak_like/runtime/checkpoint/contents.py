@@ -45,6 +45,8 @@ class Contents:
     groups: Groups
     update: Update
     seed: int
+    trained: frozenset[str]
+    """First names of the parameters of this rank's stages that are trained, by this rank or another."""
     place: Place = everything
 
     # --- tensors -------------------------------------------------------------------------------------------------
@@ -65,12 +67,11 @@ class Contents:
 
     def others(self) -> dict[str, Tensor]:
         """What the optimizer does not have: frozen parameters and buffers of this rank's stages."""
-        trained = {slot.name for slot in self.update.slots}
         own = {n for stage in self.plan.stages if stage.rank == self.groups.coord.pp
                for n in (*stage.params, *stage.buffers)}  # fmt: skip
         named = dict(self.model.named_parameters(remove_duplicate=False))
         named |= dict(self.model.named_buffers(remove_duplicate=False))
-        return {name: named[name].detach() for name in sorted(own - trained) if name in named}
+        return {name: named[name].detach() for name in sorted(own - self.trained) if name in named}
 
     def _is_buffer(self, name: str) -> bool:
         return any(name in stage.buffers for stage in self.plan.stages)
