@@ -91,6 +91,7 @@ def auto_parallel(
     watch = Watch(world.rank, world.timeout, world.pulse)
     with watch.starting(), ExitStack() as lowered:
         lowered.enter_context(precise.applied(model))
+        example = precise.inputs(example)
         if plan is None and hardware is None:  # one measurement for all, or each rank would plan for itself
             measure = partial(this_machine, device=world.device.type) if world.rank == 0 else None
             hardware = collect.from_first(measure, world, watch)
@@ -165,6 +166,7 @@ def auto_parallel(
             world=world,
             groups=groups,
             watch=watch,
+            prepare=precise.inputs,
             loss_weight=loss_weight or (counted if loss_fn is None else None) or rows,
             seed=seed,
             save=save,

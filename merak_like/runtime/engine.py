@@ -40,7 +40,7 @@ class Engine(Lasting):
     def __init__(
         self, *, plan: Plan, model: nn.Module, parameters: Mapping[str, nn.Parameter],
         programs: Programs, links: Links, reducer: Gradients, update: Update,
-        world: World, groups: Groups, watch: Watch, loss_weight: LossWeight, seed: int,
+        world: World, groups: Groups, watch: Watch, prepare: Callable[[Any], Any], loss_weight: LossWeight, seed: int,
         save: Callable[[nn.Module, Path, Mapping[str, Tensor]], None],
     ) -> None:  # fmt: skip
         super().__init__(
@@ -50,7 +50,7 @@ class Engine(Lasting):
         self.world, self.groups = world, groups
         self._parameters, self._update = parameters, update
         self._programs, self._links, self._reducer = programs, links, reducer
-        self._loss_weight, self._seed = loss_weight, seed
+        self._prepare, self._loss_weight, self._seed = prepare, loss_weight, seed
         self._save = save
         self._orders = Orders(plan, groups.coord.pp)
         self._work = self._orders.at(programs.edges(), training=True)
@@ -106,7 +106,7 @@ class Engine(Lasting):
     def _run(self, batch: Any, batch_is_global: bool, *, training: bool) -> int:
         """Run every action of this rank's order; how many items the loss is the mean of."""
         replicas, count = self.plan.mesh.dp, self.plan.micro_batches
-        parts = split(batch, count * (replicas if batch_is_global else 1))
+        parts = split(self._prepare(batch), count * (replicas if batch_is_global else 1))
         first = self.groups.coord.dp * count
         self._batches = parts[first : first + count] if batch_is_global else parts
         weights = [self._loss_weight(part) for part in parts]

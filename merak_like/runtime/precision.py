@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from merak_like._compat import tree_map
 from merak_like.runtime.finite import Guard, LossScale
 
 
@@ -29,6 +31,13 @@ class Precision:
         if self.compute is None or not parameter.is_floating_point():
             return parameter.dtype, parameter.dtype
         return self.compute, torch.promote_types(parameter.dtype, torch.float32)
+
+    def inputs(self, batch: Any) -> Any:
+        """The batch with its floating tensors as the model computes."""
+        if self.compute is None:
+            return batch
+        lowered = lambda t: t.to(self.compute) if isinstance(t, Tensor) and t.is_floating_point() else t  # noqa: E731
+        return tree_map(lowered, batch)
 
     def guard(self, limit: int) -> Guard:
         """What becomes of a step that is not finite. A loss scale finds its size by overflowing: it may skip more."""
