@@ -114,11 +114,12 @@ def test_one_rank_that_is_told_to_end_lets_all_save_the_same_step(
     assert said == {f".{made.name}"}
 
 
-def test_job_killed_again_and_again_ends_as_if_undisturbed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deaths", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_job_killed_again_and_again_ends_as_if_undisturbed(deaths: int, tmp_path: Path) -> None:
     """SIGKILL of a random rank at a random moment; torchrun starts all again, and they find the newest checkpoint."""
-    node = Node(options=(*Node().options, "--max-restarts=3"))
-    one = call("survivor", 1, 2, str(tmp_path / "disturbed"), steps=60, deaths=2)
-    disturbed = torchrun([one], 2, nodes=[node]).results(one.name)
+    node = Node(options=(*Node().options, f"--max-restarts={deaths}"))
+    one = call("survivor", 1, 2, str(tmp_path / "disturbed"), steps=60, deaths=deaths)
+    disturbed = torchrun([one], 2, nodes=[node], timeout=250).results(one.name)
     two = call("survivor", 1, 2, str(tmp_path / "calm"), steps=60, deaths=0)
     calm = torchrun([two], 2).results(two.name)
     assert int(disturbed[0].pop("from")) > 0, "it began anew"
