@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from merak_like import __version__
 from merak_like.runtime.checkpoint import folder as files
@@ -144,8 +144,9 @@ class Checkpoints:
                 files.prune(folder, keep)
             return [made] * len(told)
 
-        self._written = self._together(f"write checkpoint {step}", data, finish)
-        return self._written
+        written: Path = self._together(f"write checkpoint {step}", data, finish)
+        self._written = written
+        return written
 
     # --- loading -------------------------------------------------------------------------------------------------
 
