@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from merak_like._compat import has_step_hooks
+from merak_like.runtime.exchange import reduce_scatter
 from merak_like.runtime.flat import Dtypes, FlatBucket, buckets_of
 from merak_like.runtime.groups import Group
 from merak_like.runtime.optimizer import Slot
@@ -188,12 +189,12 @@ class FlatReducer:
             if kind.ways == 1:
                 work = dist.all_reduce(flat, group=kind.group, async_op=True)
             elif not kind.every:
-                work = dist.reduce_scatter_tensor(bucket.own, flat, group=kind.group, async_op=True)
+                work = reduce_scatter(bucket.own, flat, kind.group)
             else:
                 while len(self._works) >= FLYING:
                     self._land()
                 mine = torch.empty_like(bucket.own)
-                work = dist.reduce_scatter_tensor(mine, flat, group=kind.group, async_op=True)
+                work = reduce_scatter(mine, flat, kind.group)
                 bucket.sums, done = None, partial(_add, bucket.own, mine, flat)
         self._works.append((work, what, done))
 
