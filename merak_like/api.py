@@ -136,7 +136,7 @@ def auto_parallel(
         readers = {name: frozenset(s.index for s in own if name in s.params) for name in trainable}
         pending = Counter[int]()
         shared = {name: groups.shared.get(stages) for name, stages in plan.shared.items()}
-        precise.lower(model)
+        precise.lower(model, trainable.values())
         in_norm = {n for n in trainable if groups.coord.dp == 0 and holders[n] == groups.coord.pp}
         holding = {name: shared.get(name, groups.dp) for name in trainable}
         if zero or precise.compute is not None:

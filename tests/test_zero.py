@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from merak_like import auto_parallel
 from merak_like.runtime.zero import ELEMENTWISE
 from tests import spread
-from tests.ranks import Call, results_of
+from tests.ranks import Call, results_of, selected_calls
 from tests.test_checkpoints import call as lasting_call
 from tests.test_checkpoints import here
 
@@ -28,12 +28,21 @@ def call(function: str, dp: int, pp: int, **more: Any) -> Call:
 
 
 SPREAD = [
-    *(call("spread", *layout, name="gpt2", zero=zero) for zero in (1, 2) for layout in ((2, 2), (4, 1))),
-    *(call("spread", *layout, name="patchy", zero=zero) for zero in (1, 2) for layout in ((2, 2), (4, 1))),
-    call("spread", 1, 4, name="gpt2", zero=2),  # nothing but the tie has replicas
+    call("spread", 2, 2, name="gpt2", zero=2),
+    call("spread", 4, 1, name="gpt2", zero=1),
+    call("spread", 2, 2, name="patchy", zero=1),
+    call("spread", 4, 1, name="patchy", zero=2),
     call("spread", 2, 2, name="gpt2", zero=2, schedule="zb-v"),
+]
+MORE = [
+    call("spread", 2, 2, name="gpt2", zero=1),
+    call("spread", 4, 1, name="gpt2", zero=2),
+    call("spread", 2, 2, name="patchy", zero=2),
+    call("spread", 4, 1, name="patchy", zero=1),
+    call("spread", 1, 4, name="gpt2", zero=2),  # nothing but the tie has replicas
     call("spread", 2, 2, name="t5", zero=1, schedule="interleaved"),
     call("spread", 2, 2, name="llama", zero=2, schedule="zb-h1", bucket=10**6),
+    call("spread", 4, 1, name="vit", zero=1),
 ]
 PRECISION = [
     call("in_precision", 2, 2, name="llama", precision="bf16", zero=0),
@@ -63,19 +72,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(root: Path) -> Callable[[Call], list[Any]]:
+def results(root: Path, request: pytest.FixtureRequest) -> Callable[[Call], list[Any]]:
     """What a call returned on every rank, in one job of four."""
     lasting = [here(one, root) for one in (*SAVING, *GOING_ON)]
-    found = results_of([*SPREAD, *PRECISION, *MUCH, OVERFLOW, SKIPPING, *lasting])
+    chosen = selected_calls(request)
+    found = results_of([*(c for c in (*SPREAD, *MORE) if c in chosen), *PRECISION, *MUCH, OVERFLOW, SKIPPING, *lasting])
     return lambda one: found(here(one, root) if "folder" in one.arguments else one)
 
 
-def of(cases: list[Call]) -> Any:
+def of(cases: list[Call], slow: Sequence[Call] = ()) -> Any:
     """A test for each call."""
-    return pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=ranks) for c in cases])
+    more = [pytest.param(c, id=c.name, marks=[*ranks, pytest.mark.slow]) for c in slow]
+    return pytest.mark.parametrize("case", [*(pytest.param(c, id=c.name, marks=ranks) for c in cases), *more])
 
 
-@of(SPREAD)
+@of(SPREAD, MORE)
 def test_spread_training_equals_plain_training(case: Call, results: Callable[[Call], list[Any]]) -> None:
     assert max(results(case)) <= 1e-10
 

@@ -1,11 +1,12 @@
-"""Reduce-scatter: every rank ends with the sum of its own run.
+"""What one rank has of a flat tensor, brought to all; and all of it summed, to the one that owns each run.
 
-On a CPU the runs go straight to their owners: gloo's own call first reduces all of it everywhere (torch 2.13), which
+On a CPU summed runs go straight to their owners: gloo's own call first reduces all of it everywhere (torch 2.13), which
 sends twice as much.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -16,13 +17,23 @@ from torch import Tensor
 from merak_like.runtime.groups import Group
 
 
+# torch 2.13 renamed them and warns of the names before it
+_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather(flat: Tensor, own: Tensor, group: Group) -> Any:
+    """Start to bring every rank's run of ``flat`` to all; something to wait for. ``own`` may be a run of ``flat``."""
+    return _gather(flat, own, group=group, async_op=True)
+
+
 def reduce_scatter(own: Tensor, flat: Tensor, group: Group) -> Any:
     """Start to sum ``flat`` over the group; something to wait for, after which ``own`` has this rank's run.
 
     ``own`` may be that run of ``flat`` itself.
     """
     if flat.device.type != "cpu":
-        return dist.reduce_scatter_tensor(own, flat, group=group, async_op=True)
+        return _scatter(own, flat, group=group, async_op=True)
     return Exchange(own, flat, group)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,11 +57,15 @@ class Precision:
             for tensor, data in before:
                 tensor.data = data
 
-    def lower(self, model: nn.Module) -> None:
-        """Let what is not trained compute in this precision: frozen parameters and saved buffers."""
+    def lower(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+        """Let all but what this rank trains compute in this precision: frozen parameters, saved buffers, other stages'.
+
+        What is on other ranks counts too: a trace of new shapes runs through the whole model.
+        """
         if self.compute is not None:
+            own = {id(parameter) for parameter in trained}
             for tensor in _lowered(model):
-                if not tensor.requires_grad:
+                if id(tensor) not in own:
                     tensor.data = tensor.data.to(self.compute)
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from merak_like._compat import has_step_hooks
-from merak_like.runtime.exchange import reduce_scatter
+from merak_like.runtime.exchange import all_gather, reduce_scatter
 from merak_like.runtime.flat import Dtypes, FlatBucket, buckets_of
 from merak_like.runtime.groups import Group
 from merak_like.runtime.optimizer import Slot
@@ -132,7 +132,7 @@ class FlatReducer:
                 bucket.size, dtype=bucket.own.dtype, device=bucket.own.device
             )  # fmt: skip
             if bucket.kind.ways > 1:
-                work = dist.all_gather_into_tensor(flat, bucket.own, group=bucket.kind.group, async_op=True)
+                work = all_gather(flat, bucket.own, bucket.kind.group)
                 self.watch.wait(work, "the gradients of a bucket", "from the ranks that hold the same parameters")
             found.update(bucket.gradients(flat, counts))
         return found
@@ -251,7 +251,7 @@ class FlatReducer:
             return None
         mine = bucket.weights.narrow(0, bucket.kind.mine * bucket.length, bucket.length)
         with self.watch.waiting("the start of gathering weights"):
-            return dist.all_gather_into_tensor(bucket.weights, mine, group=bucket.kind.group, async_op=True)
+            return all_gather(bucket.weights, mine, bucket.kind.group)
 
     def _wait(self, works: Sequence[Any]) -> None:
         for work in works:
