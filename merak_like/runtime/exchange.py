@@ -16,7 +16,6 @@ from torch import Tensor
 
 from merak_like.runtime.groups import Group
 
-
 # torch 2.13 renamed them and warns of the names before it
 _gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
