@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from merak_like import __version__
+from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.hardware import Hardware
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.this_machine import this_machine
-from merak_like.partitioner.tracer import LossFn, Trace, trace
+from merak_like.partitioner.tracer import LossFn
 from merak_like.runtime import collect
 from merak_like.runtime.batches import LossWeight, rows, signature, split, to_device
 from merak_like.runtime.data_parallel import Reducer
@@ -30,6 +31,7 @@ from merak_like.runtime.materialize import Initialiser, materialize
 from merak_like.runtime.optimizer import Slot, Update
 from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.programs import Programs
+from merak_like.runtime.tensor_parallel.sharding import sharding
 from merak_like.runtime.watch import Watch
 from merak_like.runtime.zero import FlatReducer, refuse_unsuited, retarget
 
@@ -60,6 +62,7 @@ def auto_parallel(
     plan: Plan | None = None,
     hardware: Hardware | str | None = None,
     memory_limit: int | None = None,
+    tp_shares: int = 1,
     device: torch.device | str | None = None,
     timeout: float = 600.0,
     seed: int = 0,
@@ -74,16 +77,18 @@ def auto_parallel(
     with this rank's parameters. ``loss_weight(micro_batch)`` counts the items that a micro-batch's loss is the mean of:
     by default target tokens for Hugging Face language models, else samples. ``schedule``, ``chunks`` (stages per rank,
     for "interleaved") and ``recompute`` ("auto": what memory asks for, "none", "full") are those of ``make_plan``.
-    ``plan`` obeys a plan made before. ``timeout`` in seconds limits every wait for another rank.
+    ``tp_shares`` of 2 or more runs each micro-batch in so many parts, the sums over tensor-parallel ranks of one part
+    under the compute of another. ``plan`` obeys a plan made before. ``timeout`` in seconds limits every wait for
+    another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
     traced or cut, memory that does not suffice, and ranks that do not agree.
     """
     mesh = Mesh(*(_degree(axis, degree) for axis, degree in (("dp", dp), ("pp", pp), ("tp", tp))))
-    if mesh.tp > 1:
-        raise ValueError(f"tp={mesh.tp}: tensor parallelism is not available yet, use tp=1 and more dp or pp")
     if zero not in (0, 1, 2):
         raise ValueError(f"zero={zero}: it is 0, 1 (spread the optimizer's state) or 2 (gradients too)")
+    if zero and mesh.tp > 1:
+        raise ValueError(f"zero={zero} does not go with tp={mesh.tp} yet: use zero=0, or more dp or pp instead of tp")
     precise = precision_of(precision)
     world = join(mesh, timeout=timeout, device=device)
     if not model.training:
@@ -100,53 +105,59 @@ def auto_parallel(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
             )
         micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
-        rough: Trace | None = None
-        if plan is None:  # on the CPU whatever the device, so that a plan does not depend on where it was made
-            rough = trace(model, micro, loss_fn, device="cpu")
+        parts = sharding(model, mesh.tp, loss_fn, tp_shares)
+        # on the CPU whatever the device, so that a plan does not depend on where it was made
+        rough = parts.trace(micro, "cpu")
+        graph = parts.graph(rough)
+        if plan is None:
             decide = partial(
                 _plan, mesh=mesh, samples=rows(example), schedule=schedule, chunks=chunks, recompute=recompute,
                 hardware=hardware or "a100-80gb", memory_limit=memory_limit,
             )  # fmt: skip
-            plan = decide(rough, micro_batches)
+            plan = decide(graph, micro_batches)
             if signature(chosen := _micro_batch(example, mesh, plan.micro_batches)) != signature(micro):
                 # again for the micro-batches it chose: one sample may run fewer ops than many
-                micro, rough = chosen, trace(model, chosen, loss_fn, device="cpu")
+                micro, rough = chosen, parts.trace(chosen, "cpu")
                 compared = [note for note in plan.notes if note.startswith("numbers of micro-batches")]
-                plan = decide(rough, plan.micro_batches).with_notes(compared)
+                plan = decide(parts.graph(rough), plan.micro_batches).with_notes(compared)
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
         choices = {"seed": seed, "max_grad_norm": max_grad_norm, "precision": precise, "zero": zero}
         collect.agree(facts | {name: str(choice) for name, choice in choices.items()}, world, watch)
-        if rough is None or world.device.type != "cpu":
-            rough = trace(model, micro, loss_fn, device=world.device)
+        if world.device.type != "cpu":
+            rough = parts.trace(micro, world.device)
         if plan.starts[-1] != len(rough.graph.ops):
             raise ValueError(
                 f"the plan cuts {plan.starts[-1]} ops, but {type(model).__name__} runs {len(rough.graph.ops)} for "
                 f"micro-batches of {rows(micro)} samples: make the plan from this model and an example of that size"
             )
-        groups = make_groups(mesh, world, plan.stage_rank, list(plan.shared.values()))
+        sums = {name: (plan.shared.get(name, ()), parts.partial(name)) for s in plan.stages for name in s.params}
+        groups = make_groups(mesh, world, plan.stage_rank, list(sums.values()), parts.spans())
+        shards = parts.shards(groups.coord.tp)
         own = [stage for stage in plan.stages if stage.rank == groups.coord.pp]
         initialise, counted, save = _habits(model)
         lowered.close()  # weights are made in the model's own precision
         parameters = materialize(
-            model, plan, [s.index for s in own], world.device, seed=seed, initialise=initialise, weights=weights
+            model, plan, [s.index for s in own], world.device, seed=seed, initialise=initialise, weights=weights,
+            shards=shards,
         )  # fmt: skip
-        collect.agree_on_weights(parameters, world, watch)
+        collect.agree_on_weights({shards.label(name): p for name, p in parameters.items()}, world, watch)
         trainable = {name: p for name, p in parameters.items() if p.requires_grad}
         holders = collect.holders(plan)
         readers = {name: frozenset(s.index for s in own if name in s.params) for name in trainable}
         pending = Counter[int]()
-        shared = {name: groups.shared.get(stages) for name, stages in plan.shared.items()}
         precise.lower(model, trainable.values())
         in_norm = {n for n in trainable if groups.coord.dp == 0 and holders[n] == groups.coord.pp}
-        holding = {name: shared.get(name, groups.dp) for name in trainable}
+        holding = {name: groups.sums[sums[name]] for name in trainable}
         if zero or precise.compute is not None:
             reducer = store = FlatReducer(
                 trainable, holding, watch, readers, pending, zero=zero, dtypes=precise.dtypes, counted=in_norm,
-                dp=groups.dp,
+                dp=groups.sums.get(((), ())),
             )  # fmt: skip
             slots = store.slots
+            store.copies = parts.copies({slot.name: slot.target for slot in slots}, groups, watch)
         else:
-            reducer, store = Reducer(trainable, holding, watch, readers, pending), None
+            copies = parts.copies(trainable, groups, watch)
+            reducer, store = Reducer(trainable, holding, watch, readers, pending, copies), None
             slots = [Slot(name, p, tuple(p.shape), counted=name in in_norm) for name, p in trainable.items()]
         learner = optimizer(trainable.values()) if optimizer and trainable else None
         if learner is not None and store is not None:
@@ -157,11 +168,18 @@ def auto_parallel(
             plan=plan,
             model=model,
             parameters=trainable,
-            programs=Programs(model, plan, rough, micro, groups.coord.pp, world.device, loss_fn, pending),
+            programs=Programs(
+                model, plan, rough, micro, groups.coord.pp, world.device, parts, parts.prepare(groups, watch), pending
+            ),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
             reducer=reducer,
             update=Update(
-                slots, learner, max_grad_norm=max_grad_norm, guard=precise.guard(skip_not_finite), store=store
+                slots,
+                learner,
+                max_grad_norm=max_grad_norm,
+                guard=precise.guard(skip_not_finite),
+                store=store,
+                answers=shards.answers,
             ),
             world=world,
             groups=groups,
@@ -170,6 +188,7 @@ def auto_parallel(
             loss_weight=loss_weight or (counted if loss_fn is None else None) or rows,
             seed=seed,
             save=save,
+            shards=shards,
         )
 
 
@@ -185,11 +204,11 @@ def _micro_batch(example: Any, mesh: Mesh, micro_batches: int) -> Any:
     return to_device(split(example, mesh.dp * micro_batches)[0], torch.device("cpu"))
 
 
-def _plan(traced: Trace, micro_batches: int | None, *, mesh: Mesh, samples: int, **choices: Any) -> Plan:
+def _plan(graph: ProxyGraph, micro_batches: int | None, *, mesh: Mesh, samples: int, **choices: Any) -> Plan:
     """Plan for the example's batch, rounded up to whole micro-batches."""
     parts = mesh.dp * (micro_batches or 1)
     return make_plan(
-        traced.graph, mesh, batch=-(-samples // parts) * parts, micro_batches=micro_batches, **choices
+        graph, mesh, batch=-(-samples // parts) * parts, micro_batches=micro_batches, **choices
     )  # fmt: skip
 
 

@@ -119,10 +119,10 @@ def rounded(name: str, precision: str) -> tuple[Subject, list[Any], Trained | No
     return one, batches, Trained(steps, {n: m.detach() for n, m in plain.masters.items()})
 
 
-def in_precision(name: str, dp: int, pp: int, precision: str, zero: int) -> float:
+def in_precision(name: str, dp: int, pp: int, precision: str, zero: int, **more: Any) -> float:
     """Losses, gradients and the weights that learn; and that anything was rounded at all."""
     one, batches, plain = rounded(name, precision)
-    ours = by_engine(one, batches, dp, pp, PARTS // dp, precision=precision, zero=zero)
+    ours = by_engine(one, batches, dp, pp, PARTS // dp, precision=precision, zero=zero, **more)
     if plain is None:
         return 0.0
     kinds = {v.dtype for v in ours.weights.values()}

@@ -29,13 +29,20 @@ def call(function: str, dp: int, pp: int, folder: str, **more: Any) -> Call:
     return Call("-".join(words), f"tests.lasting:{function}", arguments)
 
 
-SAVING = [call("unbroken", 2, 2, "square", name="gpt2"), call("unbroken", 2, 2, "norms", name="unet")]
+SAVING = [
+    call("unbroken", 2, 2, "square", name="gpt2"),
+    call("unbroken", 2, 2, "norms", name="unet"),
+    call("unbroken", 1, 2, "sharded", name="gpt2", tp=2),
+]
 GOING_ON = [
     call("go_on", 2, 2, "square", name="gpt2", exact=True),
     call("go_on", 2, 2, "norms", name="unet", exact=True),
     call("go_on", 1, 4, "square", name="gpt2", exact=False),
     call("go_on", 4, 1, "square", name="gpt2", exact=False),
     call("go_on", 2, 2, "alone", name="gpt2", exact=False),
+    call("go_on", 1, 2, "sharded", name="gpt2", exact=True, tp=2),
+    call("go_on", 4, 1, "sharded", name="gpt2", exact=False),
+    call("go_on", 2, 1, "square", name="gpt2", exact=False, tp=2),
 ]
 REFUSED = call("refusals", 2, 2, "square")
 

@@ -48,6 +48,7 @@ PRECISION = [
     call("in_precision", 2, 2, name="llama", precision="bf16", zero=0),
     call("in_precision", 2, 2, name="gpt2", precision="bf16", zero=1),
     call("in_precision", 4, 1, name="gpt2", precision="bf16", zero=2),
+    call("in_precision", 1, 2, name="llama", precision="bf16", zero=0, tp=2),
     call("in_precision", 2, 2, name="llama", precision="fp16", zero=2),
 ]
 MUCH = [call("as_much_as_said", 4, 1, zero=zero) for zero in (1, 2)]

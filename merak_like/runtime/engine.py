@@ -31,6 +31,7 @@ from merak_like.runtime.optimizer import StepResult, Update, agree_on
 from merak_like.runtime.orders import Orders
 from merak_like.runtime.programs import Program, Programs
 from merak_like.runtime.recording import Profile, Recorder
+from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 from merak_like.runtime.watch import Watch
 
 
@@ -41,17 +42,17 @@ class Engine(Lasting):
         self, *, plan: Plan, model: nn.Module, parameters: Mapping[str, nn.Parameter],
         programs: Programs, links: Links, reducer: Gradients, update: Update,
         world: World, groups: Groups, watch: Watch, prepare: Callable[[Any], Any], loss_weight: LossWeight, seed: int,
-        save: Callable[[nn.Module, Path, Mapping[str, Tensor]], None],
+        save: Callable[[nn.Module, Path, Mapping[str, Tensor]], None], shards: Shards = WHOLE,
     ) -> None:  # fmt: skip
         super().__init__(
-            Checkpoints(Contents(model, plan, groups, update, seed, frozenset(parameters)), world, watch), watch
+            Checkpoints(Contents(model, plan, groups, update, seed, frozenset(parameters), shards), world, watch), watch
         )
         self.plan, self.model, self.optimizer = plan, model, update.optimizer
         self.world, self.groups = world, groups
         self._parameters, self._update = parameters, update
         self._programs, self._links, self._reducer = programs, links, reducer
         self._prepare, self._loss_weight, self._seed = prepare, loss_weight, seed
-        self._save = save
+        self._save, self._shards = save, shards
         self._orders = Orders(plan, groups.coord.pp)
         self._work = self._orders.at(programs.edges(), training=True)
         self._do: Mapping[Kind, Callable[[Action], None]] = {
@@ -82,9 +83,8 @@ class Engine(Lasting):
             self._clear_gradients()
             total = self._run(batch, batch_is_global, training=True)
             self._reducer.finish()
-            loss, norm = self._numbers(self._update.squares())
-            blame = partial(self._first_bad, batch, batch_is_global)
-            result = self._update.apply(StepResult(loss, norm, total), self.steps, blame)
+            found = StepResult(*self._numbers(self._update.squares()), total)
+            result = self._update.apply(found, self.steps, partial(self._first_bad, batch, batch_is_global))
             self.steps += 1
             return result
 
@@ -113,7 +113,7 @@ class Engine(Lasting):
         own = weights[first : first + count] if batch_is_global else weights
         counts = {"items": sum(weights), "empty": weights.count(0)}
         if not batch_is_global:
-            alone = self.groups.coord.pp == 0
+            alone = self.groups.coord.pp == self.groups.coord.tp == 0
             counts = agree_on({k: n if alone else 0 for k, n in counts.items()}, self.world, self._watch)
         if counts["empty"]:
             raise ValueError(
@@ -172,8 +172,8 @@ class Engine(Lasting):
             found.append({name: theirs.pop(name) for name in names})
         for name, gradient in (item for one in found for item in one.items()):
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
-        put_off = (index, at) in self._work.put_off
-        self._reducer.enter(at, last=action in self._work.last, whole=not put_off)
+        whole = (index, at) not in self._work.put_off
+        self._reducer.enter(at, last=action in self._work.last, whole=whole)
         self._gradients[index, at] = stage.backward(index, gradients)
         self._made.pop((index, at))
 
@@ -205,7 +205,8 @@ class Engine(Lasting):
 
     def _numbers(self, squares: float) -> tuple[float, float]:
         """The step's loss and gradient norm, the same on every rank."""
-        loss = sum(float(x) * self._shares[i] for i, x in self._losses.items())
+        told = self._losses.items() if self.groups.coord.tp == 0 else ()  # all tensor-parallel ranks have the same
+        loss = sum(float(x) * self._shares[i] for i, x in told)
         numbers = {"loss": loss, "squares": squares, "signals": float(self._signals.seen)}
         agreed = agree_on(numbers, self.world, self._watch)
         self.stopping = self.stopping or agreed["signals"] > 0
@@ -270,12 +271,13 @@ class Engine(Lasting):
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer by its name in the user's model, as CPU tensors: on rank 0, else {}."""
         self._open()
-        return collect.state_dict(self.model, self.plan, self.groups, self.world, self._watch)
+        return collect.state_dict(self.model, self.plan, self._shards, self.groups, self.world, self._watch)
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The last step's gradients by name, as CPU tensors: on rank 0, else {}. Parameters without one are absent."""
         self._open()
-        return collect.gradients(self._reducer.gradients(), self.plan, self.groups, self.world, self._watch)
+        mine = self._reducer.gradients()
+        return collect.gradients(mine, self.plan, self._shards, self.groups, self.world, self._watch)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the whole model to a folder: safetensors, and for a Hugging Face model what ``from_pretrained`` needs.

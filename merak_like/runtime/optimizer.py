@@ -56,21 +56,33 @@ class Store(Protocol):
         ...
 
 
+def everything(name: str, gradient: Tensor) -> Iterable[Tensor]:
+    """For a rank that has its weights whole."""
+    return (gradient,)
+
+
 class Update:
     """Turns summed gradients into new weights, or refuses to."""
 
     def __init__(
         self, slots: Sequence[Slot], optimizer: torch.optim.Optimizer | None, *, max_grad_norm: float | None,
-        guard: Guard, store: Store | None = None,
+        guard: Guard, store: Store | None = None, answers: Callable[[str, Tensor], Iterable[Tensor]] = everything,
     ) -> None:  # fmt: skip
-        """``store`` is where the targets lie that are not the model's parameters themselves."""
+        """``store`` is where the targets lie that are not the model's parameters themselves.
+
+        ``answers`` gives the parts of a named gradient that this one of several tensor-parallel ranks counts.
+        """
         self.slots, self.optimizer, self.guard = slots, optimizer, guard
         self.max_grad_norm = max_grad_norm
-        self._store = store
+        self._store, self._answers = store, answers
 
     def squares(self) -> float:
         """This rank's share of the squared norm of all gradients."""
-        return squared_norm(slot.target for slot in self.slots if slot.counted)
+        found = [(slot, slot.target.grad) for slot in self.slots if slot.counted]
+        return squared_norm([p for slot, grad in found if grad is not None for p in self._counted(slot, grad)])
+
+    def _counted(self, slot: Slot, gradient: Tensor) -> Iterable[Tensor]:
+        return self._answers(slot.name, gradient) if slot.run is None else (gradient,)
 
     def apply(self, found: StepResult, step: int, blame: Callable[[], str]) -> StepResult:
         """Clip, and step. ``found`` has the norm of the gradients as they are, scaled.
@@ -99,10 +111,9 @@ class Update:
             self._store.publish()
 
 
-def squared_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """Sum of squares of the gradients of these parameters."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients).double().square().item() if gradients else 0.0
+def squared_norm(gradients: Sequence[Tensor]) -> float:
+    """Sum of squares of all their elements."""
+    return torch.nn.utils.get_total_norm(list(gradients)).double().square().item() if gradients else 0.0
 
 
 def agree_on(numbers: Mapping[str, float], world: World, watch: Watch) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,22 +14,24 @@ from merak_like.partitioner.cuts import crossings
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.realign import realign, recomputed_ranges
 from merak_like.partitioner.schedules.action import Edges
-from merak_like.partitioner.tracer import LossFn, Trace, trace
+from merak_like.partitioner.tracer import Trace
 from merak_like.runtime import rng
 from merak_like.runtime.batches import signature
 from merak_like.runtime.links import Spec
-from merak_like.runtime.stage import Stage
-from merak_like.runtime.stage_code import build_stage
+from merak_like.runtime.prepared import Prepared, StageLike
+from merak_like.runtime.tensor_parallel.sharding import Prepare, Sharding
 
 
 @dataclass(frozen=True)
 class Program:
     """A rank's stages for one input shape, and what crosses their borders."""
 
-    stages: Mapping[int, Stage]
+    stages: Mapping[int, StageLike]
     forward: Mapping[tuple[int, int], tuple[Spec, ...]]
     """Edge (source, target) to the values that travel along it."""
     traced: Trace
+    fits: Callable[[Any], bool]
+    """Whether a micro-batch of this shape takes the traced way."""
     random: bool
     """Whether the model draws random numbers, so that streams must be kept."""
 
@@ -50,15 +52,16 @@ class Programs:
 
     def __init__(
         self, model: nn.Module, plan: Plan, planned: Trace, example: Any, rank: int, device: torch.device,
-        loss_fn: LossFn | None, pending: Counter[int] | None = None,
+        sharding: Sharding, prepare: Prepare, pending: Counter[int] | None = None,
     ) -> None:  # fmt: skip
         """``planned`` is the trace of ``example``, a micro-batch, in the model's present mode.
 
         ``rank`` is the pipeline rank; ``pending`` counts gradients that wait for a W by the ``id`` of the parameter.
         """
         self.model, self.plan, self.planned = model, plan, planned
-        self.rank, self.device, self.loss_fn, self.pending = rank, device, loss_fn, pending
-        self._known: dict[Any, list[Program]] = {self._key(example): [self._program(planned)]}
+        self.rank, self.device, self.pending = rank, device, pending
+        self.sharding, self.prepare = sharding, prepare
+        self._known: dict[Any, list[Program]] = {self._key(example): [self._program(planned, example)]}
 
     def at(self, batch: Any) -> Program:
         """The program for a micro-batch like this one, in the model's present mode."""
@@ -66,9 +69,9 @@ class Programs:
         if key in self._known:
             self._known[key] = self._known.pop(key)  # to the end: the one used longest ago is forgotten first
         for program in self._known.get(key, ()):
-            if program.traced.fits(batch):
+            if program.fits(batch):
                 return program
-        made = self._program(trace(self.model, batch, self.loss_fn, device=self.device))
+        made = self._program(self.sharding.trace(batch, self.device), batch)
         if sum(map(len, self._known.values())) >= KEPT:
             self._forget_one()
         self._known.setdefault(key, []).append(made)
@@ -85,10 +88,11 @@ class Programs:
         autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         return signature(batch), self.model.training, autocast
 
-    def _program(self, traced: Trace) -> Program:
+    def _program(self, traced: Trace, example: Any) -> Program:
         starts = realign(self.plan, self.planned.graph, traced.graph)
-        stages = {stage.index: self._stage(traced, starts, stage.index) for stage in self.plan.stages
-                  if stage.rank == self.rank}  # fmt: skip
+        ready = self.prepare(traced, starts, example)
+        traced = ready.trace
+        stages = {stage.index: self._stage(ready, stage.index) for stage in self.plan.stages if stage.rank == self.rank}
         drawing = any(op.random for op in traced.graph.ops)
         edges: dict[tuple[int, int], list[Spec]] = {edge: [] for edge in self.edges(traced)}
         for crossing in crossings(traced.graph, starts):
@@ -99,11 +103,11 @@ class Programs:
             state = Spec(rng.RNG, tuple(rng.state(self.device).shape), torch.uint8, False)
             for s in range(len(starts) - 2):
                 edges[s, s + 1].append(state)
-        return Program(stages, {edge: tuple(specs) for edge, specs in edges.items()}, traced, drawing)
+        return Program(stages, {edge: tuple(specs) for edge, specs in edges.items()}, traced, ready.fits, drawing)
 
-    def _stage(self, traced: Trace, starts: Sequence[int], index: int) -> Stage:
-        again = recomputed_ranges(self.plan, index, self.planned.graph, traced.graph)
-        return Stage(build_stage(traced, self.model, starts, index, again), traced.inputs, self.device, self.pending)
+    def _stage(self, ready: Prepared, index: int) -> StageLike:
+        again = recomputed_ranges(self.plan, index, self.planned.graph, ready.trace.graph)
+        return ready.make(index, again, self.device, self.pending)
 
     def edges(self, traced: Trace | None = None) -> Edges:
         """The stage pairs that talk: where values cross, and neighbours (for the random streams)."""

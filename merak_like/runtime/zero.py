@@ -25,6 +25,7 @@ from merak_like.runtime.exchange import all_gather, reduce_scatter
 from merak_like.runtime.flat import Dtypes, FlatBucket, buckets_of
 from merak_like.runtime.groups import Group
 from merak_like.runtime.optimizer import Slot
+from merak_like.runtime.tensor_parallel.copies import Copies
 from merak_like.runtime.watch import Watch
 
 ELEMENTWISE = frozenset("ASGD Adadelta Adagrad Adam AdamW Adamax NAdam RAdam RMSprop Rprop SGD".split())
@@ -80,6 +81,8 @@ class FlatReducer:
         """
         self.watch, self._pending = watch, pending
         self._passed: set[int] = set()
+        self.copies: Copies | None = None
+        """Parts of targets that some tensor-parallel ranks have beside their own."""
         self._stage: int | None = None
         """The stage that now runs a backward after which its buckets are summed (ZeRO-2)."""
         self._turn = 0
@@ -123,6 +126,8 @@ class FlatReducer:
         self._counts = counting()
         for bucket, counts in zip(self.buckets, self._counts, strict=True):
             bucket.settle(counts)
+        if self.copies is not None:
+            self.copies.add_up()
 
     def gradients(self) -> dict[str, Tensor | None]:
         """The last step's gradients by name, whole; every rank asks."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from merak_like.partitioner.tensor_parallel.axes import Axes, Dim, Dims
-from merak_like.partitioner.tensor_parallel.call import Call, Operand, Path, flatten
+from merak_like.partitioner.tensor_parallel.call import Call, Operand, Path, Said, flatten
 from merak_like.partitioner.tensor_parallel.rules import RULES, Rule
 from merak_like.partitioner.tensor_parallel.rules.elementwise import broadcast
 from merak_like.partitioner.tensor_parallel.trying import commutes
@@ -33,18 +33,12 @@ class Use:
 
 
 @dataclass
-class Record:
-    """What a rule said about a step."""
+class Record(Said):
+    """A step, what its rule said, and the axes of what goes in and comes out."""
 
     step: Step
     uses: list[Use]
     outs: list[tuple[Version, Dims]]
-    contracted: list[Dim] = field(default_factory=list)
-    addends: tuple[Path, ...] = ()
-    linear: str = ""
-    form: str = ""
-    sizes: list[tuple[Path, Dim]] = field(default_factory=list)
-    zero: bool = False
 
 
 @dataclass
@@ -66,17 +60,20 @@ class Followed:
 
 def follow(
     unit: Unit, known: Mapping[str, Tensor], whole: Mapping[str, str] | None = None,
-    rules: Mapping[str, Rule] = RULES,
+    rules: Mapping[str, Rule] = RULES, *, border: bool = True,
 ) -> Followed:  # fmt: skip
-    """Give every dimension of every tensor its axes. ``whole`` names weights to pin, with the reasons."""
-    return _Follower(unit, known, whole or {}, rules).run()
+    """Give every dimension of every tensor its axes. ``whole`` names weights to pin, with the reasons.
+
+    Without a ``border`` what enters and leaves the unit need not be whole.
+    """
+    return _Follower(unit, known, whole or {}, rules, border).run()
 
 
 class _Follower:
     def __init__(
-        self, unit: Unit, known: Mapping[str, Tensor], whole: Mapping[str, str], rules: Mapping[str, Rule]
+        self, unit: Unit, known: Mapping[str, Tensor], whole: Mapping[str, str], rules: Mapping[str, Rule], border: bool
     ) -> None:
-        self.unit, self.known, self.whole, self.rules = unit, known, whole, rules
+        self.unit, self.known, self.whole, self.rules, self.border = unit, known, whole, rules, border
         self.axes = Axes()
         self.values: dict[Version, Dims] = {}
         self.weights: dict[str, Dims] = {}
@@ -91,7 +88,7 @@ class _Follower:
     def run(self) -> Followed:
         for step in self.unit.steps:
             self.step(step)
-        for name in self.unit.left:
+        for name in self.unit.left if self.border else ():
             version = self.version(name)
             if version in self.values:
                 for dim in self.values[version]:
@@ -114,7 +111,7 @@ class _Follower:
             return self.weights[name.name]
         version = self.version(name.name)
         if version not in self.values:
-            why = "a constant" if name.kind == "constant" else "it is made outside the block"
+            why = "a constant" if name.kind == "constant" else "it is made outside the block" * self.border
             self.outer.add(name.name)
             self.values[version] = tuple(self.axes.fresh(size, why) for size in self.known[name.name].shape)
         return self.values[version]
@@ -149,8 +146,7 @@ class _Follower:
             Use(path, o.name, self.version(o.name.name), own[path], o.dims, o.grad, o.side, o.soft)
             for path, o in call.operands.items()
         ]
-        record = Record(step, uses, [], call.contracted, call.addends, call.linear, call.form, call.sizes, call.zero)
-        self.give(record, call.outs)
+        self.give(Record(step, uses, [], **call.said()), call.outs)
 
     def give(self, record: Record, outs: list[Dims]) -> None:
         step = record.step
@@ -244,7 +240,4 @@ def tried(call: Call) -> None:
 
 def no_row(call: Call) -> None:
     """An operation that the table does not know."""
-    for operand in call.operands.values():
-        call.pin(*operand.dims, why=f"{call.step.word} has no rule")
-    if call.shape is not None:
-        call.out(call.fresh(call.shape, f"{call.step.word} has no rule"))
+    call.keep_whole(f"{call.step.word} has no rule")

@@ -10,30 +10,23 @@ Names are those of the user's model; nothing depends on dp, pp or tp.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from merak_like.partitioner.plan import Plan
-from merak_like.runtime.checkpoint.boxes import Part, Placement, Sizes, parts, whole
+from merak_like.runtime.checkpoint.boxes import Box, Part, Placement, Sizes, parts, whole
 from merak_like.runtime.checkpoint.packing import Pack, distinct, pack, pack_state, random_states
 from merak_like.runtime.checkpoint.planners import Held
 from merak_like.runtime.collect import holders
 from merak_like.runtime.groups import Groups
 from merak_like.runtime.optimizer import Slot, Update
-
-Place = Callable[[str, Sizes], Placement]
-"""(name, shape of this rank's parameter) to where it lies in the whole parameter."""
+from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 
 VALUE = "value"
 """Marks what an optimizer keeps that is no tensor."""
-
-
-def everything(name: str, shape: Sizes) -> Placement:
-    """For ranks that hold their parameters whole."""
-    return whole(shape)
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,14 @@ class Contents:
     seed: int
     trained: frozenset[str]
     """First names of the parameters of this rank's stages that are trained, by this rank or another."""
-    place: Place = everything
+    shards: Shards = WHOLE
+
+    def place(self, name: str, shape: Sizes) -> Placement:
+        """Where this rank's tensor of that shape lies in the whole."""
+        if name not in self.shards.layouts:
+            return whole(shape)
+        blocks = tuple((_box(mine), _box(at).start) for mine, at in self.shards.blocks(name))
+        return Placement(self.shards.whole_shape(name, shape), blocks)
 
     # --- tensors -------------------------------------------------------------------------------------------------
 
@@ -60,6 +60,8 @@ class Contents:
         if slot is not None and slot.run is not None:
             return True
         rank_of, coord = holders(self.plan), self.groups.coord
+        if coord.tp and name not in self.shards.layouts:
+            return False
         if self._is_buffer(name):
             return rank_of[name] == coord.pp
         share = list(rank_of).index(name) % self.plan.mesh.dp
@@ -160,3 +162,7 @@ class Contents:
             "guard": facts[0]["guard"],
             "seed": facts[0]["seed"],
         }
+
+
+def _box(slices: Sequence[slice]) -> Box:
+    return Box(tuple(s.start for s in slices), tuple(s.stop - s.start for s in slices))

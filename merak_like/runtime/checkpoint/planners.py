@@ -75,7 +75,8 @@ class Writing(SavePlanner):
         for key, entry in metadata.state_dict_metadata.items():
             assert isinstance(entry, TensorStorageMetadata)
             there = sum(prod(chunk.sizes) for chunk in entry.chunks)
-            assert there == prod(entry.size), f"{key}: {there} of {prod(entry.size)} numbers are written"
+            # tensor-parallel ranks may hold a part in common, but not begin it at one place
+            assert there >= prod(entry.size), f"{key}: {there} of {prod(entry.size)} numbers are written"
         paths = {key: _path(key) for key in metadata.state_dict_metadata}
         return plans, replace(metadata, planner_data=paths)
 

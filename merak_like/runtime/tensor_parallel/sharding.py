@@ -1,0 +1,203 @@
+"""A model over tensor-parallel ranks, or whole: how it is traced, which weights a rank has, what its code becomes."""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from merak_like.partitioner.graph import ProxyGraph
+from merak_like.partitioner.tensor_parallel import Derived, derive
+from merak_like.partitioner.tensor_parallel.layout import same_parts
+from merak_like.partitioner.tensor_parallel.local import local_graph
+from merak_like.partitioner.tracer import LossFn, Trace, trace
+from merak_like.partitioner.tracer.fine import fine_trace, steps
+from merak_like.runtime.batches import rows, samples
+from merak_like.runtime.groups import Groups, Span
+from merak_like.runtime.prepared import Prepared
+from merak_like.runtime.tensor_parallel.collectives import TensorGroup
+from merak_like.runtime.tensor_parallel.copies import Copies, Copy
+from merak_like.runtime.tensor_parallel.overlap import alone, overlapped, same_steps
+from merak_like.runtime.tensor_parallel.rewrite import shard
+from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
+from merak_like.runtime.watch import Watch
+
+Prepare = Callable[[Trace, Sequence[int], Any], Prepared]
+"""From a trace, its stage starts and a micro-batch like it to what this rank runs."""
+
+
+class Sharding(Protocol):
+    """What the engine asks of a model before and while it runs."""
+
+    def trace(self, batch: Any, device: torch.device | str) -> Trace:
+        """Record a micro-batch, with the whole model's shapes, in the model's present mode."""
+        ...
+
+    def graph(self, traced: Trace) -> ProxyGraph:
+        """What one rank computes, for the planner; the first one decides how weights lie."""
+        ...
+
+    def shards(self, rank: int) -> Shards:
+        """The weights of a tensor-parallel rank."""
+        ...
+
+    def spans(self) -> tuple[Span, ...]:
+        """The spans of tensor-parallel ranks that talk."""
+        ...
+
+    def partial(self, name: str) -> tuple[Span, ...]:
+        """Over which spans the gradients of a weight add up though all ranks have the weight."""
+        ...
+
+    def prepare(self, groups: Groups, watch: Watch) -> Prepare:
+        """What makes a trace this rank's own."""
+        ...
+
+    def copies(self, parameters: Mapping[str, nn.Parameter], groups: Groups, watch: Watch) -> Copies:
+        """The parts of sharded weights that several ranks have."""
+        ...
+
+
+def sharding(model: nn.Module, tp: int, loss_fn: LossFn | None, shares: int = 1) -> Sharding:
+    """How a model lies over ``tp`` ranks.
+
+    ``shares``: micro-batches are run in so many parts, one's collectives under another's compute.
+    Raises ValueError for shares without tensor-parallel ranks.
+    """
+    if tp == 1 and shares > 1:
+        raise ValueError(f"{shares} parts of a micro-batch hide the sums over tensor-parallel ranks, but tp is 1")
+    return Sharded(model, tp, loss_fn, shares) if tp > 1 else Unsharded(model, loss_fn)
+
+
+class Unsharded:
+    """One tensor-parallel rank: everything is as it is."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn | None) -> None:
+        self.model, self.loss_fn = model, loss_fn
+
+    def trace(self, batch: Any, device: torch.device | str) -> Trace:
+        return trace(self.model, batch, self.loss_fn, device=device)
+
+    def graph(self, traced: Trace) -> ProxyGraph:
+        return traced.graph
+
+    def shards(self, rank: int) -> Shards:
+        return WHOLE
+
+    def spans(self) -> tuple[Span, ...]:
+        return ()
+
+    def partial(self, name: str) -> tuple[Span, ...]:
+        return ()
+
+    def prepare(self, groups: Groups, watch: Watch) -> Prepare:
+        return lambda traced, starts, batch: Prepared.plainly(traced, self.model, starts)
+
+    def copies(self, parameters: Mapping[str, nn.Parameter], groups: Groups, watch: Watch) -> Copies:
+        return Copies(())
+
+
+class Sharded:
+    """Several ranks. The trace goes down to torch functions and is made of a copy of the model without memory, since
+    the model itself will have parts of weights only."""
+
+    def __init__(self, model: nn.Module, tp: int, loss_fn: LossFn | None, shares: int) -> None:
+        self.model, self.tp, self.loss_fn, self.count = model, tp, loss_fn, shares
+        self.blueprint = on_meta(model)
+        self._derived: Derived | None = None
+        self._of: ProxyGraph | None = None
+
+    @property
+    def derived(self) -> Derived:
+        assert self._derived is not None, "the graph for the planner comes first"
+        return self._derived
+
+    def trace(self, batch: Any, device: torch.device | str) -> Trace:
+        for ours, theirs in zip(self.model.modules(), self.blueprint.modules(), strict=True):
+            theirs.training = ours.training
+        return fine_trace(self.blueprint, batch, self.loss_fn, device=device)
+
+    def graph(self, traced: Trace) -> ProxyGraph:
+        found = self._derive(traced)
+        if self._derived is None:
+            self._derived, self._of = found, traced.graph
+        return local_graph(traced.graph, steps(traced), found)
+
+    def _derive(self, traced: Trace) -> Derived:
+        return derive(traced.graph, steps(traced), self.tp, constants=traced.constants)
+
+    def _like(self, traced: Trace, batch: Any, size: int) -> Trace | None:
+        """The trace of fewer samples that runs the same steps; None if there is none.
+
+        The model's Python may look at the data: the samples are to give it the answers that all together gave.
+        """
+        for start in range(min(TRIED, rows(batch) - size + 1)):
+            found = self.trace(samples(batch, start, start + size), traced.device)
+            if same_steps(traced, found):
+                return found
+        return None
+
+    def shards(self, rank: int) -> Shards:
+        return Shards(self.derived.weights, rank, self.tp)
+
+    def spans(self) -> tuple[Span, ...]:
+        return tuple(sorted({(g.degree, g.repeat) for block in self.derived.blocks for g in block.groups}))
+
+    def partial(self, name: str) -> tuple[Span, ...]:
+        groups = [group for block in self.derived.blocks for group in block.groups]
+        return tuple(sorted({(g.degree, g.repeat) for g in groups if name in g.partial_gradients}))
+
+    def prepare(self, groups: Groups, watch: Watch) -> Prepare:
+        ranks = {span: TensorGroup(group, span[0], watch) for span, group in groups.tensor.items()}
+
+        def own(traced: Trace, starts: Sequence[int]) -> Trace:
+            found = self.derived if traced.graph is self._of else self._derive(traced)
+            if odd := sorted(n for n, layout in found.weights.items() if self.derived.weights.get(n) != layout):
+                raise ValueError(
+                    f"with these input shapes {odd[:3]} ({len(odd)} weights) would lie on the tensor-parallel ranks in "
+                    "another way than with the example's: use an example of this shape, or batches of one shape"
+                )
+            return shard(traced, found, ranks, groups.coord.tp, lambda op: bisect_right(starts, op))
+
+        def prepared(traced: Trace, starts: Sequence[int], batch: Any) -> Prepared:
+            total = rows(batch)
+            ends = [total * i // self.count for i in range(self.count + 1)]
+            shares = [share for share in pairwise(ends) if share[0] < share[1]]
+            if len(shares) == 1:
+                return Prepared.plainly(own(traced, starts), self.model, starts)
+            some = {size: self._like(traced, batch, size) for size in {stop - start for start, stop in shares}}
+            apart = alone(traced, some, total)
+            ready = {size: own(one, starts) for size, one in some.items() if one is not None}
+            return overlapped(own(traced, starts), ready, self.model, starts, shares, apart)
+
+        return prepared
+
+    def copies(self, parameters: Mapping[str, nn.Parameter], groups: Groups, watch: Watch) -> Copies:
+        found = list[Copy]()
+        for block in self.derived.blocks:
+            for name, layout in block.weights.items():
+                for group in block.groups if name in parameters else ():
+                    for dim, factors in enumerate(layout):
+                        ranks = TensorGroup(groups.tensor[group.degree, group.repeat], group.degree, watch)
+                        for start, stop in same_parts(factors, group.degree, group.repeat, self.tp):
+                            found.append(Copy(parameters[name], dim, start, stop, ranks))
+        return Copies(tuple(dict.fromkeys(found)))
+
+
+TRIED = 8
+"""Runs of samples tried to find some that the model treats as it does all."""
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of a model with tensors of the same shapes and no memory. Ties stay ties."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        data = torch.empty_like(tensor, device="meta", requires_grad=False)
+        whole = nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+        memo[id(tensor)] = whole
+    return copy.deepcopy(model, memo)
