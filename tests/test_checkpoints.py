@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from merak_like.runtime.checkpoint import folder as files
 from tests import lasting
-from tests.ranks import Call, Node, bare, results_of, torchrun
+from tests.ranks import Call, Node, bare, results_of, selected_calls, torchrun
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(300)]
 
@@ -56,9 +56,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(root: Path) -> Callable[[Call], list[Any]]:
+def results(root: Path, request: pytest.FixtureRequest) -> Callable[[Call], list[Any]]:
     """What a call returned on every rank, in one job of four."""
-    found = results_of([here(one, root) for one in (*SAVING, *GOING_ON, REFUSED)])
+    chosen = [*SAVING, *(one for one in selected_calls(request) if one in GOING_ON), REFUSED]
+    found = results_of([here(one, root) for one in chosen])
     return lambda one: found(here(one, root))
 
 
