@@ -45,9 +45,7 @@ def as_much_as_said(dp: int, pp: int, zero: int) -> list[int]:
     assert ours.optimizer is not None
     moments = sum(s["exp_avg"].numel() for s in ours.optimizer.state.values())
     reducer: Any = ours._reducer
-    kept = sum(
-        (b.sums if b.sums is not None else b.own).numel() for b in reducer.buckets if b.kind.group is ours.groups.dp
-    )
+    kept = sum((b.own if b.sums is None else b.sums).numel() for b in reducer.buckets)
     weights = sum(p.numel() for p in ours._parameters.values())
     ours.close()
     return [moments, kept, weights]
@@ -101,7 +99,7 @@ class Rounded:
         return Scaled
 
 
-TOLERANCE = {"bf16": 2e-2, "fp16": 2e-3}
+TOLERANCE = {"bf16": 4e-2, "fp16": 4e-3}
 """Of the largest gradient: 8 and 11 bits of a number, and dropout's own choices are the same."""
 
 
