@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACES = ("README.md", "benchmarks/pipeline/README.md", "benchmarks/paced/README.md", "benchmarks/zero/README.md")
+PLACES = ("README.md", "benchmarks/pipeline/README.md", "benchmarks/paced/README.md")
 
 
 def pipeline() -> str:
@@ -53,28 +53,11 @@ def paced() -> str:
     return "\n".join([*lines, "", _setting(data["setting"])])
 
 
-def zero() -> str:
-    """Steps of two replicas beside the peers of each level."""
-    data = json.loads((ROOT / "benchmarks/zero/results.json").read_text())
-    lines = ["| 2 replicas | step, ms | zero=1 to it | zero=2 to it |", "|---|---:|---:|---:|"]
-    for name, row in data["rows"].items():
-        ratios = " | ".join(f"{row[f'ours, zero={level}, to it']:.2f}" for level in (1, 2))
-        lines.append(f"| {name} | {row['milliseconds']:.0f} | {ratios} |")
-    return "\n".join([*lines, "", _setting(data["setting"])])
-
-
-def saving() -> str:
-    """What a checkpoint costs."""
-    data = json.loads((ROOT / "benchmarks/zero/results.json").read_text())["saving"]
-    lines = ["| saving | ms |", "|---|---:|"]
-    return "\n".join([*lines, *(f"| {name.removesuffix(', ms')} | {value:.1f} |" for name, value in data.items())])
-
-
 def _setting(setting: dict[str, Any]) -> str:
     return "Setting: " + ", ".join(f"{key} {value}" for key, value in setting.items()) + "."
 
 
-TABLES = {"pipeline": pipeline, "overhead": overhead, "paced": paced, "zero": zero, "saving": saving}
+TABLES = {"pipeline": pipeline, "overhead": overhead, "paced": paced}
 
 
 def filled(text: str) -> str:
