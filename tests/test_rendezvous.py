@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from torch.distributed.distributed_c10d import HashStore, Store
+from torch.distributed import HashStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
 from merak_like.runtime.rendezvous import agree_on_name
 
