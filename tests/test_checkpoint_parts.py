@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from merak_like.partitioner.tensor_parallel.layout import Axis, Layout, Segments, whole_size
 from merak_like.runtime.checkpoint.boxes import Box, Placement, boxes_of_run, parts, whole
+from merak_like.runtime.checkpoint.contents import placement_of
+from merak_like.runtime.checkpoint.planners import Held, Saved, Writing
+from merak_like.runtime.tensor_parallel.shards import Shards
 
 SHAPES = st.lists(st.integers(1, 4), max_size=4).map(tuple)
 
@@ -58,3 +65,50 @@ def test_shares_of_shards_make_up_the_whole(dim: int, of: int, replicas: int, sh
         for start, tensor in parts(own, tuple(own.shape), placement):
             assert torch.equal(tensor, source[tuple(slice(a, a + n) for a, n in zip(start, tensor.shape, strict=True))])
     assert torch.equal(found, source)
+
+
+def layouts(ranks: int) -> dict[str, Layout]:
+    """A fused projection over heads, keys that pairs of ranks have in common, and both side by side in one weight."""
+    heads, keys = Axis(4, degree=ranks), Axis(2, degree=2, repeat=ranks // 2)
+    return {
+        "fused": ((Axis(3), heads, Axis(2)), (Axis(5),)),
+        "keys": ((Axis(5),), (keys, Axis(3))),
+        "segments": ((Segments(((heads, Axis(2)), (keys, Axis(2)))),), (Axis(2),)),
+    }
+
+
+def held(whole_tensors: dict[str, torch.Tensor], rank: int, ranks: int) -> tuple[dict[str, torch.Tensor], list[Held]]:
+    """What a tensor-parallel rank has of some tensors, and as entries of a checkpoint."""
+    shards = Shards(layouts(ranks), rank, ranks)
+    own = {name: shards.cut(name, tensor) for name, tensor in whole_tensors.items()}
+    places = {name: placement_of(shards, name, tuple(tensor.shape)) for name, tensor in own.items()}
+    return own, [
+        Held(f"model.{n}", places[n].shape, tuple(parts(t, tuple(t.shape), places[n]))) for n, t in own.items()
+    ]
+
+
+def test_shards_of_four_ranks_are_read_by_two_and_by_one(tmp_path: Path) -> None:
+    """Through the files, in torch's format: each rank writes its own, and what several have in common is there once."""
+    wholes = {
+        name: torch.randn([whole_size(factors) for factors in layout]) for name, layout in layouts(4).items()
+    }  # fmt: skip
+    planners = [Writing(held(wholes, rank, 4)[1]) for rank in range(4)]
+    writer = FileSystemWriter(tmp_path)
+    plans, metadata = planners[0].create_global_plan([planner.create_local_plan() for planner in planners])
+    results = [
+        writer.write_data(planner.finish_plan(plan), planner).value()
+        for planner, plan in zip(planners, writer.prepare_global_plan(plans), strict=True)
+    ]
+    writer.finish(metadata, results)
+    empty = {name: torch.zeros_like(tensor) for name, tensor in wholes.items()}
+    for rank in range(2):
+        expected, _ = held(wholes, rank, 2)
+        found, wanted = held(empty, rank, 2)
+        saved = Saved(tmp_path)
+        saved.check(wanted)
+        saved.read(wanted)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty.items()}
+    alone = [Held(f"model.{n}", s, tuple(parts(empty[n], s, whole(s)))) for n, s in shapes.items()]
+    Saved(tmp_path).read(alone)
+    assert all(torch.equal(empty[name], tensor) for name, tensor in wholes.items())

@@ -44,10 +44,7 @@ class Contents:
 
     def place(self, name: str, shape: Sizes) -> Placement:
         """Where this rank's tensor of that shape lies in the whole."""
-        if name not in self.shards.layouts:
-            return whole(shape)
-        blocks = tuple((_box(mine), _box(at).start) for mine, at in self.shards.blocks(name))
-        return Placement(self.shards.whole_shape(name, shape), blocks)
+        return placement_of(self.shards, name, shape)
 
     # --- tensors -------------------------------------------------------------------------------------------------
 
@@ -162,6 +159,14 @@ class Contents:
             "guard": facts[0]["guard"],
             "seed": facts[0]["seed"],
         }
+
+
+def placement_of(shards: Shards, name: str, shape: Sizes) -> Placement:
+    """Where a tensor-parallel rank's tensor lies in the whole."""
+    if name not in shards.layouts:
+        return whole(shape)
+    blocks = tuple((_box(mine), _box(at).start) for mine, at in shards.blocks(name))
+    return Placement(shards.whole_shape(name, shape), blocks)
 
 
 def _box(slices: Sequence[slice]) -> Box:
