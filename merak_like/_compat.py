@@ -41,6 +41,7 @@ __all__ = [
     "fake_parameter",
     "fake_tensor",
     "fake_view",
+    "has_step_hooks",
     "is_compiled",
     "is_functorch_tensor",
     "no_torch_function",
@@ -146,6 +147,11 @@ def compiled_call(module: torch.nn.Module) -> Callable[..., Any]:
 def call_module(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a module with its hooks, never its compiled form."""
     return compiled_call(module)(*args, **kwargs)
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether something was registered to run before or after each step of the optimizer."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 @contextmanager

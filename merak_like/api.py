@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,12 @@ from merak_like.runtime.groups import make_groups
 from merak_like.runtime.initialize import join
 from merak_like.runtime.links import DistLinks, NoLinks
 from merak_like.runtime.materialize import Initialiser, materialize
+from merak_like.runtime.optimizer import Slot, Update
+from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.programs import Programs
 from merak_like.runtime.tensor_parallel.sharding import sharding
 from merak_like.runtime.watch import Watch
+from merak_like.runtime.zero import FlatReducer, refuse_unsuited, retarget
 
 Degree = int | str
 Save = Callable[[nn.Module, Path, Mapping[str, Tensor]], None]
@@ -50,6 +54,9 @@ def auto_parallel(
     recompute: str = "auto",
     micro_batches: int | None = None,
     max_grad_norm: float | None = None,
+    skip_not_finite: int = 0,
+    precision: str | Precision | None = None,
+    zero: int = 0,
     loss_weight: LossWeight | None = None,
     weights: str | Path | None = None,
     plan: Plan | None = None,
@@ -78,11 +85,18 @@ def auto_parallel(
     traced or cut, memory that does not suffice, and ranks that do not agree.
     """
     mesh = Mesh(*(_degree(axis, degree) for axis, degree in (("dp", dp), ("pp", pp), ("tp", tp))))
+    if zero not in (0, 1, 2):
+        raise ValueError(f"zero={zero}: it is 0, 1 (spread the optimizer's state) or 2 (gradients too)")
+    if zero and mesh.tp > 1:
+        raise ValueError(f"zero={zero} does not go with tp={mesh.tp} yet: use zero=0, or more dp or pp instead of tp")
+    precise = precision_of(precision)
     world = join(mesh, timeout=timeout, device=device)
     if not model.training:
         model.train()
     watch = Watch(world.rank, world.timeout, world.pulse)
-    with watch.starting():
+    with watch.starting(), ExitStack() as lowered:
+        lowered.enter_context(precise.applied(model))
+        example = precise.inputs(example)
         if plan is None and hardware is None:  # one measurement for all, or each rank would plan for itself
             measure = partial(this_machine, device=world.device.type) if world.rank == 0 else None
             hardware = collect.from_first(measure, world, watch)
@@ -107,7 +121,8 @@ def auto_parallel(
                 compared = [note for note in plan.notes if note.startswith("numbers of micro-batches")]
                 plan = decide(parts.graph(rough), plan.micro_batches).with_notes(compared)
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
-        collect.agree(facts | {"seed": str(seed), "max_grad_norm": str(max_grad_norm)}, world, watch)
+        choices = {"seed": seed, "max_grad_norm": max_grad_norm, "precision": precise, "zero": zero}
+        collect.agree(facts | {name: str(choice) for name, choice in choices.items()}, world, watch)
         if world.device.type != "cpu":
             rough = parts.trace(micro, world.device)
         if plan.starts[-1] != len(rough.graph.ops):
@@ -120,6 +135,7 @@ def auto_parallel(
         shards = parts.shards(groups.coord.tp)
         own = [stage for stage in plan.stages if stage.rank == groups.coord.pp]
         initialise, counted, save = _habits(model)
+        lowered.close()  # weights are made in the model's own precision
         parameters = materialize(
             model, plan, [s.index for s in own], world.device, seed=seed, initialise=initialise, weights=weights,
             shards=shards,
@@ -129,29 +145,47 @@ def auto_parallel(
         holders = collect.holders(plan)
         readers = {name: frozenset(s.index for s in own if name in s.params) for name in trainable}
         pending = Counter[int]()
+        precise.lower(model, trainable.values())
+        in_norm = {n for n in trainable if groups.coord.dp == 0 and holders[n] == groups.coord.pp}
+        holding = {name: groups.sums[sums[name]] for name in trainable}
+        if zero or precise.compute is not None:
+            reducer = store = FlatReducer(
+                trainable, holding, watch, readers, pending, zero=zero, dtypes=precise.dtypes, counted=in_norm,
+                dp=groups.sums.get(((), ())),
+            )  # fmt: skip
+            slots = store.slots
+            store.copies = parts.copies({slot.name: slot.target for slot in slots}, groups, watch)
+        else:
+            copies = parts.copies(trainable, groups, watch)
+            reducer, store = Reducer(trainable, holding, watch, readers, pending, copies), None
+            slots = [Slot(name, p, tuple(p.shape), counted=name in in_norm) for name, p in trainable.items()]
+        learner = optimizer(trainable.values()) if optimizer and trainable else None
+        if learner is not None and store is not None:
+            if zero:
+                refuse_unsuited(learner, zero)
+            retarget(learner, trainable, slots)
         return Engine(
             plan=plan,
             model=model,
             parameters=trainable,
-            owned=[name for name in trainable if holders[name] == groups.coord.pp],
             programs=Programs(
                 model, plan, rough, micro, groups.coord.pp, world.device, parts, parts.prepare(groups, watch), pending
             ),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
-            reducer=Reducer(
-                trainable,
-                {name: groups.sums[sums[name]] for name in trainable},
-                watch,
-                readers,
-                pending,
-                parts.copies(trainable, groups, watch),
+            reducer=reducer,
+            update=Update(
+                slots,
+                learner,
+                max_grad_norm=max_grad_norm,
+                guard=precise.guard(skip_not_finite),
+                store=store,
+                answers=shards.answers,
             ),
-            optimizer=optimizer(trainable.values()) if optimizer and trainable else None,
             world=world,
             groups=groups,
             watch=watch,
+            prepare=precise.inputs,
             loss_weight=loss_weight or (counted if loss_fn is None else None) or rows,
-            max_grad_norm=max_grad_norm,
             seed=seed,
             save=save,
             shards=shards,

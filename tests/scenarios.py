@@ -199,7 +199,7 @@ def from_meta(name: str, dp: int, pp: int) -> dict[str, str]:
 
 def digest(tensor: Tensor) -> str:
     """Equal for equal bits."""
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 def read(name: str, dp: int, pp: int, folder: str) -> dict[str, str]:

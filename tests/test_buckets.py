@@ -65,7 +65,7 @@ def test_gradients_are_views_of_their_bucket_and_the_last_backward_starts_its_su
         reducer.begin()
         used.square().sum().backward()
         assert not started, "only the last backward may start it"
-        reducer.last_backward(0)
+        reducer.enter(0, last=True)
         used.square().sum().backward()
         reducer.finish()
         assert torch.equal(used.grad, torch.full((3,), 8.0))  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def test_bucket_starts_while_the_last_backward_goes_on(monkeypatch: pytest.Monke
     for name, parameter in parameters.items():
         parameter.register_hook(lambda grad, name=name: order.append(name))
     reducer.begin()
-    reducer.last_backward(0)
+    reducer.enter(0, last=True)
     mean_square(model(items()["x"]), items()).backward()
     assert order.index("sum") < order.index("layers.0.weight"), order
     reducer.finish()
@@ -117,10 +117,10 @@ def test_bucket_waits_for_every_stage_that_reads_it_and_for_the_last_weight_grad
     for _ in range(2):
         reducer.begin()
         waits = PutOff(pending)
-        reducer.last_backward(3)
+        reducer.enter(3, last=True)
         tied.sum().backward()
         assert not started, "stage 0 still reads it"
-        reducer.last_backward(0)
+        reducer.enter(0, last=True)
         for _ in range(2):
             waits.add(later, lambda: torch.ones(2))
         tied.sum().backward()

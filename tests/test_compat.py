@@ -314,3 +314,13 @@ def test_tree_leaves() -> None:
 
 def test_tree_map() -> None:
     assert _compat.tree_map(lambda x: x and x * 2, TREE) == {"a": [2, (4, None)], "b": Pair(6, {"c": 8})}
+
+
+def test_has_step_hooks() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    assert not _compat.has_step_hooks(optimizer)
+    hook = optimizer.register_step_post_hook(lambda *_: None)
+    assert _compat.has_step_hooks(optimizer)
+    hook.remove()
+    optimizer.register_step_pre_hook(lambda *_: None)
+    assert _compat.has_step_hooks(optimizer)

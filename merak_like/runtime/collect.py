@@ -30,16 +30,12 @@ def state_dict(
 
 
 def gradients(
-    parameters: Mapping[str, nn.Parameter], plan: Plan, shards: Shards, groups: Groups, world: World, watch: Watch
+    mine: Mapping[str, Tensor | None], plan: Plan, shards: Shards, groups: Groups, world: World, watch: Watch
 ) -> dict[str, Tensor]:
     """The gradient of every trainable parameter that has one, by first name, on rank 0; {} elsewhere."""
     rank_of = holders(plan)
-    mine: dict[str, Tensor | None] = {}
-    for name, parameter in parameters.items():
-        mine[name] = parameter.grad
-    have = [name for name, grad in mine.items() if grad is not None]
-    everyone = _everyones(have, world, watch)
     found = {name: grad for name, grad in mine.items() if grad is not None}
+    everyone = _everyones(list(found), world, watch)
     trained = dict.fromkeys(n for stage in plan.stages for n in stage.params if n in everyone)
     return _gather(found, {n: rank_of[n] for n in trained}, shards, groups, world, watch)
 
@@ -132,6 +128,16 @@ def to_first(mine: Any, world: World, watch: Watch) -> list[Any]:
     with watch.waiting("what every rank has recorded"):
         dist.gather_object(mine, everyone, dst=0)
     return everyone or []
+
+
+def from_all(mine: Any, world: World, watch: Watch) -> list[Any]:
+    """What every rank brings, by rank, on every rank."""
+    if world.alone:
+        return [mine]
+    everyone: list[Any] = [None] * world.size
+    with watch.waiting("what every rank has found"):
+        dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 PLAN_HINT = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,30 @@ class Bucket:
         self.views = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
 
 
+class Gradients(Protocol):
+    """Brings the gradients of this rank and of those that hold the same parameters together."""
+
+    def begin(self) -> None:
+        """Forget the last step's gradients."""
+        ...
+
+    def enter(self, stage: int, *, last: bool, whole: bool) -> None:
+        """A backward of a stage begins: its last one, or one that leaves no weight gradient to a W."""
+        ...
+
+    def finish(self) -> None:
+        """Sum what is left, and wait."""
+        ...
+
+    def gradients(self) -> Mapping[str, Tensor | None]:
+        """The last step's gradients by name, whole; every rank asks."""
+        ...
+
+    def close(self) -> None:
+        """Leave the parameters alone, and let go of the groups."""
+        ...
+
+
 class Reducer:
     """Sums gradients over the ranks that hold the same parameters."""
 
@@ -60,8 +84,7 @@ class Reducer:
         gradients that wait for a W by the ``id`` of the parameter. ``copies`` are parts of parameters that some ranks
         have beside their own; they are added up last.
         """
-        self.watch = watch
-        self._copies = copies
+        self.watch, self._parameters, self._copies = watch, parameters, copies
         self._readers = {id(p): readers[name] if readers else {0} for name, p in parameters.items()}
         self._pending: Counter[int] = Counter() if pending is None else pending
         self._passed: set[int] = set()
@@ -87,9 +110,10 @@ class Reducer:
             for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
                 parameter.grad = view
 
-    def last_backward(self, stage: int) -> None:
-        """Say that the last backward of a stage begins."""
-        self._passed.add(stage)
+    def enter(self, stage: int, *, last: bool, whole: bool = True) -> None:
+        """A backward of a stage begins: its last one, or one that leaves no weight gradient to a W."""
+        if last:
+            self._passed.add(stage)
 
     def finish(self) -> None:
         """Reduce what is left and wait; a parameter that no rank has a gradient for gets ``grad = None``."""
@@ -104,6 +128,10 @@ class Reducer:
                     parameter.grad = None
         if self._copies is not None:
             self._copies.add_up()
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """The last step's gradients by name, whole."""
+        return {name: parameter.grad for name, parameter in self._parameters.items()}
 
     def close(self) -> None:
         """Leave the parameters alone, and let go of the groups."""

@@ -6,8 +6,9 @@ plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,15 @@ from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.schedules.action import Action, Edges, Kind
 from merak_like.runtime import collect, rng
 from merak_like.runtime.batches import LossWeight, split
-from merak_like.runtime.data_parallel import Reducer
+from merak_like.runtime.checkpoint.contents import Contents
+from merak_like.runtime.checkpoint.saver import Checkpoints
+from merak_like.runtime.data_parallel import Gradients
+from merak_like.runtime.finite import Witness, report
 from merak_like.runtime.groups import Groups
 from merak_like.runtime.initialize import World
+from merak_like.runtime.lasting import Lasting
 from merak_like.runtime.links import Links
-from merak_like.runtime.optimizer import StepResult, agree_on, check_finite, clip, squared_norm
+from merak_like.runtime.optimizer import StepResult, Update, agree_on
 from merak_like.runtime.orders import Orders
 from merak_like.runtime.programs import Program, Programs
 from merak_like.runtime.recording import Profile, Recorder
@@ -30,22 +35,23 @@ from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 from merak_like.runtime.watch import Watch
 
 
-class Engine:
+class Engine(Lasting):
     """Trains a model as its plan says. Every rank of the job makes the same calls with the same batches."""
 
     def __init__(
-        self, *, plan: Plan, model: nn.Module, parameters: Mapping[str, nn.Parameter], owned: Sequence[str],
-        programs: Programs, links: Links, reducer: Reducer, optimizer: torch.optim.Optimizer | None,
-        world: World, groups: Groups, watch: Watch, loss_weight: LossWeight, max_grad_norm: float | None, seed: int,
+        self, *, plan: Plan, model: nn.Module, parameters: Mapping[str, nn.Parameter],
+        programs: Programs, links: Links, reducer: Gradients, update: Update,
+        world: World, groups: Groups, watch: Watch, prepare: Callable[[Any], Any], loss_weight: LossWeight, seed: int,
         save: Callable[[nn.Module, Path, Mapping[str, Tensor]], None], shards: Shards = WHOLE,
     ) -> None:  # fmt: skip
-        self.plan, self.model, self.optimizer = plan, model, optimizer
+        super().__init__(
+            Checkpoints(Contents(model, plan, groups, update, seed, frozenset(parameters), shards), world, watch), watch
+        )
+        self.plan, self.model, self.optimizer = plan, model, update.optimizer
         self.world, self.groups = world, groups
-        self.steps = 0
-        """Steps done."""
-        self._parameters, self._owned = parameters, owned
-        self._programs, self._links, self._reducer, self._watch = programs, links, reducer, watch
-        self._loss_weight, self._max_grad_norm, self._seed = loss_weight, max_grad_norm, seed
+        self._parameters, self._update = parameters, update
+        self._programs, self._links, self._reducer = programs, links, reducer
+        self._prepare, self._loss_weight, self._seed = prepare, loss_weight, seed
         self._save, self._shards = save, shards
         self._orders = Orders(plan, groups.coord.pp)
         self._work = self._orders.at(programs.edges(), training=True)
@@ -77,13 +83,8 @@ class Engine:
             self._clear_gradients()
             total = self._run(batch, batch_is_global, training=True)
             self._reducer.finish()
-            loss, norm = self._numbers(squared_norm(self._own_gradients()))
-            result = StepResult(loss, norm, total)
-            check_finite(result, self.steps, [i for i, x in self._losses.items() if not torch.isfinite(x)])
-            if self._max_grad_norm is not None:
-                clip(self._parameters.values(), result.grad_norm, self._max_grad_norm)
-            if self.optimizer is not None:
-                self.optimizer.step()
+            found = StepResult(*self._numbers(self._update.squares()), total)
+            result = self._update.apply(found, self.steps, partial(self._first_bad, batch, batch_is_global))
             self.steps += 1
             return result
 
@@ -105,7 +106,7 @@ class Engine:
     def _run(self, batch: Any, batch_is_global: bool, *, training: bool) -> int:
         """Run every action of this rank's order; how many items the loss is the mean of."""
         replicas, count = self.plan.mesh.dp, self.plan.micro_batches
-        parts = split(batch, count * (replicas if batch_is_global else 1))
+        parts = split(self._prepare(batch), count * (replicas if batch_is_global else 1))
         first = self.groups.coord.dp * count
         self._batches = parts[first : first + count] if batch_is_global else parts
         weights = [self._loss_weight(part) for part in parts]
@@ -163,7 +164,7 @@ class Engine:
         stage = program.stages[at]
         gradients: dict[str, Tensor] = {}
         if "loss" in stage.code.results:
-            gradients["loss"] = torch.full_like(self._losses[index], self._shares[index])
+            gradients["loss"] = torch.full_like(self._losses[index], self._shares[index] * self._update.guard.scale)
         found = [self._links.take(receive) for receive in self._work.waits.get(action, ())]
         for giver in self._work.near[action]:
             theirs = self._gradients[index, giver]
@@ -171,12 +172,13 @@ class Engine:
             found.append({name: theirs.pop(name) for name in names})
         for name, gradient in (item for one in found for item in one.items()):
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
-        if action in self._work.last:
-            self._reducer.last_backward(at)
+        whole = (index, at) not in self._work.put_off
+        self._reducer.enter(at, last=action in self._work.last, whole=whole)
         self._gradients[index, at] = stage.backward(index, gradients)
         self._made.pop((index, at))
 
     def _weight(self, action: Action) -> None:
+        self._reducer.enter(action.stage, last=False, whole=True)
         self._running[action.micro_batch].stages[action.stage].weight(action.micro_batch)
 
     def _send_forward(self, action: Action) -> None:
@@ -205,13 +207,25 @@ class Engine:
         """The step's loss and gradient norm, the same on every rank."""
         told = self._losses.items() if self.groups.coord.tp == 0 else ()  # all tensor-parallel ranks have the same
         loss = sum(float(x) * self._shares[i] for i, x in told)
-        agreed = agree_on({"loss": loss, "squares": squares}, self.world, self._watch)
+        numbers = {"loss": loss, "squares": squares, "signals": float(self._signals.seen)}
+        agreed = agree_on(numbers, self.world, self._watch)
+        self.stopping = self.stopping or agreed["signals"] > 0
         return agreed["loss"], agreed["squares"] ** 0.5
 
-    def _own_gradients(self) -> list[Tensor]:
-        """Those that this rank counts for the norm: each element of a gradient is counted by one rank."""
-        found = [(name, self._parameters[name].grad) for name in self._owned] if self.groups.coord.dp == 0 else []
-        return [part for name, grad in found if grad is not None for part in self._shards.answers(name, grad)]
+    @torch.no_grad()
+    def _first_bad(self, batch: Any, batch_is_global: bool) -> str:
+        """Run the forward of the step again, and say where the first number came up that is not finite."""
+        witness = Witness(self.model, self.groups.coord.dp * self.plan.micro_batches, self._batches)
+        before = self._do
+        with witness.watching() as noting:
+            self._do = {**before, Kind.F: noting(before[Kind.F])}
+            try:
+                self._run(batch, batch_is_global, training=False)
+            finally:
+                self._do = before
+                self._made.clear()
+        stage_of = {name: stage.index for stage in reversed(self.plan.stages) for name in stage.params}
+        return report(witness.seen, self._reducer.gradients(), stage_of, self.world, self._watch)
 
     def _clear_gradients(self) -> None:
         for parameter in self._parameters.values():
@@ -262,7 +276,8 @@ class Engine:
     def full_gradients(self) -> dict[str, Tensor]:
         """The last step's gradients by name, as CPU tensors: on rank 0, else {}. Parameters without one are absent."""
         self._open()
-        return collect.gradients(self._parameters, self.plan, self._shards, self.groups, self.world, self._watch)
+        mine = self._reducer.gradients()
+        return collect.gradients(mine, self.plan, self._shards, self.groups, self.world, self._watch)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the whole model to a folder: safetensors, and for a Hugging Face model what ``from_pretrained`` needs.
@@ -277,12 +292,9 @@ class Engine:
     def close(self) -> None:
         """Let go of the process groups; another engine can be built in the same processes."""
         if not self._watch.closed:
+            self._end()
             collect.barrier(self.world, self._watch)
             self._watch.close()
             self._reducer.close()
             self.groups.close()
             self._do = {}  # methods of this engine: a cycle, which would keep the groups and their threads for long
-
-    def _open(self) -> None:
-        if self._watch.closed:
-            raise ValueError("this engine was closed: build another with auto_parallel")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from merak_like.partitioner.mesh import Mesh
 from merak_like.runtime.pulse import Pulse
+from merak_like.runtime.rendezvous import agree_on_name
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,34 @@ def join(mesh: Mesh, *, timeout: float, device: torch.device | str | None = None
         return World(0, 1, where, limit)
     if where.type == "cuda":
         torch.cuda.set_device(where)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=limit)
-    return World(dist.get_rank(), size, where, limit, _pulse(limit))
+        backend = "nccl" if where.type == "cuda" else "gloo"
+        store = _store(limit) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+        if store is not None:
+            rank = int(os.environ["RANK"])
+            start = agree_on_name(store, rank, size, limit)
+            own = dist.PrefixStore(f"merak/{start}", store)  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
+        else:
+            dist.init_process_group(backend, timeout=limit)
+    return World(dist.get_rank(), size, where, limit, _pulse(limit, start))
 
 
-def _pulse(limit: timedelta) -> Pulse | None:
-    """A connection of its own to the job's store: the watch's thread uses it while the rank waits elsewhere."""
+def _store(limit: timedelta) -> Any:
+    """A connection of its own to the job's store; None if nothing says where that is."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not host or not port:
         return None
-    store = dist.TCPStore(host, int(port), is_master=False, timeout=limit)  # pyright: ignore[reportPrivateImportUsage]
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    own = dist.PrefixStore(f"merak/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
+    return dist.TCPStore(host, int(port), is_master=False, timeout=limit)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _pulse(limit: timedelta, start: str) -> Pulse | None:
+    """The watch's thread uses a connection of its own while the rank waits elsewhere."""
+    store = _store(limit)
+    if store is None:
+        return None
+    own = dist.PrefixStore(f"merak/pulse/{start}", store)  # pyright: ignore[reportPrivateImportUsage]
     return Pulse(own, dist.get_rank(), dist.get_world_size())
 
 

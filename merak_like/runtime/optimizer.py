@@ -1,15 +1,16 @@
-"""The end of a step: the one global norm, clipping, and the numbers every rank shall see."""
+"""The end of a step: the one global norm, clipping, the update, and the numbers every rank shall see."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from merak_like.runtime.finite import Guard
 from merak_like.runtime.initialize import World
 from merak_like.runtime.watch import Watch
 
@@ -24,20 +25,95 @@ class StepResult:
     """Of all gradients of the model together, each counted once, before clipping."""
     tokens: int
     """Items the loss is the mean of."""
+    skipped: bool = False
+    """Whether the weights were left as they were, because the loss or a gradient was not finite."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A weight as the optimizer has it: the parameter itself, its copy in full precision, or a share of either."""
+
+    name: str
+    target: nn.Parameter
+    """What the optimizer updates."""
+    shape: tuple[int, ...]
+    """Of this rank's parameter."""
+    run: tuple[int, int] | None = None
+    """``target`` is flat and holds these of the parameter's numbers, in row-major order; None: all, in their shape."""
+    counted: bool = True
+    """Whether this rank counts its gradient in the norm."""
+
+
+class Store(Protocol):
+    """Holds the weights that the optimizer updates, where those are not the model's parameters."""
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the optimizer's step and bring the new weights into the model's parameters."""
+        ...
+
+    def publish(self) -> None:
+        """Bring the weights into the model's parameters."""
+        ...
+
+
+def everything(name: str, gradient: Tensor) -> Iterable[Tensor]:
+    """For a rank that has its weights whole."""
+    return (gradient,)
+
+
+class Update:
+    """Turns summed gradients into new weights, or refuses to."""
+
+    def __init__(
+        self, slots: Sequence[Slot], optimizer: torch.optim.Optimizer | None, *, max_grad_norm: float | None,
+        guard: Guard, store: Store | None = None, answers: Callable[[str, Tensor], Iterable[Tensor]] = everything,
+    ) -> None:  # fmt: skip
+        """``store`` is where the targets lie that are not the model's parameters themselves.
+
+        ``answers`` gives the parts of a named gradient that this one of several tensor-parallel ranks counts.
+        """
+        self.slots, self.optimizer, self.guard = slots, optimizer, guard
+        self.max_grad_norm = max_grad_norm
+        self._store, self._answers = store, answers
+
+    def squares(self) -> float:
+        """This rank's share of the squared norm of all gradients."""
+        found = [(slot, slot.target.grad) for slot in self.slots if slot.counted]
+        return squared_norm([p for slot, grad in found if grad is not None for p in self._counted(slot, grad)])
+
+    def _counted(self, slot: Slot, gradient: Tensor) -> Iterable[Tensor]:
+        return self._answers(slot.name, gradient) if slot.run is None else (gradient,)
+
+    def apply(self, found: StepResult, step: int, blame: Callable[[], str]) -> StepResult:
+        """Clip, and step. ``found`` has the norm of the gradients as they are, scaled.
+
+        Where it is not finite the step is skipped, or FloatingPointError raised with what ``blame()`` says.
+        """
+        scale = self.guard.scale
+        result = replace(found, grad_norm=found.grad_norm / scale)
+        if not self.guard.passes(result.loss, result.grad_norm, step, blame):
+            return replace(result, skipped=True)
+        factor = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (result.grad_norm + 1e-6))
+        if factor / scale != 1:
+            for slot in self.slots:
+                if slot.target.grad is not None:
+                    slot.target.grad.mul_(factor / scale)
+        if self.optimizer is not None:
+            if self._store is None:
+                self.optimizer.step()
+            else:
+                self._store.step(self.optimizer)
+        return result
+
+    def publish(self) -> None:
+        """Bring targets that were changed otherwise, as by a checkpoint, into the model's parameters."""
+        if self._store is not None:
+            self._store.publish()
 
 
 def squared_norm(gradients: Sequence[Tensor]) -> float:
     """Sum of squares of all their elements."""
     return torch.nn.utils.get_total_norm(list(gradients)).double().square().item() if gradients else 0.0
-
-
-def clip(parameters: Iterable[nn.Parameter], norm: float, limit: float) -> None:
-    """Scale gradients as ``torch.nn.utils.clip_grad_norm_`` does for a total norm already known."""
-    scale = limit / (norm + 1e-6)
-    if scale < 1:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        for gradient in gradients:
-            gradient.mul_(scale)
 
 
 def agree_on(numbers: Mapping[str, float], world: World, watch: Watch) -> dict[str, float]:
@@ -47,14 +123,3 @@ def agree_on(numbers: Mapping[str, float], world: World, watch: Watch) -> dict[s
     total: Tensor = torch.tensor(list(numbers.values()), dtype=torch.float64, device=world.device)
     watch.wait(dist.all_reduce(total, async_op=True), "the sum of the step's numbers", "with all ranks")
     return dict(zip(numbers, total.tolist(), strict=True))
-
-
-def check_finite(result: StepResult, step: int, bad: list[int]) -> None:
-    """Raise FloatingPointError before the weights are touched."""
-    if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
-        return
-    where = f", in micro-batches {bad} of this rank" if bad else ""
-    raise FloatingPointError(
-        f"step {step}: the loss is {result.loss} and the gradient norm {result.grad_norm}{where}; the weights are as "
-        "they were before the step"
-    )

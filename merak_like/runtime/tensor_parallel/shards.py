@@ -12,6 +12,8 @@ from torch import Tensor
 
 from merak_like.partitioner.tensor_parallel.layout import Layout, is_sharded, local_size, pieces, whole_size
 
+Slices = tuple[slice, ...]
+
 
 def part(tensor: Tensor, layout: Layout, rank: int) -> Tensor:
     """A rank's part of a whole tensor."""
@@ -49,9 +51,13 @@ class Shards:
         """For each dimension the ranges of the whole tensor that this rank has, in its order."""
         return tuple(pieces(factors, self.rank) for factors in self.layouts[name])
 
+    def blocks(self, name: str) -> Iterator[tuple[Slices, Slices]]:
+        """Each run of this rank's part that is a run of the whole too: where it is in the part, and in the whole."""
+        return _blocks(self.ranges(name))
+
     def read(self, name: str, whole: Any, into: Tensor) -> None:
         """Fill this rank's part of a sharded tensor from ``whole``, which is asked for nothing but slices."""
-        for mine, theirs in _blocks(self.ranges(name)):
+        for mine, theirs in self.blocks(name):
             into[mine].copy_(whole[theirs])
 
     def label(self, name: str) -> str:
@@ -112,9 +118,6 @@ def _not_in(
         if at < stop:
             yield tensor.narrow(dim, local + at - start, stop - at)
         local += stop - start
-
-
-Slices = tuple[slice, ...]
 
 
 def _blocks(ranges: Sequence[Sequence[tuple[int, int]]]) -> Iterator[tuple[Slices, Slices]]:

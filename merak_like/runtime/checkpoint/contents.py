@@ -1,0 +1,173 @@
+"""What of a job goes into a checkpoint.
+
+    model.NAME             the weight as the optimizer has it (in full precision), and every buffer
+    replicas.DP.NAME       a buffer of another replica: batch norm's statistics differ
+    optimizer.NAME.KEY     what the optimizer keeps for the weight
+    job.pt                 step, options of each weight's group, random states of each rank, the user's own state
+
+Names are those of the user's model; nothing depends on dp, pp or tp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from merak_like.partitioner.plan import Plan
+from merak_like.runtime.checkpoint.boxes import Box, Part, Placement, Sizes, parts, whole
+from merak_like.runtime.checkpoint.packing import Pack, distinct, pack, pack_state, random_states
+from merak_like.runtime.checkpoint.planners import Held
+from merak_like.runtime.collect import holders
+from merak_like.runtime.groups import Groups
+from merak_like.runtime.optimizer import Slot, Update
+from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
+
+VALUE = "value"
+"""Marks what an optimizer keeps that is no tensor."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """One rank's part of a job."""
+
+    model: nn.Module
+    plan: Plan
+    groups: Groups
+    update: Update
+    seed: int
+    trained: frozenset[str]
+    """First names of the parameters of this rank's stages that are trained, by this rank or another."""
+    shards: Shards = WHOLE
+
+    def place(self, name: str, shape: Sizes) -> Placement:
+        """Where this rank's tensor of that shape lies in the whole."""
+        return placement_of(self.shards, name, shape)
+
+    # --- tensors -------------------------------------------------------------------------------------------------
+
+    def written(self) -> list[Held]:
+        """The tensors that this rank writes. What several ranks hold is shared out among the replicas."""
+        held = [one for slot in self.update.slots for one in self._of_slot(slot) if self._writes(slot.name, slot)]
+        return held + [self.plain(name, tensor) for name, tensor in self.others().items() if self._writes(name)]
+
+    def _writes(self, name: str, slot: Slot | None = None) -> bool:
+        if slot is not None and slot.run is not None:
+            return True
+        rank_of, coord = holders(self.plan), self.groups.coord
+        if coord.tp and name not in self.shards.layouts:
+            return False
+        if self._is_buffer(name):
+            return rank_of[name] == coord.pp
+        share = list(rank_of).index(name) % self.plan.mesh.dp
+        return rank_of[name] == coord.pp and share == coord.dp
+
+    def others(self) -> dict[str, Tensor]:
+        """What the optimizer does not have: frozen parameters and buffers of this rank's stages."""
+        own = {n for stage in self.plan.stages if stage.rank == self.groups.coord.pp
+               for n in (*stage.params, *stage.buffers)}  # fmt: skip
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        named |= dict(self.model.named_buffers(remove_duplicate=False))
+        return {name: named[name].detach() for name in sorted(own - self.trained) if name in named}
+
+    def _is_buffer(self, name: str) -> bool:
+        return any(name in stage.buffers for stage in self.plan.stages)
+
+    def _key(self, name: str) -> str:
+        replica = self.groups.coord.dp
+        return f"replicas.{replica}.{name}" if replica and self._is_buffer(name) else f"model.{name}"
+
+    def plain(self, name: str, tensor: Tensor) -> Held:
+        shape = tuple(tensor.shape)
+        placement = self.place(name, shape)
+        return Held(self._key(name), placement.shape, tuple(parts(tensor, shape, placement)))
+
+    def as_slot(self, key: str, slot: Slot, tensor: Tensor) -> Held:
+        placement = self.place(slot.name, slot.shape)
+        return Held(key, placement.shape, tuple(parts(tensor.detach(), slot.shape, placement, slot.run)))
+
+    def _of_slot(self, slot: Slot) -> list[Held]:
+        held = [self.as_slot(f"model.{slot.name}", slot, slot.target)]
+        for key, value in self._kept(slot).items():
+            if not isinstance(value, Tensor):
+                continue
+            name = f"optimizer.{slot.name}.{key}"
+            if value.shape == slot.target.shape:
+                held.append(self.as_slot(name, slot, value))
+                continue
+            placement = self.place(slot.name, slot.shape)
+            if value.numel() > 1 and (slot.run is not None or placement != whole(slot.shape)):
+                raise ValueError(
+                    f"{type(self.update.optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for a share of "
+                    f"{slot.name}: what has not the shape of the weight cannot be saved from shares (tp, zero)"
+                )
+            if slot.run is None or slot.run[0] == 0:
+                held.append(Held(name, tuple(value.shape), (Part((0,) * value.dim(), value),)))
+        return held
+
+    def _kept(self, slot: Slot) -> Mapping[str, Any]:
+        optimizer = self.update.optimizer
+        return optimizer.state.get(slot.target, {}) if optimizer is not None else {}
+
+    # --- the rest ------------------------------------------------------------------------------------------------
+
+    def facts(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What this rank tells the one that writes ``job.pt``."""
+        groups = self.update.optimizer.param_groups if self.update.optimizer is not None else []
+        options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        of = {id(target): i for i, group in enumerate(groups) for target in group["params"]}
+        packs: dict[str, Pack] = {}
+        for slot in self.update.slots:
+            if id(slot.target) in of:
+                described = {"options": options[of[id(slot.target)]], "kept": self._described(slot)}
+                packs[slot.name] = pack(f"what the optimizer keeps for {slot.name}", described)
+        return {
+            "optimizer": type(self.update.optimizer).__name__ if self.update.optimizer is not None else None,
+            "groups": [pack("the options of the optimizer", one) for one in options],
+            "weights": distinct(packs),
+            "random": random_states(),
+            "state": pack_state(state),
+            "guard": self.update.guard.state_dict(),
+            "seed": self.seed,
+        }
+
+    def _described(self, slot: Slot) -> dict[str, Any]:
+        """For each key: a value, or whether a tensor is like the weight and whether it is on the weight's device."""
+        return {
+            key: (value.shape == slot.target.shape, value.device == slot.target.device)
+            if isinstance(value, Tensor)
+            else (VALUE, value)
+            for key, value in self._kept(slot).items()
+        }
+
+    @staticmethod
+    def joined(facts: Sequence[Mapping[str, Any]], step: int) -> dict[str, Any]:
+        """``job.pt``, from what all ranks told."""
+        packs: dict[str, Pack] = {}
+        for one in facts:
+            kinds, of = one["weights"]
+            packs.update({name: kinds[index] for name, index in of.items()})
+        return {
+            "step": step,
+            "optimizer": next((one["optimizer"] for one in facts if one["optimizer"]), None),
+            "groups": max((one["groups"] for one in facts), key=len),
+            "weights": distinct(packs),
+            "random": [one["random"] for one in facts],
+            "state": {key: data for one in reversed(facts) for key, data in one["state"].items()},
+            "guard": facts[0]["guard"],
+            "seed": facts[0]["seed"],
+        }
+
+
+def placement_of(shards: Shards, name: str, shape: Sizes) -> Placement:
+    """Where a tensor-parallel rank's tensor lies in the whole."""
+    if name not in shards.layouts:
+        return whole(shape)
+    blocks = tuple((_box(mine), _box(at).start) for mine, at in shards.blocks(name))
+    return Placement(shards.whole_shape(name, shape), blocks)
+
+
+def _box(slices: Sequence[slice]) -> Box:
+    return Box(tuple(s.start for s in slices), tuple(s.stop - s.start for s in slices))

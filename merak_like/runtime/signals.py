@@ -1,0 +1,28 @@
+"""A polite request to end: noted when it comes, acted upon by all ranks together."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+
+class Signals:
+    """Counts the signals that this process was sent, instead of dying of them."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self._before: dict[int, Any] = {}
+
+    def listen(self, *signals: int) -> None:
+        """Count these from now on; in the main thread only."""
+        for number in signals:
+            self._before.setdefault(number, signal.signal(number, self._note))
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.seen += 1
+
+    def close(self) -> None:
+        """Leave signals to whoever had them."""
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before.clear()

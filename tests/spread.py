@@ -1,0 +1,191 @@
+"""What the ranks do in the tests of ZeRO and precision, against plain PyTorch in one process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from merak_like.runtime import flat
+from merak_like.runtime.batches import split
+from merak_like.runtime.precision import Precision
+from tests import scenarios, training
+from tests.scenarios import PARTS, SAMPLES, leads
+from tests.training import LIMIT, Step, Subject, Trained, adamw, by_engine, engine, plain_step, same, subject
+
+STEPS = 3
+
+
+@lru_cache(maxsize=4)
+def reference(name: str) -> tuple[Subject, list[Any], Trained | None]:
+    """A model with dropout and ties, or one with frozen and unused layers; clipped, in float64."""
+    one = scenarios.patchy() if name == "patchy" else subject(name)
+    batches = [one.batch(SAMPLES)] * STEPS
+    return one, batches, training.plainly(one, batches, PARTS) if leads() else None
+
+
+def spread(name: str, dp: int, pp: int, zero: int, schedule: str = "1f1b", bucket: int = 2000) -> float:
+    """One cell of the matrix. Small buckets: weights lie across the ranks' runs, and the last run has fewer."""
+    one, batches, plain = reference(name)
+    before, flat.SPREAD_BYTES = flat.SPREAD_BYTES, bucket
+    ours = by_engine(one, batches, dp, pp, PARTS // dp, zero=zero, schedule=schedule)
+    flat.SPREAD_BYTES = before
+    return 0.0 if plain is None else same(ours, plain, 1e-10)
+
+
+def as_much_as_said(dp: int, pp: int, zero: int) -> list[int]:
+    """Numbers that the optimizer and the gradients take on this rank, and those of its stage's weights."""
+    one = subject("gpt2")
+    ours = engine(one, one.batch(SAMPLES), dp, pp, PARTS // dp, zero=zero)
+    ours.step(one.batch(SAMPLES))
+    assert ours.optimizer is not None
+    moments = sum(s["exp_avg"].numel() for s in ours.optimizer.state.values())
+    reducer: Any = ours._reducer
+    kept = sum((b.own if b.sums is None else b.sums).numel() for b in reducer.buckets)
+    weights = sum(p.numel() for p in ours._parameters.values())
+    ours.close()
+    return [moments, kept, weights]
+
+
+class Rounded:
+    """Plain training in low precision: a model that computes, weights that learn, gradients summed in float32."""
+
+    def __init__(self, one: Subject, dtype: torch.dtype, scale: float = 1.0) -> None:
+        self.one, self.scale = one, scale
+        self.model = copy.deepcopy(one.model)
+        self.masters = {n: nn.Parameter(p.detach().float()) for n, p in self.model.named_parameters()}
+        self.model.to(dtype)
+        self.optimizer = adamw(self.masters.values())
+
+    def step(self, parts: list[Any], number: int) -> Step:
+        """Sum, clip, update, round."""
+        sums = {n: torch.zeros_like(m) for n, m in self.masters.items()}
+        parameters = dict(self.model.named_parameters())
+
+        def take(name: str) -> Callable[[Any], None]:
+            def hook(p: Any) -> None:
+                sums[name] += p.grad
+                p.grad = None
+
+            return hook
+
+        hooks = [p.register_post_accumulate_grad_hook(take(n)) for n, p in parameters.items()]
+        loss, total = plain_step(self._scaled(), self.model, parts, number)
+        for hook in hooks:
+            hook.remove()
+        for name, master in self.masters.items():
+            master.grad = sums[name] / self.scale
+        norm = nn.utils.clip_grad_norm_(self.masters.values(), LIMIT).item()
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(self.masters[name])
+        return Step(loss / self.scale, norm, total, {n: m.grad for n, m in self.masters.items() if m.grad is not None})
+
+    def _scaled(self) -> Any:
+        one, scale = self.one, self.scale
+
+        class Scaled:
+            weight = staticmethod(one.weight)
+
+            @staticmethod
+            def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+                return one.loss(model, batch) * scale
+
+        return Scaled
+
+
+TOLERANCE = {"bf16": 4e-2, "fp16": 4e-3}
+"""Of the largest gradient: 8 and 11 bits of a number, and dropout's own choices are the same."""
+
+
+@lru_cache(maxsize=2)
+def rounded(name: str, precision: str) -> tuple[Subject, list[Any], Trained | None]:
+    """Some steps of plain training in low precision."""
+    one = subject(name, dtype=torch.float32)
+    batches = [one.batch(SAMPLES)] * STEPS
+    if not leads():
+        return one, batches, None
+    plain = Rounded(
+        one, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision], 2.0**16 if precision == "fp16" else 1
+    )
+    steps = [plain.step(split(batch, PARTS), number) for number, batch in enumerate(batches)]
+    return one, batches, Trained(steps, {n: m.detach() for n, m in plain.masters.items()})
+
+
+def in_precision(name: str, dp: int, pp: int, precision: str, zero: int, **more: Any) -> float:
+    """Losses, gradients and the weights that learn; and that anything was rounded at all."""
+    one, batches, plain = rounded(name, precision)
+    ours = by_engine(one, batches, dp, pp, PARTS // dp, precision=precision, zero=zero, **more)
+    if plain is None:
+        return 0.0
+    kinds = {v.dtype for v in ours.weights.values()}
+    assert kinds == {torch.bfloat16 if precision == "bf16" else torch.float16}, kinds
+    found = []
+    for a, b in zip(ours.steps, plain.steps, strict=True):
+        assert all(g.dtype == torch.float32 for g in a.gradients.values())
+        assert abs(a.loss - b.loss) <= TOLERANCE[precision] * b.loss
+        assert abs(a.norm - b.norm) <= TOLERANCE[precision] * b.norm
+        largest = max(g.abs().max().item() for g in b.gradients.values())
+        for key, gradient in b.gradients.items():
+            found.append((a.gradients[key] - gradient).abs().max().item() / largest)
+    assert max(found) <= TOLERANCE[precision], max(found)
+    return max(found)
+
+
+def overflowing(dp: int, pp: int, zero: int) -> list[Any]:
+    """A loss scale that is far too large: all ranks skip and halve it together, then train."""
+    one = subject("llama", dtype=torch.float32)
+    precise = Precision(torch.float16, loss_scale=2.0**30)
+    ours = engine(one, one.batch(SAMPLES), dp, pp, PARTS // dp, precision=precise, zero=zero)
+    before = {k: p.detach().clone() for k, p in ours._parameters.items()}
+    said: list[Any] = []
+    for _ in range(30):
+        result = ours.step(one.batch(SAMPLES))
+        unchanged = all(torch.equal(p, before[k]) for k, p in ours._parameters.items())
+        assert unchanged == result.skipped
+        said.append((result.skipped, ours._update.guard.scale))
+        if not result.skipped:
+            break
+    ours.close()
+    assert 2 < len(said) < 30
+    return said
+
+
+def skipping(dp: int, pp: int) -> list[str]:
+    """A batch with a NaN in one sample: skipped twice, refused the third time with where it began."""
+    from tests.faults import items, small
+
+    ours = small(dp, pp, skip_not_finite=2)
+    good, bad = items(16), items(16)
+    bad["x"][9] = float("nan")
+    ours.step(good)
+    before = {k: p.detach().clone() for k, p in ours._parameters.items()}
+    results = [ours.step(bad) for _ in range(2)]
+    unchanged = all(torch.equal(p, before[k]) for k, p in ours._parameters.items())
+    said: list[str] = []
+    for batch, spoil in ((bad, ""), (good, "layers.5"), (good, "gradient")):
+        hook: Any = None
+        ours._update.guard.skipped = 2
+        if spoil == "gradient" and "layers.2.weight" in ours._parameters:
+            hook = ours._parameters["layers.2.weight"].register_hook(lambda grad: grad * float("inf"))
+        elif spoil == "layers.5" and "layers.5.weight" in ours._parameters:
+            layer = ours.model.get_submodule(spoil)
+            worse: Any = lambda module, args, out: out * float("inf")  # noqa: E731
+            hook = layer.register_forward_hook(worse)
+        try:
+            ours.step(batch)
+        except FloatingPointError as error:
+            said.append(str(error))
+        if hook is not None:
+            hook.remove()
+    fine = ours.step(good)
+    ours.close()
+    assert [r.skipped for r in results] == [True, True]
+    assert unchanged
+    assert not fine.skipped
+    return said
