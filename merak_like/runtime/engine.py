@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.schedules.action import Action, Edges, Kind
 from merak_like.runtime import collect, rng
-from merak_like.runtime.batches import LossWeight, split
+from merak_like.runtime.batches import LossWeight, rows, split
 from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.groups import Groups
 from merak_like.runtime.initialize import World
 from merak_like.runtime.links import Links
 from merak_like.runtime.optimizer import StepResult, agree_on, check_finite, clip, squared_norm
 from merak_like.runtime.orders import Orders
+from merak_like.runtime.predict import Kept
 from merak_like.runtime.programs import Program, Programs
 from merak_like.runtime.recording import Profile, Recorder
 from merak_like.runtime.watch import Watch
@@ -48,7 +49,7 @@ class Engine:
         self._save = save
         self._orders = Orders(plan, groups.coord.pp)
         self._work = self._orders.at(programs.edges(), training=True)
-        self._do: Mapping[Kind, Callable[[Action], None]] = {
+        self._do: Mapping[Kind, Callable[[Action], object]] = {
             Kind.F: self._forward, Kind.R: self._recompute, Kind.B: self._backward, Kind.W: self._weight,
             Kind.SEND_F: self._send_forward, Kind.RECV_F: self._post_forward,
             Kind.SEND_B: self._send_backward, Kind.RECV_B: self._post_backward,
@@ -102,6 +103,19 @@ class Engine:
             loss, _ = self._numbers(0.0)
             return StepResult(loss, 0.0, total)
 
+    def predict(self, batch: Any) -> tuple[StepResult, dict[str, Tensor]]:
+        """``evaluate`` on a global batch, and what the model gives besides the loss, by name, on every rank.
+
+        Tensors with a row for each sample come whole, on the CPU, in the batch's order; others are left out.
+        """
+        kept, before = Kept(), self._do
+        self._do = {**before, Kind.F: kept.around(before[Kind.F])}
+        try:
+            result = self.evaluate(batch)
+        finally:
+            self._do = before
+        return result, kept.whole([rows(part) for part in self._batches], self.groups.coord.dp, self.world, self._watch)
+
     def _run(self, batch: Any, batch_is_global: bool, *, training: bool) -> int:
         """Run every action of this rank's order; how many items the loss is the mean of."""
         replicas, count = self.plan.mesh.dp, self.plan.micro_batches
@@ -134,7 +148,7 @@ class Engine:
         """The stage pairs that talk in this step."""
         return frozenset(edge for program in self._running for edge in program.forward)
 
-    def _forward(self, action: Action) -> None:
+    def _forward(self, action: Action) -> dict[str, Tensor]:
         index, at = action.micro_batch, action.stage
         program = self._running[index]
         received: dict[str, Tensor] = {}
@@ -153,6 +167,7 @@ class Engine:
         if "loss" in stage.code.results:
             self._losses[index] = made["loss"].detach()
         self._made[index, at] = {name: made[name] for name in (*stage.code.sent, rng.RNG) if name in made}
+        return {name: made[name] for name in stage.code.results}
 
     def _recompute(self, action: Action) -> None:
         self._running[action.micro_batch].stages[action.stage].recompute(action.micro_batch)
@@ -266,12 +281,16 @@ class Engine:
         state = self.full_state_dict()
         if self.world.rank == 0:
             self._save(self.model, Path(path), state)
+        self.barrier()
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
         collect.barrier(self.world, self._watch)
 
     def close(self) -> None:
         """Let go of the process groups; another engine can be built in the same processes."""
         if not self._watch.closed:
-            collect.barrier(self.world, self._watch)
+            self.barrier()
             self._watch.close()
             self._reducer.close()
             self.groups.close()

@@ -62,6 +62,7 @@ class Weights:
             (part / STATE).write_text(json.dumps(state), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
+        engine.barrier()
 
     def load(self, folder: Path, engine: Engine) -> Mapping[str, Any]:
         """Copy the weights of this rank's stage into it."""

@@ -253,6 +253,7 @@ class Trainer:
         everyone: list[Any] = [mine]
         if not self.engine.world.alone:
             everyone = [None] * self.engine.world.size
+            self.engine.barrier()
             dist.all_gather_object(everyone, mine)
         return {"peak_memory_bytes": max(everyone), "fullest_rank": everyone.index(max(everyone))}
 

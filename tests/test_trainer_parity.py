@@ -1,0 +1,90 @@
+"""``Trainer`` and ``HFTrainer`` give what plain transformers gives in one process: losses, norms, rates, evaluations,
+the best step, the weights, to 1e-5 over 50 steps, on every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import Call, results_of, selected_calls
+from tests.trainer_runs import BATCH, EVERY, STEPS, WHOLE, Ran, by_hf_trainer, by_trainer, by_transformers, far
+
+LAYOUTS = ((2, 1), (1, 2), (2, 2))
+
+
+@cache
+def plain(kind: str) -> Ran:
+    """The reference. Accumulation where transformers counts it right: its BERT doubles the loss with it."""
+    accumulation = 2 if kind == "llama" else 1
+    return by_transformers(kind, BATCH // accumulation, accumulation)
+
+
+@cache
+def plain_in_order(kind: str) -> Ran:
+    """The reference of our own loop, which shuffles in its own way."""
+    return by_transformers(kind, BATCH, 1, WHOLE, train_sampling_strategy="sequential")
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_hf_trainer_alone_is_transformers(kind: str, tmp_path: Path) -> None:
+    ours, theirs = by_hf_trainer(kind, 1, 1, str(tmp_path)), plain(kind)
+    assert ours is not None
+    assert (len(ours.loss), len(ours.eval_loss)) == (STEPS, STEPS // EVERY)
+    assert ours.metric == pytest.approx(theirs.metric)
+    assert far(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_trainer_alone_is_transformers(kind: str, tmp_path: Path) -> None:
+    ours = by_trainer(kind, 1, 1, str(tmp_path))
+    assert ours is not None
+    assert len(ours.loss) == STEPS
+    assert far(ours, plain_in_order(kind)) < 1e-5
+
+
+def test_accumulation_does_not_double_the_loss(tmp_path: Path) -> None:
+    """transformers#35438: a classifier whose own loss is a mean is divided by nothing when gradients accumulate.
+
+    The engine cuts a step of eight samples into two micro-batches here, and has the loss of the whole eight.
+    """
+    ours = by_hf_trainer("bert", 1, 1, str(tmp_path))
+    assert ours is not None
+    assert ours.loss[0] == pytest.approx(by_transformers("bert", BATCH, 1).loss[0], abs=1e-5)
+
+
+def calls() -> Iterator[Any]:
+    """Both trainers on every layout; the causal model on all, the classifier on the largest."""
+    for function in ("by_trainer", "by_hf_trainer"):
+        for kind, layouts in (("llama", LAYOUTS), ("bert", LAYOUTS[2:])):
+            for dp, pp in layouts:
+                arguments = {"kind": kind, "dp": dp, "pp": pp}
+                name = f"{function}-{kind}-{dp}x{pp}"
+                yield pytest.param(Call(name, f"tests.trainer_runs:{function}", arguments), id=name)
+
+
+@pytest.fixture(scope="module")
+def result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Call], list[Any]]:
+    """One job for two ranks and one for four, for all selected tests."""
+    folder = str(tmp_path_factory.mktemp("runs"))
+    asked = [call._replace(arguments={**call.arguments, "folder": folder}) for call in selected_calls(request)]
+    found = results_of(asked)
+    by_name = {call.name: call for call in asked}
+    return lambda call: found(by_name[call.name])
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("call", list(calls()))
+def test_on_several_ranks_as_in_one_process(call: Call, result: Callable[[Call], list[Any]]) -> None:
+    first, *others = result(call)
+    assert others == [None] * len(others)
+    kind = call.arguments["kind"]
+    theirs = plain(kind) if "hf" in call.name else plain_in_order(kind)
+    ours = Ran(*first)
+    assert far(ours, theirs) < 1e-5
+    if "hf" in call.name:
+        assert ours.metric == pytest.approx(theirs.metric)

@@ -1,0 +1,185 @@
+"""Fifty steps of a small model, by plain transformers in one process, by ``HFTrainer`` and by ``Trainer``.
+
+All three have a warm-up, a cosine, weight-decay groups, clipping, eight samples a step, evaluations and a best model.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from merak_like.trainer.loop import Trainer
+from merak_like.trainer.settings import (
+    Checkpoints,
+    Evaluation,
+    Logging,
+    Optimizer,
+    Parallelism,
+    Schedule,
+    Settings,
+    Training,
+)
+
+STEPS, BATCH, EVERY = 50, 8, 10
+SAMPLES = 60
+"""Not a multiple of the batch: the last step of an epoch of transformers' loop has four samples."""
+WHOLE = 56
+"""A multiple: our own loop has whole batches only."""
+
+
+def build(kind: str) -> nn.Module:
+    """A model, the same weights in every process."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(vocab_size=100, max_position_embeddings=32, **small))
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=100, max_position_embeddings=32, num_labels=3, **small, **no_dropout)
+    return BertForSequenceClassification(config)
+
+
+def data(kind: str, count: int, seed: int) -> list[dict[str, Tensor]]:
+    """Counting from a number on; the class is the first number's."""
+    first = torch.randint(0, 100, (count, 1), generator=torch.Generator().manual_seed(seed))
+    return [
+        {"input_ids": row, "labels": row if kind == "llama" else row[0] % 3} for row in (torch.arange(12) + first) % 100
+    ]
+
+
+def accuracy(predictions: Any) -> dict[str, float]:
+    """What a user's compute_metrics does."""
+    return {"accuracy": float((np.argmax(predictions.predictions, -1) == predictions.label_ids).mean())}
+
+
+class Ran(NamedTuple):
+    """What a run came to, as JSON can hold it."""
+
+    loss: list[float]
+    norm: list[float]
+    rate: list[float]
+    eval_loss: list[float]
+    metric: list[float]
+    best_step: int
+    weights: dict[str, list[float]]
+
+
+def arguments(folder: str, size: int, accumulation: int, eval_size: int = BATCH, **more: Any) -> TrainingArguments:
+    """transformers' own way to say all this."""
+    return TrainingArguments(
+        folder, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, max_steps=STEPS,
+        learning_rate=1e-3, weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=5, max_grad_norm=1.0,
+        logging_steps=1, eval_strategy="steps", eval_steps=EVERY, save_strategy="steps", save_steps=EVERY,
+        per_device_eval_batch_size=eval_size, load_best_model_at_end=True, metric_for_best_model="eval_loss",
+        use_cpu=True, report_to=[], disable_tqdm=True, **more,
+    )  # fmt: skip
+
+
+def by_transformers(kind: str, size: int, accumulation: int, samples: int = SAMPLES, **more: Any) -> Ran:
+    """Plain, in this process."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        trainer = transformers.Trainer(
+            build(kind), arguments(folder, size, accumulation, **more), train_dataset=data(kind, samples, 1),
+            eval_dataset=data(kind, 20, 2), compute_metrics=accuracy,
+        )  # fmt: skip
+        trainer.train()
+    return _ran(trainer.state, trainer.model.state_dict())
+
+
+def by_hf_trainer(kind: str, dp: int, pp: int, folder: str) -> Ran | None:
+    """The same script with another class and the degrees."""
+    from merak_like.hf.trainer import HFTrainer
+
+    trainer = HFTrainer(
+        build(kind), arguments(f"{folder}/hf-{kind}-{dp}x{pp}", BATCH // 2 // dp, 2, BATCH // dp),
+        train_dataset=data(kind, SAMPLES, 1), eval_dataset=data(kind, 20, 2), compute_metrics=accuracy,
+        dp=dp, pp=pp, engine={"hardware": "a100-80gb"},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.engine is not None
+    weights = trainer.engine.full_state_dict()
+    trainer.engine.close()
+    return _ran(trainer.state, weights) if weights else None
+
+
+class Counting(TrainerCallback):
+    """A user's callback: counts, and asks for one more look."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, int] = {}
+
+    def _count(self, name: str) -> None:
+        self.seen[name] = self.seen.get(name, 0) + 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._count("steps")
+        if state.global_step == 3:
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert kwargs["metrics"]["eval_loss"] > 0
+        self._count("looks")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._count("saves")
+
+
+def settings(folder: Path, dp: int = 1, pp: int = 1, **more: Any) -> Settings:
+    """Our own way to say it."""
+    return Settings(
+        training=Training(steps=STEPS, batch=BATCH, shuffle=False),
+        parallelism=Parallelism(dp=dp, pp=pp, hardware="a100-80gb", micro_batches=4 // dp, device="cpu"),
+        optimizer=Optimizer(lr=1e-3, weight_decay=0.1), schedule=Schedule(name="cosine", warmup=5),
+        evaluation=Evaluation(every=EVERY, batch=BATCH), checkpoints=Checkpoints(every=EVERY, best=True),
+        logging=Logging(every=1, console=False), folder=folder, **more,
+    )  # fmt: skip
+
+
+def by_trainer(kind: str, dp: int, pp: int, folder: str) -> Ran | None:
+    """With our own loop."""
+    where = Path(folder) / f"own-{kind}-{dp}x{pp}"
+    trainer = Trainer(build(kind), settings(where, dp, pp), data(kind, WHOLE, 1), data(kind, 20, 2))
+    trainer.train()
+    weights = trainer.engine.full_state_dict()
+    trainer.close()
+    if not weights:
+        return None
+    lines = trainer.state.history
+    return Ran(
+        *([line[key] for line in lines if key in line] for key in ("loss", "grad_norm", "learning_rate", "eval_loss")),
+        [], trainer.state.best_step or 0, {name: tensor.flatten().tolist() for name, tensor in weights.items()},
+    )  # fmt: skip
+
+
+def _ran(state: Any, weights: dict[str, Tensor]) -> Ran:
+    lines = state.log_history
+    keys = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy")
+    return Ran(
+        *([float(line[key]) for line in lines if key in line] for key in keys), state.best_global_step or 0,
+        {name: tensor.flatten().tolist() for name, tensor in weights.items()},
+    )  # fmt: skip
+
+
+def far(ours: Ran, theirs: Ran) -> float:
+    """The largest difference of all; AssertionError where the runs are not alike in kind."""
+    assert ours.best_step == theirs.best_step
+    assert ours.weights.keys() == theirs.weights.keys()
+    pairs = [(ours[i], theirs[i]) for i in range(4)]
+    assert all(len(a) == len(b) for a, b in pairs), [(len(a), len(b)) for a, b in pairs]
+    pairs += [(ours.weights[name], theirs.weights[name]) for name in theirs.weights]
+    return max(float(np.abs(np.subtract(a, b)).max()) for a, b in pairs)
