@@ -136,12 +136,12 @@ class HFTrainer(transformers.Trainer):
         return self._train_batch_size
 
     def _get_dataloader(self, *arguments: Any, **more: Any) -> Any:
-        with self._unsharded():
+        with self._as_one_process():
             return super()._get_dataloader(*arguments, **more)
 
     @contextmanager
-    def _unsharded(self) -> Iterator[None]:
-        """accelerate prepares data for one process: the same batch on every rank."""
+    def _as_one_process(self) -> Iterator[None]:
+        """accelerate prepares data for one process, the same batch on every rank, and leaves the model alone."""
         accelerator, config = self.accelerator, self.accelerator.dataloader_config
 
         def prepare(loader: Any) -> Any:
@@ -150,11 +150,11 @@ class HFTrainer(transformers.Trainer):
                 use_seedable_sampler=config.use_seedable_sampler, data_seed=config.data_seed,
             )  # fmt: skip
 
-        accelerator.prepare = prepare
+        accelerator.prepare, accelerator.prepare_model = prepare, lambda model, **_: model
         try:
             yield
         finally:
-            del accelerator.prepare
+            del accelerator.prepare, accelerator.prepare_model
 
     @property
     def gather_function(self) -> Any:
@@ -180,7 +180,8 @@ class HFTrainer(transformers.Trainer):
             self.engine = self._build(_plain(next(iter(dataloader))))
         modes = {module: module.training for module in self.model.modules()}
         try:
-            return super().evaluation_loop(dataloader, *arguments, **more)
+            with self._as_one_process():
+                return super().evaluation_loop(dataloader, *arguments, **more)
         finally:
             for module, training in modes.items():
                 module.training = training

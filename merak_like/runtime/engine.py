@@ -104,10 +104,7 @@ class Engine:
             return StepResult(loss, 0.0, total)
 
     def predict(self, batch: Any) -> tuple[StepResult, dict[str, Tensor]]:
-        """``evaluate`` on a global batch, and what the model gives besides the loss, by name, on every rank.
-
-        Tensors with a row for each sample come whole, on the CPU, in the batch's order; others are left out.
-        """
+        """``evaluate`` on a global batch, and the model's outputs that have a row per sample, on the CPU of every rank."""
         kept, before = Kept(), self._do
         self._do = {**before, Kind.F: kept.around(before[Kind.F])}
         try:
