@@ -123,7 +123,9 @@ RULES: dict[str, Rule] = {
     "partitioner starts no processes": Names(package("torch.distributed"), ("partitioner/*",)),
     "runtime knows nothing above it": Names(ABOVE, ("runtime/*",)),
     "schedules, plan, mesh, graph and report do without torch": Names(package("torch"), NO_TORCH),
-    "transformers has one door": Names(rf"{package('transformers')}|{package('accelerate')}|{package('peft')}", door=("hf/*",)),
+    "transformers has one door": Names(
+        rf"{package('transformers')}|{package('accelerate')}|{package('peft')}", door=("hf/*",)
+    ),
     "torch.fx has its doors": Names(
         package("torch.fx"),
         door=("partitioner/tracer/*", "runtime/stage_code.py", "runtime/tensor_parallel/*"),

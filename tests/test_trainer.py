@@ -107,14 +107,18 @@ def test_a_step_that_is_not_finite_names_its_samples_and_leaves_the_weights(tmp_
 
     trainer = run(0)
     before = {}
-    with pytest.raises(FloatingPointError, match=r"the batch is samples \[12, 13, 14, 15\]; training.skip_bad_steps = 0"):
+    with pytest.raises(
+        FloatingPointError, match=r"the batch is samples \[12, 13, 14, 15\]; training.skip_bad_steps = 0"
+    ):
         trainer.train()
     before = trainer.engine.full_state_dict()
     assert all(torch.isfinite(tensor).all() for tensor in before.values())
     lenient = run(1)
     lenient.train()
     assert (lenient.state.skipped, lenient.state.step) == (1, 4)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), lenient.engine.full_state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.values(), lenient.engine.full_state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
@@ -165,7 +169,9 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None
         Training(steps=3, epochs=1.0)
     asked = quick(tmp_path, evaluation=Evaluation(every=3, metric="eval_f1"))
     trainer = Trainer(build("llama"), asked, data("llama", 40, 1), data("llama", 8, 2))
-    with pytest.raises(ValueError, match=r"evaluation.metric = 'eval_f1' is none of \['eval_loss', 'eval_perplexity'\]"):
+    with pytest.raises(
+        ValueError, match=r"evaluation.metric = 'eval_f1' is none of \['eval_loss', 'eval_perplexity'\]"
+    ):
         trainer.train()
 
 
@@ -205,7 +211,9 @@ def test_generate_says_what_transformers_says(tmp_path: Path) -> None:
         theirs = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
                                 pad_token_id=0, eos_token_id=None)[0]  # fmt: skip
         assert text == theirs.tolist()
-    sampled = [generate(trainer.engine, prompts, max_new_tokens=6, temperature=2.0, top_k=20, seed=s) for s in (1, 1, 2)]
+    sampled = [
+        generate(trainer.engine, prompts, max_new_tokens=6, temperature=2.0, top_k=20, seed=s) for s in (1, 1, 2)
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
     stopped = generate(trainer.engine, prompts[:1], max_new_tokens=6, end=made[0][4])
     assert stopped == [made[0][:5]]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import Call, results_of, selected_calls
-from tests.trainer_runs import BATCH, EVERY, STEPS, WHOLE, Ran, by_hf_trainer, by_trainer, by_transformers, far
+from tests.trainer_runs import BATCH, EVERY, STEPS, WHOLE, Ran, by_hf_trainer, by_lora, by_trainer, by_transformers, far
 
 LAYOUTS = ((2, 1), (1, 2), (2, 2))
 
@@ -62,8 +62,11 @@ def calls() -> Iterator[Any]:
         for kind, layouts in (("llama", LAYOUTS), ("bert", LAYOUTS[2:])):
             for dp, pp in layouts:
                 arguments = {"kind": kind, "dp": dp, "pp": pp}
-                name = f"{function}-{kind}-{dp}x{pp}"
-                yield pytest.param(Call(name, f"tests.trainer_runs:{function}", arguments), id=name)
+                name, marks = f"{function}-{kind}-{dp}x{pp}", [pytest.mark.slow] * (kind == "bert")
+                yield pytest.param(Call(name, f"tests.trainer_runs:{function}", arguments), id=name, marks=marks)
+
+
+LORA = [Call(f"by_lora-{dp}x{pp}", "tests.trainer_runs:by_lora", {"dp": dp, "pp": pp}) for dp, pp in LAYOUTS]
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +91,14 @@ def test_on_several_ranks_as_in_one_process(call: Call, result: Callable[[Call],
     assert far(ours, theirs) < 1e-5
     if "hf" in call.name:
         assert ours.metric == pytest.approx(theirs.metric)
+
+
+def test_lora_alone_is_plain_pytorch(tmp_path: Path) -> None:
+    assert by_lora(1, 1, str(tmp_path)) < 1e-10
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("call", [pytest.param(call, id=call.name) for call in LORA])
+def test_lora_on_several_ranks_as_in_one_process(call: Call, result: Callable[[Call], list[Any]]) -> None:
+    assert max(result(call)) < 1e-10

@@ -35,6 +35,7 @@ from merak_like.trainer.settings import (
     Settings,
     Training,
 )
+from tests import training
 
 STEPS, BATCH, EVERY = 50, 8, 10
 SAMPLES = 60
@@ -164,6 +165,25 @@ def by_trainer(kind: str, dp: int, pp: int, folder: str) -> Ran | None:
         *([line[key] for line in lines if key in line] for key in ("loss", "grad_norm", "learning_rate", "eval_loss")),
         [], trainer.state.best_step or 0, {name: tensor.flatten().tolist() for name, tensor in weights.items()},
     )  # fmt: skip
+
+
+def by_lora(dp: int, pp: int, folder: str) -> float:
+    """How far additions trained by the engine are from plain PyTorch: losses, gradients, norm, weights; with dropout."""
+    from merak_like import hf
+    from merak_like.hf import lora
+    from merak_like.trainer.config import Lora
+
+    model = lora.wrap(build("llama").double(), Lora(r=4, dropout=0.1))
+    rows = data("llama", 19, 1)
+    batch = {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels")}
+    count = hf.loss_weight(model)
+    assert count is not None
+    one = training.Subject(model, lambda: batch, None, count)
+    ours = training.by_engine(one, [batch] * 4, dp, pp, 4 // dp)
+    if not ours.weights:
+        return 0.0
+    assert {name for name in ours.steps[0].gradients if "lora" not in name} == set()
+    return training.same(ours, training.plainly(one, [batch] * 4, 4), 1e-10)
 
 
 def _ran(state: Any, weights: dict[str, Tensor]) -> Ran:

@@ -11,7 +11,9 @@ from transformers import AutoTokenizer
 from merak_like.hf import _dtype, pretrained
 
 
-def export(folder: Path, output: Path, *, base: Path | None = None, dtype: str | None = None, shard: str = "5GB") -> int:
+def export(
+    folder: Path, output: Path, *, base: Path | None = None, dtype: str | None = None, shard: str = "5GB"
+) -> int:
     """Write the model in ``folder`` to ``output``; how many parameters it has.
 
     The additions of a LoRA adapter are merged into the weights of ``base``. Raises ValueError for an adapter without

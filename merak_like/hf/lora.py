@@ -12,7 +12,9 @@ from torch import Tensor, nn
 try:
     import peft
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"LoRA needs peft, but {error}: pip install 'merak-like[peft]'", name=error.name) from None
+    raise ModuleNotFoundError(
+        f"LoRA needs peft, but {error}: pip install 'merak-like[peft]'", name=error.name
+    ) from None
 
 from merak_like.trainer.config import Lora
 
@@ -23,7 +25,11 @@ def wrap(model: nn.Module, asked: Lora, *, seed: int = 0) -> nn.Module:
     The model must have its weights (not be on the meta device). A classifier's new head is trained whole. Raises
     ValueError for targets that match no module.
     """
-    names = "all-linear" if asked.targets == "all-linear" else ([asked.targets] if isinstance(asked.targets, str) else list(asked.targets))
+    names = (
+        "all-linear"
+        if asked.targets == "all-linear"
+        else ([asked.targets] if isinstance(asked.targets, str) else list(asked.targets))
+    )
     kinds = {"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
              "TokenClassification": "TOKEN_CLS", "ConditionalGeneration": "SEQ_2_SEQ_LM"}  # fmt: skip
     kind = next((task for end, task in kinds.items() if type(model).__name__.endswith(end)), None)

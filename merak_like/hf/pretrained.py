@@ -42,7 +42,9 @@ def load(
     """
     data = {**(hf.read_config(folder) if folder is not None else {}), **changes}
     if "model_type" not in data:
-        raise ValueError("model.config has no model_type, such as llama or gpt2: it says which model the fields are for")
+        raise ValueError(
+            "model.config has no model_type, such as llama or gpt2: it says which model the fields are for"
+        )
     if pretrained and not has_weights(folder):
         raise ValueError(f"model.pretrained, but {folder} has no safetensors files")
     model, _ = hf.from_config(data, batch=1, task=task, dtype=dtype)

@@ -40,7 +40,9 @@ def tokenizer(folder: Path) -> Tokenizer:
     try:
         made: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # each kind of tokenizer fails in its own way
-        raise ValueError(f"{folder} has no tokenizer that transformers can read: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"{folder} has no tokenizer that transformers can read: {' '.join(str(error).split())}"
+        ) from None
     finally:
         logging.getLogger("transformers").setLevel(level)
     end = made.eos_token_id if made.eos_token_id is not None else made.sep_token_id

@@ -104,7 +104,11 @@ class HFTrainer(transformers.Trainer):
         """A batch of the first samples, without a random number drawn."""
         data, size = self.train_dataset, self.args.per_device_train_batch_size
         with torch.random.fork_rng():
-            items = iter(data) if isinstance(data, torch.utils.data.IterableDataset) else (data[i] for i in range(len(data)))
+            items = (
+                iter(data)
+                if isinstance(data, torch.utils.data.IterableDataset)
+                else (data[i] for i in range(len(data)))
+            )
             collate = self._get_collator_with_removed_columns(self.data_collator)
             return _plain(collate([item for item, _ in zip(items, range(size), strict=False)]))
 

@@ -1,9 +1,9 @@
 """A run as one file: YAML, checked field by field, every key of which the command line can override.
 
-    model: {path: gpt2}
-    data: {train: corpus.jsonl, seq: 512}
-    training: {steps: 1000, batch: 64}
-    parallelism: {dp: 2, pp: 2}
+model: {path: gpt2}
+data: {train: corpus.jsonl, seq: 512}
+training: {steps: 1000, batch: 64}
+parallelism: {dp: 2, pp: 2}
 """
 
 from __future__ import annotations
@@ -129,7 +129,11 @@ _Loader.add_implicit_resolver(
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1) if path.parent.is_dir() else []
+        near = (
+            get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
+            if path.parent.is_dir()
+            else []
+        )
         raise ValueError(f"there is no file {str(path)!r}{f', perhaps {near[0]!r}' if near else ''}")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)

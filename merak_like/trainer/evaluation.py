@@ -56,5 +56,3 @@ def counts_tokens(engine: Engine) -> bool:
     from merak_like import hf
 
     return hf.loss_weight(engine.model) is not None
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +16,6 @@ from torch import nn
 from merak_like.api import auto_parallel
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.report.text import parse_bytes
-from merak_like.runtime.batches import rows
 from merak_like.runtime.engine import Engine
 from merak_like.trainer.checkpoints import Checkpointer, Weights, forget
 from merak_like.trainer.data.collate import Collate, stack

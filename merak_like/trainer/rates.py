@@ -1,9 +1,9 @@
 """The learning rate at a step, as a pure function: nothing to save, nothing to restore.
 
-    1 |   ____________          constant      rises during the warm-up, then stays
-      |  /  \\_      \\          linear        falls in a line
-      | /     \\__    \\         cosine        falls in half a cosine
-    0 |/         \\_   \\        wsd           stays, and falls in a line at the end (warm-up, stable, decay)
+1 |   ____________          constant      rises during the warm-up, then stays
+  |  /  \\_      \\          linear        falls in a line
+  | /     \\__    \\         cosine        falls in half a cosine
+0 |/         \\_   \\        wsd           stays, and falls in a line at the end (warm-up, stable, decay)
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def warmup_steps(schedule: Schedule, steps: int) -> int:
     """Whole steps of the warm-up. Raises ValueError where it is longer than the training."""
     asked = math.ceil(schedule.warmup * steps) if schedule.warmup < 1 else int(schedule.warmup)
     if asked > steps:
-        raise ValueError(f"schedule.warmup = {asked} steps, but training has {steps}: use fewer, or a share such as 0.1")
+        raise ValueError(
+            f"schedule.warmup = {asked} steps, but training has {steps}: use fewer, or a share such as 0.1"
+        )
     return asked
 
 

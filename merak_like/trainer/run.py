@@ -112,7 +112,13 @@ def _hugging_face(run: Run, data: Datasets | None, tokenizer: Callable[[], Any])
     task = asked.task or ("sequence-classification" if data is not None and data.classes else None)
     whole = run.lora is not None  # additions are made on the CPU, beside weights that are there
     loaded = pretrained.load(
-        asked.path, changes, task=task, dtype=asked.dtype, pretrained=asked.pretrained, seed=run.training.seed, whole=whole
+        asked.path,
+        changes,
+        task=task,
+        dtype=asked.dtype,
+        pretrained=asked.pretrained,
+        seed=run.training.seed,
+        whole=whole,
     )
     if data is None:
         made = rows_of(hf.example_for(loaded.model, SYNTHETIC, None if _sees_images(loaded.model) else run.data.seq))

@@ -50,4 +50,6 @@ def _module(name: str, package: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise ValueError(f"logging.trackers has {package!r}, but {error}: pip install {package}, or leave it out") from None
+        raise ValueError(
+            f"logging.trackers has {package!r}, but {error}: pip install {package}, or leave it out"
+        ) from None

@@ -124,7 +124,9 @@ def _classified(asked: Data, source: Any, others: Any, tokenizer: Tokenizer, see
     assert asked.label is not None
     sides = [list(files.records(*one)) for one in (source, others) if one]
     labels = [[files.field(record, asked.label, "data.label") for record in side] for side in sides]
-    names = sorted({str(label) for side in labels for label in side}, key=lambda name: (not name.isdigit(), _natural(name)))
+    names = sorted(
+        {str(label) for side in labels for label in side}, key=lambda name: (not name.isdigit(), _natural(name))
+    )
     numbers = {name: i for i, name in enumerate(names)}
     made: list[Any] = []
     for side, given in zip(sides, labels, strict=True):
@@ -181,7 +183,9 @@ def _tokenised(
         if lead:
             _write(asked, paths, kind, tokenizer, path)
         elif time.monotonic() - began > timeout:
-            raise TimeoutError(f"rank 0 did not finish {path} in {timeout:.0f} s (is the run's folder shared by all ranks?)")
+            raise TimeoutError(
+                f"rank 0 did not finish {path} in {timeout:.0f} s (is the run's folder shared by all ranks?)"
+            )
         else:
             time.sleep(0.1)
     return path

@@ -23,11 +23,15 @@ def found(pattern: str, kind: str) -> tuple[list[Path], str]:
     if where.is_dir():
         if kind == "datasets" or (where / "state.json").exists() or (where / "dataset_info.json").exists():
             return [where], "datasets"
-        files = sorted(p for p in where.rglob("*") if p.suffix in FORMATS and (kind == "auto" or FORMATS[p.suffix] == kind))
+        files = sorted(
+            p for p in where.rglob("*") if p.suffix in FORMATS and (kind == "auto" or FORMATS[p.suffix] == kind)
+        )
     else:
         files = [Path(name) for name in sorted(glob(str(where), recursive=True))]
     if not files:
-        near = get_close_matches(where.name, [p.name for p in where.parent.glob("*")], 1) if where.parent.is_dir() else []
+        near = (
+            get_close_matches(where.name, [p.name for p in where.parent.glob("*")], 1) if where.parent.is_dir() else []
+        )
         raise ValueError(f"no file {pattern!r}{f', perhaps {near[0]!r}' if near else ''} with data to train on")
     if kind != "auto":
         return files, kind
@@ -57,7 +61,9 @@ def field(record: Mapping[str, Any], name: str, where: str) -> Any:
     """A field of a record; ValueError with the nearest name if it has none."""
     if name not in record:
         near = get_close_matches(name, list(record), 1)
-        raise ValueError(f"{where} = {name!r}, but records have {', '.join(record)}{f', perhaps {near[0]}' if near else ''}")
+        raise ValueError(
+            f"{where} = {name!r}, but records have {', '.join(record)}{f', perhaps {near[0]}' if near else ''}"
+        )
     return record[name]
 
 
