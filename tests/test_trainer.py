@@ -165,7 +165,7 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None
     for asked in (quick(tmp_path, evaluation=Evaluation(every=3)), quick(tmp_path, checkpoints=Checkpoints(best=True))):
         with pytest.raises(ValueError, match="is set, but there is no eval_dataset"):
             Trainer(build("llama"), asked, data("llama", 40, 1))
-    with pytest.raises(ValueError, match="say either training.steps or training.epochs"):
+    with pytest.raises(ValueError, match=r"say either training.steps or training.epochs"):
         Training(steps=3, epochs=1.0)
     asked = quick(tmp_path, evaluation=Evaluation(every=3, metric="eval_f1"))
     trainer = Trainer(build("llama"), asked, data("llama", 40, 1), data("llama", 8, 2))

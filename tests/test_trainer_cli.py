@@ -1,4 +1,4 @@
-"""``merak train`` and what goes with it, as a stranger types them: what is left in the run's folder, and how it says no."""
+"""``merak train`` and what goes with it, as a stranger types them: what is left in the folder, and how it says no."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_run_from_texts_to_a_model(here: Path, capsys: pytest.CaptureFixture[s
     again = {"model": {"path": "exported"}, "data": {"train": "texts.jsonl", "seq": 16}}
     Path("again.yaml").write_text(yaml.safe_dump(BASE | again | {"evaluation": {}, "folder": "more"}))
     run(capsys, "train", "again.yaml", "--max-steps", "1", "optimizer.lr=0")
-    assert read_metrics(Path("more"))[0]["loss"] < [line["loss"] for line in lines if "loss" in line][0]
+    assert read_metrics(Path("more"))[0]["loss"] < next(line["loss"] for line in lines if "loss" in line)
 
 
 def test_a_classifier_learns_classes_by_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_epochs_and_seeds_differ_and_orders_are_shuffled() -> None:
     assert Order(1000, 1).at(0, 1000) not in (first, second)
     assert Order(7, shuffle=False).at(5, 5) == [5, 6, 0, 1, 2]
     # of 1000 places, neighbours in the data should hardly ever be neighbours in the order
-    assert sum(b == a + 1 for a, b in zip(first, first[1:], strict=False)) < 10
+    assert sum(b == a + 1 for a, b in pairwise(first)) < 10
 
 
 def test_an_order_of_a_trillion_samples_costs_nothing() -> None:
@@ -224,7 +225,7 @@ def test_packing_loses_no_token_and_overfills_no_row(lengths: list[int], width: 
 
 
 def test_padding_free_rows_hold_every_sample_with_its_labels() -> None:
-    samples = [{"input_ids": list(range(n)), "labels": [IGNORED] + list(range(1, n))} for n in (9, 2, 5, 4, 7, 3)]
+    samples = [{"input_ids": list(range(n)), "labels": [IGNORED, *range(1, n)]} for n in (9, 2, 5, 4, 7, 3)]
     batch = PaddingFree(rows=2)(samples)
     assert batch["input_ids"].shape == (2, 15)
     assert int((batch["labels"] != IGNORED).sum()) == sum(n - 1 for n in (9, 2, 5, 4, 7, 3))
@@ -315,7 +316,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"bad.jsonl, line 2: not JSON"):
         read(Data(train=str(tmp_path / "bad.jsonl")), tmp_path / "cache")
     (tmp_path / "x.csv").write_text("a")
-    with pytest.raises(ValueError, match="whose format is not clear: say data.format"):
+    with pytest.raises(ValueError, match=r"whose format is not clear: say data.format"):
         files.found(str(tmp_path / "x.csv"), "auto")
 
 

@@ -168,7 +168,7 @@ def by_trainer(kind: str, dp: int, pp: int, folder: str) -> Ran | None:
 
 
 def by_lora(dp: int, pp: int, folder: str) -> float:
-    """How far additions trained by the engine are from plain PyTorch: losses, gradients, norm, weights; with dropout."""
+    """How far additions trained by the engine are from plain PyTorch: all its numbers, with dropout."""
     from merak_like import hf
     from merak_like.hf import lora
     from merak_like.trainer.config import Lora

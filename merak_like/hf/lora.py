@@ -18,6 +18,12 @@ except ModuleNotFoundError as error:
 
 from merak_like.trainer.config import Lora
 
+TASKS: Mapping[str, str] = {
+    "SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
+    "TokenClassification": "TOKEN_CLS", "ConditionalGeneration": "SEQ_2_SEQ_LM",
+}  # fmt: skip
+"""What PEFT calls the task of a class of transformers whose name ends so; it keeps a new head trained whole."""
+
 
 def wrap(model: nn.Module, asked: Lora, *, seed: int = 0) -> nn.Module:
     """The model with additions, the same on every rank by ``seed``; all else is frozen.
@@ -25,14 +31,9 @@ def wrap(model: nn.Module, asked: Lora, *, seed: int = 0) -> nn.Module:
     The model must have its weights (not be on the meta device). A classifier's new head is trained whole. Raises
     ValueError for targets that match no module.
     """
-    names = (
-        "all-linear"
-        if asked.targets == "all-linear"
-        else ([asked.targets] if isinstance(asked.targets, str) else list(asked.targets))
-    )
-    kinds = {"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
-             "TokenClassification": "TOKEN_CLS", "ConditionalGeneration": "SEQ_2_SEQ_LM"}  # fmt: skip
-    kind = next((task for end, task in kinds.items() if type(model).__name__.endswith(end)), None)
+    whole = asked.targets == "all-linear"
+    names = asked.targets if whole else [asked.targets] if isinstance(asked.targets, str) else list(asked.targets)
+    kind = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None)
     config = peft.LoraConfig(
         r=asked.r, lora_alpha=asked.alpha, lora_dropout=asked.dropout, target_modules=names, task_type=kind
     )

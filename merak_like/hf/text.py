@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,15 +35,12 @@ class Tokenizer:
 
 def tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a folder. Raises ValueError where there is none."""
-    level = logging.getLogger("transformers").level
     try:
         made: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # each kind of tokenizer fails in its own way
         raise ValueError(
             f"{folder} has no tokenizer that transformers can read: {' '.join(str(error).split())}"
         ) from None
-    finally:
-        logging.getLogger("transformers").setLevel(level)
     end = made.eos_token_id if made.eos_token_id is not None else made.sep_token_id
     pad = made.pad_token_id if made.pad_token_id is not None else end
     return Tokenizer(made, end, pad or 0, len(made))

@@ -240,7 +240,7 @@ class HFTrainer(transformers.Trainer):
 
 
 class _View(torch.optim.Optimizer):
-    """The engine's optimizer for transformers' loop to look at: groups and rates are the same, steps are not its own."""
+    """The engine's optimizer for transformers' loop to look at: its groups and rates, but no step of its own."""
 
     def __init__(self, inner: torch.optim.Optimizer | None, lr: float) -> None:
         alone = [{"params": [nn.Parameter(torch.zeros(()))], "lr": lr}]  # of a rank that trains nothing

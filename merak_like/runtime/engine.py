@@ -104,7 +104,7 @@ class Engine:
             return StepResult(loss, 0.0, total)
 
     def predict(self, batch: Any) -> tuple[StepResult, dict[str, Tensor]]:
-        """``evaluate`` on a global batch, and the model's outputs that have a row per sample, on the CPU of every rank."""
+        """``evaluate``, and the model's outputs that have a row for each sample: whole, on the CPU of every rank."""
         kept, before = Kept(), self._do
         self._do = {**before, Kind.F: kept.around(before[Kind.F])}
         try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from merak_like.trainer.settings import Count, Section, Settings, Share
 
@@ -27,7 +27,7 @@ class Model(Section):
     """A folder with a ``config.json``; where it has weights, training starts from them."""
     function: str | None = None
     """``module:function`` returning ``(model, example)`` or ``(model, example, loss_fn)``."""
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = Field(default_factory=dict)
     """Fields of ``config.json``: changes to those of ``path``, or all of them."""
     task: str | None = None
     """``causal-lm``, ``sequence-classification``, ...; None: that of the config."""

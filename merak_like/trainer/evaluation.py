@@ -33,7 +33,7 @@ def evaluated(engine: Engine, data: Samples, collate: Collate, batch: int, most:
 
 
 def enough(batch: Any, parts: int) -> tuple[Any, int]:
-    """A batch of at least ``parts`` rows: the same rows over and over, which leaves every mean what it is; how often."""
+    """A batch of at least ``parts`` rows, and how often each row is in it: repeating all leaves every mean as it is."""
     size = rows(batch)
     times = -(-parts // size)
     return (batch, 1) if times == 1 else (_repeated(batch, size, times), times)

@@ -1,4 +1,4 @@
-"""A run as one HTML page: its curves, its numbers, what it was asked for, and its plan. No network, no script of ours."""
+"""A run as one HTML page that needs no network: its curves, its numbers, what it was asked for, and its plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; } td, th { padding: .15rem .9rem .15rem 0; text-align: left; }
 td:last-child { font-variant-numeric: tabular-nums; } svg { width: 100%; height: auto; }
-pre { background: #f5f5f3; padding: .8rem; overflow: auto; font-size: 13px; } iframe { width: 100%; height: 46rem; border: 1px solid #ddd; }
+pre { background: #f5f5f3; padding: .8rem; overflow: auto; font-size: 13px; }
+iframe { width: 100%; height: 46rem; border: 1px solid #ddd; }
 text { font-size: 12px; fill: #666; } .legend b { font-weight: 500; }
 """
 COLOURS = {"loss": "#a9c3e0", "eval_loss": "#1f4e8c"}
@@ -114,7 +115,7 @@ def chart(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
         for name, points in curves.items()
     )
     ticks = "".join(
-        f'<text x="{LEFT - 8}" y="{place(first, y).split(",")[1]}" text-anchor="end" dominant-baseline="middle">{y:.4g}</text>'
+        f'<text x="{LEFT - 8}" y="{place(first, y).split(",")[1]}" text-anchor="end" dy="4">{y:.4g}</text>'
         for y in (low, (low + high) / 2, high)
     )
     foot = (
@@ -130,4 +131,5 @@ def _files(folder: Path) -> Iterator[str]:
         if (folder / name).is_file():
             yield f"<h2>{title}</h2><pre>{escape((folder / name).read_text(encoding='utf-8'))}</pre>"
     if (folder / "plan.json").is_file():
-        yield f'<h2>The plan</h2><iframe title="plan" srcdoc="{escape(plan_page(Plan.load(folder / "plan.json")))}"></iframe>'
+        inner = escape(plan_page(Plan.load(folder / "plan.json")))
+        yield f'<h2>The plan</h2><iframe title="plan" srcdoc="{inner}"></iframe>'
