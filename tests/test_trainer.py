@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, get_scheduler
 from transformers import Trainer as HF
 
+from merak_like.api import auto_parallel
 from merak_like.trainer.checkpoints import Weights, forget, load_weights, numbered
 from merak_like.trainer.evaluation import enough
 from merak_like.trainer.generate import generate
@@ -184,8 +185,9 @@ def test_checkpoints_are_whole_and_few(tmp_path: Path) -> None:
     assert Weights().latest(tmp_path) == tmp_path / "step-20"
     forget(tmp_path, 2, best=5)
     assert sorted(numbered(tmp_path)) == [5, 15, 20]
-    with pytest.raises(ValueError, match="missing"):
-        load_weights(nn.Linear(2, 2), tmp_path)
+    engine = auto_parallel(nn.Linear(2, 2), example=torch.ones(2, 2), loss_fn=lambda out, _: out.mean(), device="cpu")
+    with pytest.raises(ValueError, match=r"has no \['weight', 'bias'\] \(2 missing\)"):
+        load_weights(engine, tmp_path)
 
 
 def test_bf16_is_autocast(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from merak_like.api import auto_parallel
 from merak_like.runtime.engine import Engine
+from merak_like.runtime.predict import predict
 from merak_like.trainer.checkpoints import load_weights
 from merak_like.trainer.evaluation import enough
 
@@ -202,7 +203,7 @@ class HFTrainer(transformers.Trainer):
         with self.autocast_smart_context_manager():
             if prediction_loss_only:
                 return torch.tensor(self.engine.evaluate(full).loss), None, None
-            result, outputs = self.engine.predict(full)
+            result, outputs = predict(self.engine, full)
         if ignore_keys is None:
             ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"])
         rows = len(next(iter(outputs.values()))) // times if outputs else 0
@@ -236,7 +237,7 @@ class HFTrainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         assert self.engine is not None
-        load_weights(self.model, Path(str(self.state.best_model_checkpoint)))
+        load_weights(self.engine, Path(str(self.state.best_model_checkpoint)))
 
 
 class _View(torch.optim.Optimizer):

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.schedules.action import Action, Edges, Kind
 from merak_like.runtime import collect, rng
-from merak_like.runtime.batches import LossWeight, rows, split
+from merak_like.runtime.batches import LossWeight, split
 from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.groups import Groups
 from merak_like.runtime.initialize import World
 from merak_like.runtime.links import Links
 from merak_like.runtime.optimizer import StepResult, agree_on, check_finite, clip, squared_norm
 from merak_like.runtime.orders import Orders
-from merak_like.runtime.predict import Kept
 from merak_like.runtime.programs import Program, Programs
 from merak_like.runtime.recording import Profile, Recorder
 from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
@@ -102,16 +101,6 @@ class Engine:
                     module.training = training
             loss, _ = self._numbers(0.0)
             return StepResult(loss, 0.0, total)
-
-    def predict(self, batch: Any) -> tuple[StepResult, dict[str, Tensor]]:
-        """``evaluate``, and the model's outputs that have a row for each sample: whole, on the CPU of every rank."""
-        kept, before = Kept(), self._do
-        self._do = {**before, Kind.F: kept.around(before[Kind.F])}
-        try:
-            result = self.evaluate(batch)
-        finally:
-            self._do = before
-        return result, kept.whole([rows(part) for part in self._batches], self.groups.coord.dp, self.world, self._watch)
 
     def _run(self, batch: Any, batch_is_global: bool, *, training: bool) -> int:
         """Run every action of this rank's order; how many items the loss is the mean of."""

@@ -9,11 +9,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from merak_like.partitioner.schedules.action import Action
+from merak_like.partitioner.schedules.action import Action, Kind
+from merak_like.runtime.batches import rows
+from merak_like.runtime.engine import Engine
 from merak_like.runtime.initialize import World
+from merak_like.runtime.optimizer import StepResult
 from merak_like.runtime.watch import Watch
 
 LOSS = "loss"
+
+
+def predict(engine: Engine, batch: Any) -> tuple[StepResult, dict[str, Tensor]]:
+    """``engine.evaluate`` on a global batch, and what the model gives besides the loss, by name, on every rank.
+
+    Tensors with a row for each sample come whole, on the CPU, in the batch's order; others are left out.
+    """
+    kept, before = Kept(), engine._do
+    engine._do = {**before, Kind.F: kept.around(before[Kind.F])}
+    try:
+        result = engine.evaluate(batch)
+    finally:
+        engine._do = before
+    sizes = [rows(part) for part in engine._batches]
+    return result, kept.whole(sizes, engine.groups.coord.dp, engine.world, engine._watch)
 
 
 class Kept:

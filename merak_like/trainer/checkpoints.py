@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from merak_like.runtime.engine import Engine
 
@@ -66,7 +65,7 @@ class Weights:
 
     def load(self, folder: Path, engine: Engine) -> Mapping[str, Any]:
         """Copy the weights of this rank's stage into it."""
-        load_weights(engine.model, folder)
+        load_weights(engine, folder)
         return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
     def latest(self, folder: Path) -> Path | None:
@@ -91,26 +90,30 @@ def forget(folder: Path, keep: int | None, best: int | None) -> None:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Fill what is not on the meta device from a folder of safetensors; only these tensors are read.
+def load_weights(engine: Engine, folder: Path) -> None:
+    """Fill what this rank holds, or its part of it, from a folder of safetensors; only that is read.
 
     Raises ValueError, naming them, where tensors are missing; a tied one may be there under any of its names.
     """
     from safetensors import safe_open
 
-    wanted = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if not tensor.is_meta}
-    names: dict[int, list[str]] = {}
+    wanted = {name: tensor for name, tensor in engine.model.state_dict(keep_vars=True).items() if not tensor.is_meta}
+    left: dict[int, list[str]] = {}
     for name, tensor in wanted.items():
-        names.setdefault(id(tensor), []).append(name)
-    left = dict(names)
+        left.setdefault(id(tensor), []).append(name)
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             there = set(file.keys())
             for key, aliases in list(left.items()):
                 name = next((name for name in aliases if name in there), None)
-                if name is not None:
+                if name is None:
+                    continue
+                divided = next((alias for alias in aliases if alias in engine._shards.layouts), None)
+                if divided is None:
                     wanted[name].copy_(file.get_tensor(name))
-                    del left[key]
+                else:
+                    engine._shards.read(divided, file.get_slice(name), wanted[name])
+                del left[key]
     if left:
         missing = [aliases[0] for aliases in left.values()]
         raise ValueError(f"{folder} has no {missing[:5]} ({len(missing)} missing): is it a checkpoint of this model?")

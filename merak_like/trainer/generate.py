@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from merak_like.runtime.engine import Engine
+from merak_like.runtime.predict import predict
 from merak_like.trainer.evaluation import enough
 
 
@@ -35,7 +36,7 @@ def generate(
     for _ in range(max_new_tokens):
         ids = torch.tensor([text + [pad] * (width - len(text)) for text in texts])
         full, _ = enough({"input_ids": ids, "labels": ids}, engine.plan.mesh.dp * engine.plan.micro_batches)
-        _, outputs = engine.predict(full)
+        _, outputs = predict(engine, full)
         if "logits" not in outputs:
             raise ValueError(f"{engine.plan.model} gives no logits, but {sorted(outputs)}: it cannot be asked for text")
         last = torch.tensor([len(text) - 1 for text in texts])
