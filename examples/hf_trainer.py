@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from merak_like.hf.trainer import HFTrainer as Trainer  # instead of: from transformers import Trainer
+from merak_like import HFTrainer as Trainer  # instead of: from transformers import Trainer
 
 torch.manual_seed(0)
 small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -102,14 +102,14 @@ def by_transformers(kind: str, size: int, accumulation: int, samples: int = SAMP
     return _ran(trainer.state, trainer.model.state_dict())
 
 
-def by_hf_trainer(kind: str, dp: int, pp: int, folder: str) -> Ran | None:
+def by_hf_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1) -> Ran | None:
     """The same script with another class and the degrees."""
     from merak_like.hf.trainer import HFTrainer
 
     trainer = HFTrainer(
-        build(kind), arguments(f"{folder}/hf-{kind}-{dp}x{pp}", BATCH // 2 // dp, 2, BATCH // dp),
+        build(kind), arguments(f"{folder}/hf-{kind}-{dp}x{pp}x{tp}", BATCH // 2 // dp, 2, BATCH // dp),
         train_dataset=data(kind, SAMPLES, 1), eval_dataset=data(kind, 20, 2), compute_metrics=accuracy,
-        dp=dp, pp=pp, engine={"hardware": "a100-80gb"},
+        dp=dp, pp=pp, tp=tp, engine={"hardware": "a100-80gb"},
     )  # fmt: skip
     trainer.train()
     assert trainer.engine is not None
@@ -140,21 +140,21 @@ class Counting(TrainerCallback):
         self._count("saves")
 
 
-def settings(folder: Path, dp: int = 1, pp: int = 1, **more: Any) -> Settings:
+def settings(folder: Path, dp: int = 1, pp: int = 1, tp: int = 1, **more: Any) -> Settings:
     """Our own way to say it."""
     return Settings(
         training=Training(steps=STEPS, batch=BATCH, shuffle=False),
-        parallelism=Parallelism(dp=dp, pp=pp, hardware="a100-80gb", micro_batches=4 // dp, device="cpu"),
+        parallelism=Parallelism(dp=dp, pp=pp, tp=tp, hardware="a100-80gb", micro_batches=4 // dp, device="cpu"),
         optimizer=Optimizer(lr=1e-3, weight_decay=0.1), schedule=Schedule(name="cosine", warmup=5),
         evaluation=Evaluation(every=EVERY, batch=BATCH), checkpoints=Checkpoints(every=EVERY, best=True),
         logging=Logging(every=1, console=False), folder=folder, **more,
     )  # fmt: skip
 
 
-def by_trainer(kind: str, dp: int, pp: int, folder: str) -> Ran | None:
+def by_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1) -> Ran | None:
     """With our own loop."""
-    where = Path(folder) / f"own-{kind}-{dp}x{pp}"
-    trainer = Trainer(build(kind), settings(where, dp, pp), data(kind, WHOLE, 1), data(kind, 20, 2))
+    where = Path(folder) / f"own-{kind}-{dp}x{pp}x{tp}"
+    trainer = Trainer(build(kind), settings(where, dp, pp, tp), data(kind, WHOLE, 1), data(kind, 20, 2))
     trainer.train()
     weights = trainer.engine.full_state_dict()
     trainer.close()
