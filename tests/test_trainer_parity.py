@@ -3,15 +3,32 @@ the best step, the weights, to 1e-5 over 50 steps, on every layout."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from merak_like.hf.trainer import HFTrainer
 from tests.ranks import Call, results_of, selected_calls
-from tests.trainer_runs import BATCH, EVERY, STEPS, WHOLE, Ran, by_hf_trainer, by_lora, by_trainer, by_transformers, far
+from tests.trainer_runs import (
+    BATCH,
+    EVERY,
+    STEPS,
+    WHOLE,
+    Ran,
+    arguments,
+    build,
+    by_hf_trainer,
+    by_lora,
+    by_trainer,
+    by_transformers,
+    data,
+    far,
+)
 
 LAYOUTS = ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1))
 
@@ -95,6 +112,15 @@ def test_on_several_ranks_as_in_one_process(call: Call, result: Callable[[Call],
         assert ours.metric == pytest.approx(theirs.metric)
 
 
+def test_bf16_is_that_of_transformers(tmp_path: Path) -> None:
+    """To a hundredth: bfloat16 has three digits. It must not be float32 under another name either."""
+    ours = by_hf_trainer("llama", 1, 1, str(tmp_path), bf16=True)
+    theirs = by_transformers("llama", BATCH // 2, 2, bf16=True)
+    assert ours is not None
+    assert ours.loss == pytest.approx(theirs.loss, abs=0.01)
+    assert ours.loss != plain("llama").loss
+
+
 def test_lora_alone_is_plain_pytorch(tmp_path: Path) -> None:
     assert by_lora(1, 1, str(tmp_path)) < 1e-10
 
@@ -104,3 +130,28 @@ def test_lora_alone_is_plain_pytorch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("call", [pytest.param(call, id=call.name) for call in LORA])
 def test_lora_on_several_ranks_as_in_one_process(call: Call, result: Callable[[Call], list[Any]]) -> None:
     assert max(result(call)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 (pass the loss as engine="),
+        ({"torch_compile": True}, "torch_compile=True (stages are not compiled)"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
+    ],
+)
+def test_what_hf_trainer_cannot_honour_is_refused(tmp_path: Path, more: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        HFTrainer(build("llama"), arguments(str(tmp_path), 4, 2, **more), train_dataset=[], eval_dataset=[])
+
+
+def test_what_would_not_be_exact_is_refused(tmp_path: Path) -> None:
+    samples = data("llama", 16, 1)
+    asked = arguments(str(tmp_path), 4, 2)
+    whole = build("llama")
+    optimizers = (torch.optim.SGD(whole.parameters()), None)
+    with pytest.raises(ValueError, match="a rank has its stage only"):
+        HFTrainer(whole, asked, train_dataset=samples, eval_dataset=samples, optimizers=optimizers)
+    with pytest.raises(ValueError, match="not the optimizer's state yet"):
+        HFTrainer(build("llama"), asked, train_dataset=samples, eval_dataset=samples).train(resume_from_checkpoint="x")

@@ -102,12 +102,12 @@ def by_transformers(kind: str, size: int, accumulation: int, samples: int = SAMP
     return _ran(trainer.state, trainer.model.state_dict())
 
 
-def by_hf_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1) -> Ran | None:
+def by_hf_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1, **more: Any) -> Ran | None:
     """The same script with another class and the degrees."""
     from merak_like.hf.trainer import HFTrainer
 
     trainer = HFTrainer(
-        build(kind), arguments(f"{folder}/hf-{kind}-{dp}x{pp}x{tp}", BATCH // 2 // dp, 2, BATCH // dp),
+        build(kind), arguments(f"{folder}/hf-{kind}-{dp}x{pp}x{tp}", BATCH // 2 // dp, 2, BATCH // dp, **more),
         train_dataset=data(kind, SAMPLES, 1), eval_dataset=data(kind, 20, 2), compute_metrics=accuracy,
         dp=dp, pp=pp, tp=tp, engine={"hardware": "a100-80gb"},
     )  # fmt: skip

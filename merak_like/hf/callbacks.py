@@ -44,6 +44,11 @@ class Callbacks:
         theirs.should_save, theirs.should_training_stop = control.save, control.stop
         # Not the handler's own on_*: these also set flags, which are ours to set.
         theirs = self._control = self._handler.call_event(f"on_{event}", self._args, self._state, theirs, **more)
+        if theirs.should_epoch_stop:
+            raise ValueError(
+                "a callback asked to stop the epoch (should_epoch_stop), but batches here run from one epoch into the "
+                "next: ask to stop the training (should_training_stop), or use HFTrainer"
+            )
         control.log, control.evaluate = theirs.should_log, theirs.should_evaluate
         control.save, control.stop = theirs.should_save, theirs.should_training_stop
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class HFTrainer(transformers.Trainer):
 
         elsewhere: list[tuple[nn.Parameter, bool]] = []
         limit = self.args.max_grad_norm
-        with self.autocast_smart_context_manager():
+        with self._precision():
             return auto_parallel(
                 self.model, **self._degrees, example=self._first() if example is None else example, optimizer=factory,
                 max_grad_norm=limit if limit and limit > 0 else None, seed=self.args.seed,
@@ -117,7 +117,7 @@ class HFTrainer(transformers.Trainer):
         """One step of the engine: every micro-batch forward and backward, clipped, and the weights updated."""
         assert self.engine is not None
         batch, _ = enough(_plain(inputs), self._parts)
-        with self.autocast_smart_context_manager():
+        with self._precision():
             result = self.engine.step(batch)
         self._norm = result.grad_norm
         return torch.tensor(result.loss, device=self.args.device)
@@ -127,6 +127,10 @@ class HFTrainer(transformers.Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         return self._norm
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """transformers leaves autocast to accelerate, which would wrap the model's forward."""
+        return torch.autocast(self.args.device.type, torch.bfloat16) if self.args.bf16 else nullcontext()
 
     @property
     def _parts(self) -> int:
@@ -200,7 +204,7 @@ class HFTrainer(transformers.Trainer):
         if not self.label_names or any(batch.get(name) is None for name in self.label_names):
             raise ValueError(f"HFTrainer evaluates on samples with labels, but these have only {sorted(batch)}")
         full, times = enough(batch, self._parts)
-        with self.autocast_smart_context_manager():
+        with self._precision():
             if prediction_loss_only:
                 return torch.tensor(self.engine.evaluate(full).loss), None, None
             result, outputs = predict(self.engine, full)

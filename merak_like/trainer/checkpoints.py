@@ -80,6 +80,15 @@ def numbered(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in names if match}
 
 
+def set_aside(folder: Path, names: Sequence[str]) -> None:
+    """Give what an earlier run left in a folder another name, so that two runs are not taken for one."""
+    for name in names:
+        old = folder / name
+        if old.exists():
+            free = next(n for n in range(1, 10**6) if not (folder / f"{old.stem}-{n}{old.suffix}").exists())
+            old.rename(folder / f"{old.stem}-{free}{old.suffix}")
+
+
 def forget(folder: Path, keep: int | None, best: int | None) -> None:
     """Delete all but the newest checkpoints and the best one."""
     found = numbered(folder)

@@ -17,13 +17,13 @@ from merak_like.api import auto_parallel
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.report.text import parse_bytes
 from merak_like.runtime.engine import Engine
-from merak_like.trainer.checkpoints import Checkpointer, Weights, forget
+from merak_like.trainer.checkpoints import Checkpointer, Weights, forget, set_aside
 from merak_like.trainer.data.collate import Collate, stack
 from merak_like.trainer.data.loader import Loader, Samples, Share
 from merak_like.trainer.data.order import Order
 from merak_like.trainer.evaluation import evaluated
 from merak_like.trainer.groups import optimizer_factory
-from merak_like.trainer.journal import Journal
+from merak_like.trainer.journal import METRICS, Journal
 from merak_like.trainer.rates import rate, warmup_steps
 from merak_like.trainer.settings import Settings
 from merak_like.trainer.speed import meter, peak_bytes
@@ -90,6 +90,8 @@ class Trainer:
         self._share = _share(self.engine, train_dataset, training.batch)
         self.loader = Loader(train_dataset, self._collate, order, training.batch, self._share)
         lead = self.engine.world.rank == 0
+        if lead:
+            set_aside(args.folder, (METRICS, "checkpoints"))
         self.journal = Journal(args.folder, args.logging, args.model_dump(mode="json"), steps, lead=lead)
         self._events = self._listeners(callbacks, tokenizer, len(train_dataset))
         self._tell("init_end")
@@ -102,6 +104,7 @@ class Trainer:
         self.meter = meter(self.engine.plan, "bfloat16" if args.precision == "bf16" else "float32")
         began, first = time.perf_counter(), state.step
         self._tell("train_begin")
+        self._tell("epoch_begin")
         self.journal.start(state.step)
         stop = state.position + (state.steps - state.step) * batch
         with closing(self.loader.ahead(state.position, stop)) as batches:  # type: ignore[type-var]
@@ -111,6 +114,7 @@ class Trainer:
                 self._step(item, time.perf_counter() - asked)
         if args.checkpoints.best and state.best_step is not None:
             self.checkpointer.load(self.checkpoint(state.best_step), self.engine)
+        self._tell("epoch_end")
         self._tell("train_end")
         self.journal.stop()
         seconds = time.perf_counter() - began
@@ -148,6 +152,10 @@ class Trainer:
             self._look()
         if control.save:
             self._save_checkpoint()
+        samples = len(self.loader.samples)
+        if state.position // samples > (state.position - args.training.batch) // samples and not control.stop:
+            self._tell("epoch_end")
+            self._tell("epoch_begin")
 
     def _set_rate(self) -> float:
         factor = rate(self.args.schedule, self.state.step, self.state.steps)
