@@ -63,7 +63,7 @@ bench: $(READY)
 # The site, in build/docs; its tools are the extra `docs`, installed when first asked for.
 docs: $(READY)
 	@$(BIN)/python -c 'import furo, myst_parser, sphinx' 2>/dev/null || \
-		$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt ".[docs]"
+		$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[docs]"
 	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
 setup: $(READY)

@@ -102,7 +102,11 @@ def commands(text: str) -> list[Commands]:
 def shell_cases() -> list[object]:
     """Every shell block of the site."""
     return [
-        pytest.param(one, id=f"docs/{page}.md:{one.line}", marks=[pytest.mark.ranks] * (one.ranks > 1))
+        pytest.param(
+            one,
+            id=f"docs/{page}.md:{one.line}",
+            marks=[pytest.mark.ranks] * (one.ranks > 1) + [pytest.mark.slow] * (page != "quick-start"),
+        )
         for page in SITE
         for one in commands((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"))
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, get_scheduler
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, get_scheduler
 from transformers import Trainer as HF
 
 from merak_like.api import auto_parallel
@@ -51,6 +51,34 @@ def test_callbacks_of_transformers_are_told_and_obeyed(tmp_path: Path) -> None:
     trainer.train()
     trainer.close()
     assert counting.seen == {"steps": 12, "looks": 3, "saves": 2}  # the look at step 3 is the callback's
+
+
+class Epochs(TrainerCallback):
+    """Notes where epochs begin and end."""
+
+    def __init__(self, stop: bool = False) -> None:
+        self.seen: list[str] = []
+        self.stop = stop
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append(f"begin {state.epoch:g}")
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append(f"end {state.epoch:g}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_epoch_stop = self.stop
+
+
+def test_callbacks_are_told_of_epochs_and_cannot_cut_one_short(tmp_path: Path) -> None:
+    epochs = Epochs()
+    asked = quick(tmp_path, training=Training(epochs=2.0, batch=8))
+    Trainer(build("llama"), asked, data("llama", 16, 1), callbacks=[epochs]).train()
+    assert epochs.seen == ["begin 0", "end 1", "begin 1", "end 2"]
+    with pytest.raises(ValueError, match="ask to stop the training"):
+        Trainer(build("llama"), asked, data("llama", 16, 1), callbacks=[Epochs(stop=True)]).train()
+    # What the first of the two runs in this folder left has another name.
+    assert {"metrics.jsonl", "metrics-1.jsonl", "checkpoints-1"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_early_stopping_stops(tmp_path: Path) -> None:

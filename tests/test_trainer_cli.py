@@ -213,8 +213,9 @@ def test_samples_are_made_up_on_demand(here: Path, capsys: pytest.CaptureFixture
     )
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_it_starts_torchrun_and_gives_the_numbers_of_one_process(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
