@@ -167,6 +167,10 @@ def test_a_classifier_learns_classes_by_name(here: Path, capsys: pytest.CaptureF
     run(capsys, "train", "run.yaml")
     model = AutoModelForSequenceClassification.from_pretrained("out/model")
     assert model.config.id2label == {0: "no", 1: "yes"}
+    assert [0 <= line["eval_accuracy"] <= 1 for line in read_metrics(Path("out")) if "eval_loss" in line] == [
+        True,
+        True,
+    ]
 
 
 def test_lora_trains_additions_and_the_export_has_them_merged(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

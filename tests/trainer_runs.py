@@ -91,6 +91,9 @@ def arguments(folder: str, size: int, accumulation: int, eval_size: int = BATCH,
     )  # fmt: skip
 
 
+KEYS = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy")
+
+
 def by_transformers(kind: str, size: int, accumulation: int, samples: int = SAMPLES, **more: Any) -> Ran:
     """Plain, in this process."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
@@ -154,7 +157,9 @@ def settings(folder: Path, dp: int = 1, pp: int = 1, tp: int = 1, **more: Any) -
 def by_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1) -> Ran | None:
     """With our own loop."""
     where = Path(folder) / f"own-{kind}-{dp}x{pp}x{tp}"
-    trainer = Trainer(build(kind), settings(where, dp, pp, tp), data(kind, WHOLE, 1), data(kind, 20, 2))
+    trainer = Trainer(
+        build(kind), settings(where, dp, pp, tp), data(kind, WHOLE, 1), data(kind, 20, 2), compute_metrics=accuracy
+    )
     trainer.train()
     weights = trainer.engine.full_state_dict()
     trainer.close()
@@ -162,8 +167,8 @@ def by_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1) -> Ran | N
         return None
     lines = trainer.state.history
     return Ran(
-        *([line[key] for line in lines if key in line] for key in ("loss", "grad_norm", "learning_rate", "eval_loss")),
-        [], trainer.state.best_step or 0, {name: tensor.flatten().tolist() for name, tensor in weights.items()},
+        *([line[key] for line in lines if key in line] for key in KEYS), trainer.state.best_step or 0,
+        {name: tensor.flatten().tolist() for name, tensor in weights.items()},
     )  # fmt: skip
 
 
@@ -188,9 +193,8 @@ def by_lora(dp: int, pp: int, folder: str) -> float:
 
 def _ran(state: Any, weights: dict[str, Tensor]) -> Ran:
     lines = state.log_history
-    keys = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy")
     return Ran(
-        *([float(line[key]) for line in lines if key in line] for key in keys), state.best_global_step or 0,
+        *([float(line[key]) for line in lines if key in line] for key in KEYS), state.best_global_step or 0,
         {name: tensor.flatten().tolist() for name, tensor in weights.items()},
     )  # fmt: skip
 

@@ -84,6 +84,7 @@ class Journal:
 SHOWN = {
     "loss": "loss {:.4g}", "grad_norm": "gradient norm {:.3g}", "items_per_second": "{:,.0f} items/s",
     "model_flops_utilisation": "MFU {:.1%}", "eval_loss": "eval loss {:.4g}", "eval_perplexity": "perplexity {:.4g}",
+    "eval_accuracy": "accuracy {:.1%}",
 }  # fmt: skip
 """What the console says of a line."""
 

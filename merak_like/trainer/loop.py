@@ -21,7 +21,7 @@ from merak_like.trainer.checkpoints import Checkpointer, Weights, forget, set_as
 from merak_like.trainer.data.collate import Collate, stack
 from merak_like.trainer.data.loader import Loader, Samples, Share
 from merak_like.trainer.data.order import Order
-from merak_like.trainer.evaluation import evaluated
+from merak_like.trainer.evaluation import Metrics, evaluated
 from merak_like.trainer.groups import optimizer_factory
 from merak_like.trainer.journal import METRICS, Journal
 from merak_like.trainer.rates import rate, warmup_steps
@@ -59,8 +59,9 @@ class Trainer:
     ``train_dataset`` has a length and samples by number. ``collate`` makes a batch of some samples: by default the
     data's own ``collate``, else they are stacked. ``loss_fn``, ``loss_weight`` and ``weights`` are those of
     ``auto_parallel``; ``optimizer`` replaces the one of the settings and is called with this rank's parameters.
-    ``callbacks`` are ``TrainerCallback`` objects of transformers. ``compute_metrics`` adds numbers of its own to an
-    evaluation: it is called with the trainer. Raises ValueError for settings that contradict each other.
+    ``callbacks`` are ``TrainerCallback`` objects of transformers. ``compute_metrics`` adds numbers to an evaluation: it
+    gets an object with ``predictions`` and ``label_ids``, arrays that are whole on every rank, as from transformers'
+    Trainer. Raises ValueError for settings that contradict each other.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Trainer:
         loss_weight: Callable[[Any], int] | None = None,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         weights: str | Path | None = None, tokenizer: Any = None, callbacks: Sequence[Any] = (),
-        compute_metrics: Callable[[Trainer], Mapping[str, float]] | None = None,
+        compute_metrics: Metrics | None = None,
         checkpointer: Checkpointer | None = None,
     ) -> None:  # fmt: skip
         self.args, self.model = args, model
@@ -185,10 +186,10 @@ class Trainer:
         asked = self.args.evaluation
         collate = getattr(data, "collate", self._collate)
         with self._precision():
-            numbers = evaluated(self.engine, data, collate, asked.batch or self.args.training.batch, asked.batches)
-        if self._compute_metrics is not None:
-            numbers |= {f"eval_{name.removeprefix('eval_')}": x for name, x in self._compute_metrics(self).items()}
-        return numbers
+            return evaluated(
+                self.engine, data, collate, asked.batch or self.args.training.batch, asked.batches,
+                self._compute_metrics,
+            )  # fmt: skip
 
     def _look(self) -> None:
         numbers, asked, state = self.evaluate(), self.args.evaluation, self.state

@@ -28,6 +28,7 @@ from merak_like.runtime.initialize import rank
 from merak_like.trainer.config import Run, to_yaml
 from merak_like.trainer.data.build import Datasets, datasets, rows_of, split
 from merak_like.trainer.data.collate import Collate, stack
+from merak_like.trainer.evaluation import accuracy
 from merak_like.trainer.loop import Trainer
 
 SYNTHETIC = 1024
@@ -181,6 +182,7 @@ def start(run: Run) -> dict[str, float]:
     trainer = Trainer(
         prepared.model, run, prepared.data.train, prepared.data.eval, collate=prepared.collate,
         loss_fn=prepared.loss_fn, weights=prepared.weights, tokenizer=prepared.tokenizer,
+        compute_metrics=accuracy if prepared.data.classes else None,
     )  # fmt: skip
     if rank() == 0:
         record(run, trainer.engine.plan)
