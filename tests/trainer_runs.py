@@ -111,7 +111,7 @@ def by_hf_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1, **more:
 
     trainer = HFTrainer(
         build(kind), arguments(f"{folder}/hf-{kind}-{dp}x{pp}x{tp}", BATCH // 2 // dp, 2, BATCH // dp, **more),
-        train_dataset=data(kind, SAMPLES, 1), eval_dataset=data(kind, 20, 2), compute_metrics=accuracy,
+        train_dataset=data(kind, SAMPLES, 1), eval_dataset=data(kind, 20, 2), compute_metrics=accuracy if tp == 1 else None,
         dp=dp, pp=pp, tp=tp, engine={"hardware": "a100-80gb"},
     )  # fmt: skip
     trainer.train()
@@ -158,8 +158,9 @@ def by_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1) -> Ran | N
     """With our own loop."""
     where = Path(folder) / f"own-{kind}-{dp}x{pp}x{tp}"
     trainer = Trainer(
-        build(kind), settings(where, dp, pp, tp), data(kind, WHOLE, 1), data(kind, 20, 2), compute_metrics=accuracy
-    )
+        build(kind), settings(where, dp, pp, tp), data(kind, WHOLE, 1), data(kind, 20, 2),
+        compute_metrics=accuracy if tp == 1 else None,
+    )  # fmt: skip
     trainer.train()
     weights = trainer.engine.full_state_dict()
     trainer.close()

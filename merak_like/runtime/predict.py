@@ -22,8 +22,14 @@ LOSS = "loss"
 def predict(engine: Engine, batch: Any) -> tuple[StepResult, dict[str, Tensor]]:
     """``engine.evaluate`` on a global batch, and what the model gives besides the loss, by name, on every rank.
 
-    Tensors with a row for each sample come whole, on the CPU, in the batch's order; others are left out.
+    Tensors with a row for each sample come whole, on the CPU, in the batch's order; others are left out. Raises
+    ValueError under tensor parallelism, where a rank may hold some columns of an output only.
     """
+    if engine.plan.mesh.tp > 1:
+        raise ValueError(
+            f"the outputs of a model on {engine.plan.mesh} may lie in parts on the tensor-parallel ranks and are not "
+            "brought together yet: use tp=1 for predictions and metrics; the loss is there under any tp"
+        )
     kept, before = Kept(), engine._do
     engine._do = {**before, Kind.F: kept.around(before[Kind.F])}
     try:

@@ -71,7 +71,7 @@ def _predicted(outputs: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, Tenso
     labels = batch.get("labels") if isinstance(batch, Mapping) else batch[-1] if isinstance(batch, tuple) else None
     if labels is None or not outputs:
         raise ValueError(
-            "metrics need labels (batch['labels'], or the last of a tuple) and outputs with a row for each sample, but the "
+            "metrics need labels (batch['labels'], or the last of a tuple) and outputs with a row for each sample; the "
             f"model gives {sorted(outputs) or 'none'}"
         )
     return outputs.get("logits", next(iter(outputs.values())))[: rows(batch)].float(), labels

@@ -182,7 +182,7 @@ def start(run: Run) -> dict[str, float]:
     trainer = Trainer(
         prepared.model, run, prepared.data.train, prepared.data.eval, collate=prepared.collate,
         loss_fn=prepared.loss_fn, weights=prepared.weights, tokenizer=prepared.tokenizer,
-        compute_metrics=accuracy if prepared.data.classes else None,
+        compute_metrics=accuracy if prepared.data.classes and run.parallelism.tp == 1 else None,
     )  # fmt: skip
     if rank() == 0:
         record(run, trainer.engine.plan)
