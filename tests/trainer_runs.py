@@ -111,8 +111,8 @@ def by_hf_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1, **more:
 
     trainer = HFTrainer(
         build(kind), arguments(f"{folder}/hf-{kind}-{dp}x{pp}x{tp}", BATCH // 2 // dp, 2, BATCH // dp, **more),
-        train_dataset=data(kind, SAMPLES, 1), eval_dataset=data(kind, 20, 2), compute_metrics=accuracy if tp == 1 else None,
-        dp=dp, pp=pp, tp=tp, engine={"hardware": "a100-80gb"},
+        train_dataset=data(kind, SAMPLES, 1), eval_dataset=data(kind, 20, 2),
+        compute_metrics=accuracy if tp == 1 else None, dp=dp, pp=pp, tp=tp, engine={"hardware": "a100-80gb"},
     )  # fmt: skip
     trainer.train()
     assert trainer.engine is not None

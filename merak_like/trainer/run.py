@@ -21,10 +21,10 @@ from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.report.text import parse_bytes
 from merak_like.partitioner.this_machine import this_machine
-from merak_like.partitioner.tracer import trace
 from merak_like.runtime.batches import rows
 from merak_like.runtime.batches import split as cut
 from merak_like.runtime.initialize import rank
+from merak_like.runtime.tensor_parallel.sharding import sharding
 from merak_like.trainer.config import Run, to_yaml
 from merak_like.trainer.data.build import Datasets, datasets, rows_of, split
 from merak_like.trainer.data.collate import Collate, stack
@@ -167,10 +167,11 @@ def planned(run: Run, prepared: Prepared) -> Plan:
     mesh = Mesh(asked.dp, asked.pp, asked.tp)
     example = prepared.example(run.training.batch)
     parts = mesh.dp * (asked.micro_batches or 1)
-    traced = trace(prepared.model, cut(example, parts)[0], prepared.loss_fn, device="cpu")
+    model = sharding(prepared.model, mesh.tp, prepared.loss_fn)
     limit = parse_bytes(asked.memory_limit) if isinstance(asked.memory_limit, str) else asked.memory_limit
     return make_plan(
-        traced.graph, mesh, hardware=asked.hardware or this_machine(), batch=-(-run.training.batch // parts) * parts,
+        model.graph(model.trace(cut(example, parts)[0], "cpu")), mesh,
+        hardware=asked.hardware or this_machine(), batch=-(-run.training.batch // parts) * parts,
         micro_batches=asked.micro_batches, schedule=asked.schedule, chunks=asked.chunks, recompute=asked.recompute,
         memory_limit=limit,
     )  # fmt: skip
