@@ -5,13 +5,15 @@ OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 examples/hf_trainer.py
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from merak_like import HFTrainer as Trainer  # instead of: from transformers import Trainer
 
 torch.manual_seed(0)
-small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+small: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=100, max_position_embeddings=64, **small))
 rows = (torch.arange(32) + torch.randint(0, 100, (512, 1))) % 100
 data = [{"input_ids": row, "labels": row} for row in rows]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from python_text import CONTEXT, VOCABULARY, prepared
@@ -15,15 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from merak_like.runtime.initialize import rank
 from merak_like.trainer.loop import Trainer
-from merak_like.trainer.settings import (
-    Checkpoints,
-    Evaluation,
-    Optimizer,
-    Parallelism,
-    Schedule,
-    Settings,
-    Training,
-)
+from merak_like.trainer.settings import Checkpoints, Evaluation, Optimizer, Parallelism, Schedule, Settings, Training
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4
+}  # fmt: skip
 
 
 def main() -> None:
@@ -36,7 +33,12 @@ def main() -> None:
     _, rows = prepared(asked.runs, rank())
     data = {name: [{"input_ids": row, "labels": row} for row in part] for name, part in rows.items()}
     with torch.device("meta"):  # no memory here: each rank makes the weights of its own stage
-        small = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+        small: dict[str, Any] = {
+            "hidden_size": 192,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+        }
         model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, **small))
     settings = Settings(
         training=Training(steps=asked.steps, batch=8),

@@ -235,7 +235,7 @@ def test_generate_says_what_transformers_says(tmp_path: Path) -> None:
     prompts = [[3, 4, 5], [50, 51, 52, 53, 54], [7]]
     made = generate(trainer.engine, prompts, max_new_tokens=6)
     trainer.save(tmp_path / "model")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     for prompt, text in zip(prompts, made, strict=True):
         ids = torch.tensor([prompt])
         theirs = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,

@@ -121,12 +121,17 @@ def test_padding_is_not_looked_at_and_not_learned() -> None:
 
 
 def llama() -> nn.Module:
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=64, **small))
 
 
 def gpt2() -> nn.Module:
-    sizes = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    sizes: dict[str, Any] = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
     return GPT2LMHeadModel(GPT2Config(vocab_size=50, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes))
 
 
@@ -193,9 +198,9 @@ def test_packed_rows_train_in_the_engine_like_documents_by_themselves() -> None:
     batch = packed.collate([packed[i] for i in range(len(packed))])
     items = sum(len(d) - 1 for d in documents)
     losses = [model(input_ids=torch.tensor([d]), labels=torch.tensor([d])).loss * (len(d) - 1) for d in documents]
-    plain = sum(losses) / items
+    plain = torch.stack(losses).sum() / items
     plain.backward()
-    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     engine = auto_parallel(model, example=batch, micro_batches=2, hardware="a100-80gb", device="cpu")
     result = engine.step(batch)

@@ -47,11 +47,16 @@ WHOLE = 56
 def build(kind: str) -> nn.Module:
     """A model, the same weights in every process."""
     torch.manual_seed(0)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(vocab_size=100, max_position_embeddings=32, **small))
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(vocab_size=100, max_position_embeddings=32, num_labels=3, **small, **no_dropout)
+    no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config: Any = BertConfig(vocab_size=100, max_position_embeddings=32, num_labels=3, **small, **no_dropout)
     return BertForSequenceClassification(config)
 
 
@@ -102,7 +107,8 @@ def by_transformers(kind: str, size: int, accumulation: int, samples: int = SAMP
             eval_dataset=data(kind, 20, 2), compute_metrics=accuracy,
         )  # fmt: skip
         trainer.train()
-    return _ran(trainer.state, trainer.model.state_dict())
+    trained: Any = trainer.model
+    return _ran(trainer.state, trained.state_dict())
 
 
 def by_hf_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1, **more: Any) -> Ran | None:
@@ -167,10 +173,7 @@ def by_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1) -> Ran | N
     if not weights:
         return None
     lines = trainer.state.history
-    return Ran(
-        *([line[key] for line in lines if key in line] for key in KEYS), trainer.state.best_step or 0,
-        {name: tensor.flatten().tolist() for name, tensor in weights.items()},
-    )  # fmt: skip
+    return _as_ran(lines, trainer.state.best_step, weights)
 
 
 def by_lora(dp: int, pp: int, folder: str) -> float:
@@ -193,18 +196,19 @@ def by_lora(dp: int, pp: int, folder: str) -> float:
 
 
 def _ran(state: Any, weights: dict[str, Tensor]) -> Ran:
-    lines = state.log_history
-    return Ran(
-        *([float(line[key]) for line in lines if key in line] for key in KEYS), state.best_global_step or 0,
-        {name: tensor.flatten().tolist() for name, tensor in weights.items()},
-    )  # fmt: skip
+    return _as_ran(state.log_history, state.best_global_step, weights)
+
+
+def _as_ran(lines: list[dict[str, float]], best: int | None, weights: dict[str, Tensor]) -> Ran:
+    columns: list[Any] = [[float(line[key]) for line in lines if key in line] for key in KEYS]
+    return Ran(*columns, best or 0, {name: tensor.flatten().tolist() for name, tensor in weights.items()})
 
 
 def far(ours: Ran, theirs: Ran) -> float:
     """The largest difference of all; AssertionError where the runs are not alike in kind."""
     assert ours.best_step == theirs.best_step
     assert ours.weights.keys() == theirs.weights.keys()
-    pairs = [(ours[i], theirs[i]) for i in range(4)]
+    pairs: list[tuple[Any, Any]] = [(ours[i], theirs[i]) for i in range(4)]
     assert all(len(a) == len(b) for a, b in pairs), [(len(a), len(b)) for a, b in pairs]
     pairs += [(ours.weights[name], theirs.weights[name]) for name in theirs.weights]
     return max(float(np.abs(np.subtract(a, b)).max()) for a, b in pairs)

@@ -34,9 +34,8 @@ def wrap(model: nn.Module, asked: Lora, *, seed: int = 0) -> nn.Module:
     whole = asked.targets == "all-linear"
     names = asked.targets if whole else [asked.targets] if isinstance(asked.targets, str) else list(asked.targets)
     kind = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None)
-    config = peft.LoraConfig(
-        r=asked.r, lora_alpha=asked.alpha, lora_dropout=asked.dropout, target_modules=names, task_type=kind
-    )
+    options: dict[str, Any] = {"lora_alpha": asked.alpha, "target_modules": names, "task_type": kind}
+    config = peft.LoraConfig(r=asked.r, lora_dropout=asked.dropout, **options)
     torch.manual_seed(seed)
     return peft.get_peft_model(model, config)  # type: ignore[arg-type]
 

@@ -79,9 +79,11 @@ class HFTrainer(transformers.Trainer):
         return self.model, train_dataloader
 
     def _build(self, example: Any = None) -> Engine:
+        model: Any = self.model
+
         def factory(parameters: Any) -> torch.optim.Optimizer:
             own = {id(p) for p in parameters}
-            for parameter in self.model.parameters():  # what other ranks hold is not ours to optimise
+            for parameter in model.parameters():  # what other ranks hold is not ours to optimise
                 if id(parameter) not in own:
                     elsewhere.append((parameter, parameter.requires_grad))
                     parameter.requires_grad_(False)
@@ -96,14 +98,15 @@ class HFTrainer(transformers.Trainer):
         limit = self.args.max_grad_norm
         with self._precision():
             return auto_parallel(
-                self.model, **self._degrees, example=self._first() if example is None else example, optimizer=factory,
+                model, **self._degrees, example=self._first() if example is None else example, optimizer=factory,
                 max_grad_norm=limit if limit and limit > 0 else None, seed=self.args.seed,
                 device=self.args.device if self.args.device.type == "cpu" else None, **self._options,
             )  # fmt: skip
 
     def _first(self) -> Any:
         """A batch of the first samples, without a random number drawn."""
-        data, size = self.train_dataset, self.args.per_device_train_batch_size
+        data: Any = self.train_dataset
+        size = self.args.per_device_train_batch_size
         with torch.random.fork_rng():
             items = (
                 iter(data)
@@ -151,7 +154,8 @@ class HFTrainer(transformers.Trainer):
     @contextmanager
     def _as_one_process(self) -> Iterator[None]:
         """accelerate prepares data for one process, the same batch on every rank, and leaves the model alone."""
-        accelerator, config = self.accelerator, self.accelerator.dataloader_config
+        accelerator: Any = self.accelerator
+        config = accelerator.dataloader_config
 
         def prepare(loader: Any) -> Any:
             return prepare_data_loader(
@@ -187,7 +191,7 @@ class HFTrainer(transformers.Trainer):
         """As transformers does it, with the engine's forward."""
         if self.engine is None:  # evaluate() before train()
             self.engine = self._build(_plain(next(iter(dataloader))))
-        modes = {module: module.training for module in self.model.modules()}
+        modes = {module: module.training for module in self.engine.model.modules()}
         try:
             with self._as_one_process():
                 return super().evaluation_loop(dataloader, *arguments, **more)
@@ -208,10 +212,10 @@ class HFTrainer(transformers.Trainer):
             if prediction_loss_only:
                 return torch.tensor(self.engine.evaluate(full).loss), None, None
             result, outputs = predict(self.engine, full)
-        if ignore_keys is None:
-            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"])
+        config = getattr(self.model, "config", None)
+        ignored = ignore_keys or getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
         rows = len(next(iter(outputs.values()))) // times if outputs else 0
-        kept = tuple(t[:rows] for name, t in outputs.items() if name.partition(".")[0] not in ignore_keys)
+        kept = tuple(t[:rows] for name, t in outputs.items() if name.partition(".")[0] not in ignored)
         labels = tuple(batch[name] for name in self.label_names)
         return torch.tensor(result.loss), _alone(kept), _alone(labels)
 

@@ -152,7 +152,8 @@ def _language(asked: Data, made: list[Path], tokenizer: Tokenizer, seed: int) ->
     if len(documents) == 1 and asked.eval_share:  # whole documents: no sentence is on both sides
         documents = list(split(documents[0], asked.eval_share, seed))
     if asked.packing == "documents":
-        return Datasets(*(Packed(side, asked.seq, tokenizer.pad) for side in documents))
+        packed: list[Any] = [Packed(side, asked.seq, tokenizer.pad) for side in documents]
+        return Datasets(*packed)
     return Datasets(*(_Cut(side, asked.seq) for side in documents), collate=Pad(tokenizer.pad, MULTIPLE))
 
 

@@ -52,7 +52,7 @@ class Pad:
     multiple: int = 1
     """Lengths are rounded up to a multiple of it: fewer shapes, so fewer traces."""
 
-    def __call__(self, samples: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The batch."""
         longest = max(len(sample["input_ids"]) for sample in samples)
         width = -(-longest // self.multiple) * self.multiple

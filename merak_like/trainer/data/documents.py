@@ -101,7 +101,7 @@ class PaddingFree:
     multiple: int = 1
     """Lengths of rows are rounded up to a multiple of it: fewer shapes, so fewer traces."""
 
-    def __call__(self, samples: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The batch. Labels of the samples, where they have them, are kept."""
         if len(samples) < self.rows:
             raise ValueError(f"{len(samples)} samples do not fill {self.rows} rows: use fewer rows or a larger batch")
