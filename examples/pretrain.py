@@ -33,13 +33,7 @@ def main() -> None:
     _, rows = prepared(asked.runs, rank())
     data = {name: [{"input_ids": row, "labels": row} for row in part] for name, part in rows.items()}
     with torch.device("meta"):  # no memory here: each rank makes the weights of its own stage
-        small: dict[str, Any] = {
-            "hidden_size": 192,
-            "intermediate_size": 512,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-        }
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, **small))
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, **SMALL))
     settings = Settings(
         training=Training(steps=asked.steps, batch=8),
         parallelism=Parallelism(dp=asked.dp, pp=asked.pp, tp=asked.tp),
