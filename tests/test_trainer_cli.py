@@ -176,7 +176,13 @@ def test_a_classifier_learns_classes_by_name(here: Path, capsys: pytest.CaptureF
 def test_lora_trains_additions_and_the_export_has_them_merged(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "train", "run.yaml", "--max-steps", "1", "folder=base", "data.eval_share=0", "evaluation.every=")
     run(capsys, "export", "base", "-o", "pretrained")
-    tuned = {"model": {"path": "pretrained"}, "lora": {"r": 4}, "folder": "tuned", "optimizer": {"lr": 0.05}}
+    tuned = {
+        "model": {"path": "pretrained"},
+        "lora": {"r": 4},
+        "folder": "tuned",
+        "optimizer": {"lr": 0.05},
+        "checkpoints": {"best": True},
+    }
     Path("tune.yaml").write_text(yaml.safe_dump(BASE | tuned))
     run(capsys, "train", "tune.yaml")
     assert {path.name for path in Path("tuned/model").glob("*.safetensors")} == {"adapter_model.safetensors"}

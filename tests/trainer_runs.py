@@ -55,7 +55,7 @@ def build(kind: str) -> nn.Module:
     }
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(vocab_size=100, max_position_embeddings=32, **small))
-    no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
     config: Any = BertConfig(vocab_size=100, max_position_embeddings=32, num_labels=3, **small, **no_dropout)
     return BertForSequenceClassification(config)
 
@@ -201,7 +201,8 @@ def _ran(state: Any, weights: dict[str, Tensor]) -> Ran:
 
 def _as_ran(lines: list[dict[str, float]], best: int | None, weights: dict[str, Tensor]) -> Ran:
     columns: list[Any] = [[float(line[key]) for line in lines if key in line] for key in KEYS]
-    return Ran(*columns, best or 0, {name: tensor.flatten().tolist() for name, tensor in weights.items()})
+    flat = {name: tensor.flatten().tolist() for name, tensor in weights.items()}
+    return Ran._make([*columns, best or 0, flat])
 
 
 def far(ours: Ran, theirs: Ran) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 try:
     import peft
@@ -31,6 +31,8 @@ def wrap(model: nn.Module, asked: Lora, *, seed: int = 0) -> nn.Module:
     The model must have its weights (not be on the meta device). A classifier's new head is trained whole. Raises
     ValueError for targets that match no module.
     """
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise ValueError("LoRA adds to weights that are there, but this model is on the meta device: load it first")
     whole = asked.targets == "all-linear"
     names = asked.targets if whole else [asked.targets] if isinstance(asked.targets, str) else list(asked.targets)
     kind = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None)
@@ -38,16 +40,6 @@ def wrap(model: nn.Module, asked: Lora, *, seed: int = 0) -> nn.Module:
     config = peft.LoraConfig(r=asked.r, lora_dropout=asked.dropout, **options)
     torch.manual_seed(seed)
     return peft.get_peft_model(model, config)  # type: ignore[arg-type]
-
-
-def is_wrapped(model: nn.Module) -> bool:
-    """Whether a model has PEFT's additions."""
-    return isinstance(model, peft.PeftModel)
-
-
-def save_adapter(model: Any, path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write the additions only, as ``PeftModel.from_pretrained`` loads them."""
-    model.save_pretrained(path, state_dict=dict(state))
 
 
 def merge(base: str | Path, adapter: str | Path, output: str | Path) -> None:

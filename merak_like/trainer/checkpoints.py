@@ -102,26 +102,31 @@ def forget(folder: Path, keep: int | None, best: int | None) -> None:
 def load_weights(engine: Engine, folder: Path) -> None:
     """Fill what this rank holds, or its part of it, from a folder of safetensors; only that is read.
 
-    Raises ValueError, naming them, where tensors are missing; a tied one may be there under any of its names.
+    The folder of a LoRA adapter has what was trained, under names without PEFT's name for the adapter. Raises
+    ValueError, naming them, where tensors are missing; a tied one may be there under any of its names.
     """
     from safetensors import safe_open
 
     wanted = {name: tensor for name, tensor in engine.model.state_dict(keep_vars=True).items() if not tensor.is_meta}
     left: dict[int, list[str]] = {}
+    adapter = (folder / "adapter_config.json").is_file()
     for name, tensor in wanted.items():
-        left.setdefault(id(tensor), []).append(name)
+        if tensor.requires_grad or not adapter:
+            left.setdefault(id(tensor), []).append(name)
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             there = set(file.keys())
             for key, aliases in list(left.items()):
-                name = next((name for name in aliases if name in there), None)
+                saved = [name.replace(".modules_to_save", "").replace(".default", "") for name in aliases if adapter]
+                name = next((name for name in (*aliases, *saved) if name in there), None)
                 if name is None:
                     continue
+                into = wanted[aliases[0]]
                 divided = next((alias for alias in aliases if alias in engine._shards.layouts), None)
                 if divided is None:
-                    wanted[name].copy_(file.get_tensor(name))
+                    into.copy_(file.get_tensor(name))
                 else:
-                    engine._shards.read(divided, file.get_slice(name), wanted[name])
+                    engine._shards.read(divided, file.get_slice(name), into)
                 del left[key]
     if left:
         missing = [aliases[0] for aliases in left.values()]
