@@ -56,7 +56,7 @@ def build(kind: str) -> nn.Module:
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(vocab_size=100, max_position_embeddings=32, **small))
     no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
-    config: Any = BertConfig(vocab_size=100, max_position_embeddings=32, num_labels=3, **small, **no_dropout)
+    config = BertConfig(vocab_size=100, max_position_embeddings=32, **small, **no_dropout)
     return BertForSequenceClassification(config)
 
 
