@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,9 @@ from merak_like.trainer.data.documents import PaddingFree, documents_of, fill_ro
 from merak_like.trainer.data.loader import Loader, Share
 from merak_like.trainer.data.order import Order
 from merak_like.trainer.data.tokens import Packed, TokenFile, write_tokens
+from merak_like.trainer.journal import Journal
+from merak_like.trainer.settings import Logging
+from merak_like.trainer.trackers import TRACKERS
 
 # --- order -----------------------------------------------------------------------------------------------------------
 
@@ -332,3 +337,35 @@ def test_a_share_is_kept_for_evaluation_the_same_every_time() -> None:
     assert [held[i] for i in range(10)] == [split(data, 0.2, 3)[1][i] for i in range(10)]
     with pytest.raises(ValueError, match="leaves one side empty"):
         split(data, 0.001, 0)
+
+
+def test_a_missing_package_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "a.parquet").write_text("")
+    with pytest.raises(ValueError, match=r"these files need pyarrow: pip install 'merak-like\[data\]'"):
+        list(files.records([tmp_path / "a.parquet"], "parquet"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"logging.trackers has 'wandb', but .*: pip install wandb, or leave it out"):
+        TRACKERS["wandb"](tmp_path, "project", {})
+
+
+def test_a_tracker_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the package, which is not installed everywhere: names and steps arrive, and it is closed."""
+    seen: list[Any] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            seen.append(folder)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            seen.append((name, value, step))
+
+        def close(self) -> None:
+            seen.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    journal = Journal(tmp_path, Logging(console=False, trackers=("tensorboard",)), {}, 5, lead=True)
+    journal.write(3, {"loss": 1.5})
+    journal.close()
+    assert seen == [str(tmp_path / "tensorboard"), ("loss", 1.5, 3), "closed"]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.5
