@@ -15,7 +15,7 @@ TORCH_PIN := $(shell sed -n 's/^torch==/==/p' constraints.txt)
 FIND_TORCH := from importlib.metadata import version; from pip._vendor.packaging.specifiers import SpecifierSet; \
 	found = version("torch"); assert found in SpecifierSet("$(TORCH_RANGE)"); print(found)
 
-.PHONY: demo plans train test test-all lint types unit bench setup clean
+.PHONY: demo plans train test test-all lint types unit bench docs setup clean
 .DEFAULT_GOAL := test
 
 demo: plans train
@@ -59,6 +59,12 @@ bench: $(READY)
 	$(BIN)/torchrun --nproc-per-node 2 benchmarks/pipeline/main.py
 	$(BIN)/python benchmarks/paced/main.py
 	$(BIN)/python benchmarks/tables.py
+
+# The site, in build/docs; its tools are the extra `docs`, installed when first asked for.
+docs: $(READY)
+	@$(BIN)/python -c 'import furo, myst_parser, sphinx' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[docs]"
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
 setup: $(READY)
 

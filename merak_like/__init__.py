@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from merak_like.api import auto_parallel as auto_parallel
+    from merak_like.hf.trainer import HFTrainer as HFTrainer
     from merak_like.partitioner.graph import ProxyGraph as ProxyGraph
     from merak_like.partitioner.hardware import Hardware as Hardware
     from merak_like.partitioner.mesh import Mesh as Mesh
@@ -17,16 +18,21 @@ if TYPE_CHECKING:
     from merak_like.partitioner.simulator import simulate as simulate
     from merak_like.partitioner.tracer import trace as trace
     from merak_like.runtime.engine import Engine as Engine
+    from merak_like.trainer.loop import Trainer as Trainer
+    from merak_like.trainer.settings import Settings as Settings
 
 __version__ = "0.1.0"
 
 # The same names again, for the running program: public name -> the module that defines it.
 PUBLIC = {
     "Engine": "merak_like.runtime.engine",
+    "HFTrainer": "merak_like.hf.trainer",
     "Hardware": "merak_like.partitioner.hardware",
     "Mesh": "merak_like.partitioner.mesh",
     "Plan": "merak_like.partitioner.plan",
     "ProxyGraph": "merak_like.partitioner.graph",
+    "Settings": "merak_like.trainer.settings",
+    "Trainer": "merak_like.trainer.loop",
     "auto_parallel": "merak_like.api",
     "make_plan": "merak_like.partitioner.planner",
     "simulate": "merak_like.partitioner.simulator",

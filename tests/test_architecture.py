@@ -123,7 +123,9 @@ RULES: dict[str, Rule] = {
     "partitioner starts no processes": Names(package("torch.distributed"), ("partitioner/*",)),
     "runtime knows nothing above it": Names(ABOVE, ("runtime/*",)),
     "schedules, plan, mesh, graph and report do without torch": Names(package("torch"), NO_TORCH),
-    "transformers has one door": Names(package("transformers"), door=("hf.py",)),
+    "transformers has one door": Names(
+        rf"{package('transformers')}|{package('accelerate')}|{package('peft')}", door=("hf/*",)
+    ),
     "torch.fx has its doors": Names(
         package("torch.fx"),
         door=("partitioner/tracer/*", "runtime/stage_code.py", "runtime/tensor_parallel/*"),
@@ -211,7 +213,7 @@ INNOCENT = [
     ("partitioner knows nothing above it", "partitioner/planner.py", "from merak_like.partitioner import cost"),
     ("runtime knows nothing above it", "runtime/engine.py", "from merak_like.partitioner.plan import Plan"),
     ("schedules, plan, mesh, graph and report do without torch", "partitioner/cost.py", "import torch"),
-    ("transformers has one door", "hf.py", "import transformers"),
+    ("transformers has one door", "hf/__init__.py", "import transformers"),
     ("torch.fx has its doors", "partitioner/tracer/record.py", "from torch.fx import Graph"),
     ("the environment has one reader", "runtime/initialize.py", "import os\nos.environ['RANK']"),
     ("the environment has one reader", "cli/train.py", "import os\nos.path.join('a', 'b')"),

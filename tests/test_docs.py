@@ -1,7 +1,8 @@
 """What the documents tell people to copy does run: every Python block, on as many ranks as the document says.
 
 A block stands alone unless the comment before it says otherwise: ``<!-- run with 2 ranks -->``, or ``<!-- goes on -->``
-where it continues the block before it.
+where it continues the block before it. ``<!-- file NAME -->`` makes a block of any language a file for the shell blocks
+behind it that say ``<!-- run -->``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,17 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/training.md", "docs/checkpoints.md")
+SITE = ("quick-start", "own-model", "fine-tune", "multi-node", "trainer", "errors")
+DOCUMENTS = ("README.md", "docs/training.md", "docs/quick-start.md", "docs/trainer.md", "docs/own-model.md",
+             "docs/checkpoints.md")  # fmt: skip
 BLOCK = re.compile(r"^(?:<!-- (?P<word>.*?) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+LINKED = sorted(
+    {*DOCUMENTS, *(f"docs/{page}.md" for page in SITE), "docs/plan.md", "docs/install.md"}
+    | {"CONTRIBUTING.md", "ARCHITECTURE.md"}
+)
+FENCED = re.compile(r"^<!-- (?P<word>file|run)(?P<more>.*?) -->\n```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
 
 
 class Script(NamedTuple):
@@ -33,6 +43,8 @@ def scripts(text: str) -> list[Script]:
     found: list[Script] = []
     for block in BLOCK.finditer(text):
         word, line = block["word"] or "run with 1 rank", text.count("\n", 0, block.start("code"))
+        if word.startswith("file "):
+            continue
         if word == "goes on":
             last = found.pop()
             found.append(last._replace(code=f"{last.code}\n{block['code']}"))
@@ -65,15 +77,63 @@ def test_code_of_the_documents_runs(script: Script, tmp_path: Path) -> None:
     assert run.returncode == 0, f"{script.code}\n{run.stdout[-2000:]}\n{run.stderr[-6000:]}"
 
 
+class Commands(NamedTuple):
+    """A shell block, and the files it may read."""
+
+    line: int
+    ranks: int
+    code: str
+    files: dict[str, str]
+
+
+def commands(text: str) -> list[Commands]:
+    """The shell blocks of a document that are to be run."""
+    files: dict[str, str] = {}
+    found: list[Commands] = []
+    for block in FENCED.finditer(text):
+        if block["word"] == "file":
+            files[block["more"].strip()] = block["code"]
+        elif block["kind"] == "sh":
+            ranks = re.search(r"with (\d+) ranks", block["more"])
+            line = text.count("\n", 0, block.start("code"))
+            found.append(Commands(line, int(ranks[1]) if ranks else 1, block["code"], dict(files)))
+    return found
+
+
+def shell_cases() -> list[object]:
+    """Every shell block of the site."""
+    return [
+        pytest.param(
+            one,
+            id=f"docs/{page}.md:{one.line}",
+            marks=[pytest.mark.ranks] * (one.ranks > 1) + [pytest.mark.slow] * (page != "quick-start"),
+        )
+        for page in SITE
+        for one in commands((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"))
+    ]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("block", shell_cases())
+def test_commands_of_the_documents_run(block: Commands, tmp_path: Path) -> None:
+    for name, content in block.files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    begin = f'python() {{ {sys.executable} "$@"; }}\nmerak() {{ python -m merak_like.cli "$@"; }}\n'
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        ["bash", "-euc", begin + block.code], cwd=tmp_path, env=environment | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert run.returncode == 0, f"{block.code}\n{run.stdout[-2000:]}\n{run.stderr[-6000:]}"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_no_block_is_left_out(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     assert text.count("```python") == sum(1 for _ in BLOCK.finditer(text)) > 0
 
 
-@pytest.mark.parametrize(
-    "document", [*DOCUMENTS, "CONTRIBUTING.md", "ARCHITECTURE.md", "docs/plan.md", "docs/install.md"]
-)
+@pytest.mark.parametrize("document", LINKED)
 def test_links_lead_somewhere(document: str) -> None:
     file = ROOT / document
     prose = re.sub(r"```.*?```|`[^`]*`", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)

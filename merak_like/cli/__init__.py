@@ -19,6 +19,11 @@ COMMANDS = {
     "html": "merak_like.cli.html_page",
     "simulate": "merak_like.cli.simulate",
     "timeline": "merak_like.cli.timeline",
+    "train": "merak_like.cli.train",
+    "report": "merak_like.cli.report",
+    "export": "merak_like.cli.export",
+    "perplexity": "merak_like.cli.perplexity",
+    "doctor": "merak_like.cli.doctor",
 }
 """Command -> the module whose ``run`` it is. A new command is a new file and a row here."""
 

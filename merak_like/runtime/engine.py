@@ -55,7 +55,7 @@ class Engine(Lasting):
         self._save, self._shards = save, shards
         self._orders = Orders(plan, groups.coord.pp)
         self._work = self._orders.at(programs.edges(), training=True)
-        self._do: Mapping[Kind, Callable[[Action], None]] = {
+        self._do: Mapping[Kind, Callable[[Action], object]] = {
             Kind.F: self._forward, Kind.R: self._recompute, Kind.B: self._backward, Kind.W: self._weight,
             Kind.SEND_F: self._send_forward, Kind.RECV_F: self._post_forward,
             Kind.SEND_B: self._send_backward, Kind.RECV_B: self._post_backward,
@@ -135,7 +135,7 @@ class Engine(Lasting):
         """The stage pairs that talk in this step."""
         return frozenset(edge for program in self._running for edge in program.forward)
 
-    def _forward(self, action: Action) -> None:
+    def _forward(self, action: Action) -> dict[str, Tensor]:
         index, at = action.micro_batch, action.stage
         program = self._running[index]
         received: dict[str, Tensor] = {}
@@ -154,6 +154,7 @@ class Engine(Lasting):
         if "loss" in stage.code.results:
             self._losses[index] = made["loss"].detach()
         self._made[index, at] = {name: made[name] for name in (*stage.code.sent, rng.RNG) if name in made}
+        return {name: made[name] for name in stage.code.results}
 
     def _recompute(self, action: Action) -> None:
         self._running[action.micro_batch].stages[action.stage].recompute(action.micro_batch)
@@ -287,13 +288,17 @@ class Engine(Lasting):
         state = self.full_state_dict()
         if self.world.rank == 0:
             self._save(self.model, Path(path), state)
+        self.barrier()
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
         collect.barrier(self.world, self._watch)
 
     def close(self) -> None:
         """Let go of the process groups; another engine can be built in the same processes."""
         if not self._watch.closed:
             self._end()
-            collect.barrier(self.world, self._watch)
+            self.barrier()
             self._watch.close()
             self._reducer.close()
             self.groups.close()

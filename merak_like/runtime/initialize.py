@@ -38,6 +38,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """This process's number among them; 0 alone."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def variables(*starts: str) -> dict[str, str]:
+    """The environment variables whose names start so, for a report."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(starts)}
+
+
 def join(mesh: Mesh, *, timeout: float, device: torch.device | str | None = None) -> World:
     """Join the job that torchrun started, or use the process group that already exists.
 

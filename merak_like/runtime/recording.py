@@ -14,7 +14,7 @@ from merak_like.runtime import collect
 from merak_like.runtime.initialize import World
 from merak_like.runtime.watch import Watch
 
-Do = Mapping[Kind, Callable[[Action], None]]
+Do = Mapping[Kind, Callable[[Action], object]]
 
 
 class Recorder:
@@ -50,7 +50,7 @@ class Recorder:
         steps = tuple(tuple(tuple(rank[0][i]) for rank in ranks) for i in range(len(self._tails)))
         return Recorded(plan, steps, tuple(tuple(rank[1][i] for rank in ranks) for i in range(len(self._tails))))
 
-    def _timed(self, do: Callable[[Action], None]) -> Callable[[Action], None]:
+    def _timed(self, do: Callable[[Action], object]) -> Callable[[Action], object]:
         def timed(action: Action) -> None:
             start, waited = self._now(), self._watch.waited
             do(action)

@@ -28,16 +28,27 @@ SEQ = 1024
 
 
 def from_config(
-    folder: str | Path, *, batch: int, seq: int | None = None, task: str | None = None, dtype: str | None = None
-) -> tuple[transformers.PreTrainedModel, Batch]:
+    folder: str | Path | Mapping[str, Any], *, batch: int, seq: int | None = None, task: str | None = None,
+    dtype: str | None = None,
+) -> tuple[transformers.PreTrainedModel, Batch]:  # fmt: skip
     """Build the model of a ``config.json`` without weights (on the meta device), and an example batch with labels.
 
-    ``folder`` is a file or the folder of ``config.json``. The task is that of the config's ``architectures`` unless
-    given (see ``TASKS``), the dtype of its weights that of the config. Code that comes with a model is never run.
+    ``folder`` is a file or the folder of ``config.json``, or what stands in it. The task is that of the config's
+    ``architectures`` unless given (see ``TASKS``), the dtype of its weights that of the config. Code that comes with a
+    model is never run.
 
     Raises ValueError, with the nearest thing that works, for a config that is not there, not known or not valid.
     """
-    data = _read(Path(folder).expanduser())
+    config, chosen = configured(folder, task)
+    with torch.device("meta"):
+        made = {} if dtype is None else {"dtype": _dtype(dtype)}
+        model = getattr(transformers, chosen.auto).from_config(config, **made).train()
+    return model, example_for(model, batch, seq)
+
+
+def configured(folder: str | Path | Mapping[str, Any], task: str | None) -> tuple[Any, Task]:
+    """The config, ready to be trained with, and the task of its model. Raises ValueError as ``from_config`` does."""
+    data = dict(folder) if isinstance(folder, Mapping) else read_config(folder)
     config = _config(data)
     chosen = _task_named(task) if task else _task_of(config, data)
     if config.model_type not in chosen.types:
@@ -50,10 +61,7 @@ def from_config(
         part.use_cache = False
         if getattr(part, "pad_token_id", None) is None:
             part.pad_token_id = 0  # classifiers of decoders refuse batches without one
-    with torch.device("meta"):
-        made = {} if dtype is None else {"dtype": _dtype(dtype)}
-        model = getattr(transformers, chosen.auto).from_config(config, **made).train()
-    return model, example_for(model, batch, seq)
+    return config, chosen
 
 
 def example_for(model: nn.Module, batch: int, seq: int | None = None) -> Batch:
@@ -194,7 +202,9 @@ def _task_of(config: Any, data: Mapping[str, Any]) -> Task:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """What stands in a ``config.json``; ``folder`` is the file or its folder."""
+    path = Path(folder).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         beside = sorted(p.parent.name for p in path.glob("*/config.json")) if path.is_dir() else []
@@ -266,6 +276,7 @@ def loss_weight(model: nn.Module) -> Callable[[Mapping[str, Any]], int] | None:
     Language models average over target tokens, -100 excluded (a causal one over ``labels[:, 1:]``); classifiers over
     samples. None where the model does not say.
     """
+    model = getattr(model, "get_base_model", lambda: model)()  # a model that PEFT added to counts as it did before
     kind = getattr(model, "loss_type", None)
     if kind is None and type(model).__name__ in TASKS["causal-lm"].models:
         kind = "ForCausalLM"  # what transformers falls back to

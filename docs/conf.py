@@ -1,0 +1,9 @@
+"""The site: `make docs` writes it to build/docs."""
+
+project = "merak_like"
+extensions = ["myst_parser"]
+html_theme = "furo"
+html_title = "merak_like"
+myst_heading_anchors = 3
+exclude_patterns = ["images/*.md"]
+suppress_warnings = ["myst.xref_missing"]  # links to files outside docs/, which GitHub follows

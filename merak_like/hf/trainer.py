@@ -1,0 +1,293 @@
+"""``HFTrainer``: transformers' own Trainer, its loop, arguments and callbacks, with the engine doing the step.
+
+    trainer = HFTrainer(model, args, train_dataset=..., eval_dataset=..., dp=2, pp=2)
+
+transformers' loop believes to be one process with one large batch: ``per_device_train_batch_size *
+gradient_accumulation_steps * dp`` samples, the same on every rank. The engine cuts it into micro-batches. So
+``trainer.args`` is a copy that says this: accumulation 1, and the batch sizes of the whole job.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from merak_like.api import auto_parallel
+from merak_like.runtime.engine import Engine
+from merak_like.runtime.predict import predict
+from merak_like.trainer.checkpoints import load_weights
+from merak_like.trainer.evaluation import enough
+
+try:
+    from accelerate.data_loader import prepare_data_loader
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"transformers' Trainer needs accelerate, but {error}: pip install 'merak-like[hf]'", name=error.name
+    ) from None
+
+
+class HFTrainer(transformers.Trainer):
+    """A ``transformers.Trainer`` over ``dp x pp x tp`` ranks started by torchrun.
+
+    ``engine`` are further arguments of ``auto_parallel``: ``schedule``, ``micro_batches`` (of a replica in a step;
+    default: ``gradient_accumulation_steps``), ``recompute``, ``plan``, ``hardware``, ``loss_fn`` and so on. Raises
+    ValueError for arguments of transformers that the engine cannot honour.
+    """
+
+    def __init__(
+        self, model: Any = None, args: Any = None, *arguments: Any, dp: int = 1, pp: int = 1, tp: int = 1,
+        engine: Mapping[str, Any] | None = None, **more: Any,
+    ) -> None:  # fmt: skip
+        given = args if args is not None else transformers.TrainingArguments(output_dir="tmp_trainer")
+        self._options: dict[str, Any] = {"micro_batches": given.gradient_accumulation_steps, **(engine or {})}
+        self._degrees = {"dp": dp, "pp": pp, "tp": tp}
+        self.engine: Engine | None = None
+        self._norm = 0.0
+        as_one = copy.copy(given)
+        as_one.per_device_train_batch_size *= given.gradient_accumulation_steps * dp
+        as_one.per_device_eval_batch_size *= dp
+        as_one.gradient_accumulation_steps = 1
+        refused = [f"{name}={value!r} ({why})" for name, value, why in _refused(given, more, type(self))]
+        if refused:
+            raise ValueError(f"HFTrainer cannot honour {'; '.join(refused)}")
+        super().__init__(model, as_one, *arguments, **more)
+        if self.optimizer is not None or self.lr_scheduler is not None:
+            raise ValueError(
+                "optimizers=: they would hold the whole model's parameters, and a rank has its stage only; use "
+                "optimizer_cls_and_kwargs=, or override create_optimizer and create_scheduler"
+            )
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self.engine is None:
+            self.engine = self._build()
+        if self._created_lr_scheduler:
+            self.lr_scheduler, self._created_lr_scheduler = None, False
+        self.optimizer = _View(self.engine.optimizer, self.args.learning_rate)
+        self.create_scheduler(num_training_steps=max_steps)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return self.model, train_dataloader
+
+    def _build(self, example: Any = None) -> Engine:
+        model: Any = self.model
+
+        def factory(parameters: Any) -> torch.optim.Optimizer:
+            own = {id(p) for p in parameters}
+            for parameter in model.parameters():  # what other ranks hold is not ours to optimise
+                if id(parameter) not in own:
+                    elsewhere.append((parameter, parameter.requires_grad))
+                    parameter.requires_grad_(False)
+            try:
+                self.optimizer = None
+                return self.create_optimizer()
+            finally:
+                for parameter, trained in elsewhere:
+                    parameter.requires_grad_(trained)
+
+        elsewhere: list[tuple[nn.Parameter, bool]] = []
+        limit = self.args.max_grad_norm
+        with self._precision():
+            return auto_parallel(
+                model, **self._degrees, example=self._first() if example is None else example, optimizer=factory,
+                max_grad_norm=limit if limit and limit > 0 else None, seed=self.args.seed,
+                device=self.args.device if self.args.device.type == "cpu" else None, **self._options,
+            )  # fmt: skip
+
+    def _first(self) -> Any:
+        """A batch of the first samples, without a random number drawn."""
+        data: Any = self.train_dataset
+        size = self.args.per_device_train_batch_size
+        with torch.random.fork_rng():
+            items = (
+                iter(data)
+                if isinstance(data, torch.utils.data.IterableDataset)
+                else (data[i] for i in range(len(data)))
+            )
+            collate = self._get_collator_with_removed_columns(self.data_collator)
+            return _plain(collate([item for item, _ in zip(items, range(size), strict=False)]))
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One step of the engine: every micro-batch forward and backward, clipped, and the weights updated."""
+        assert self.engine is not None
+        batch, _ = enough(_plain(inputs), self._parts)
+        with self._precision():
+            result = self.engine.step(batch)
+        self._norm = result.grad_norm
+        return torch.tensor(result.loss, device=self.args.device)
+
+    def _clip_grad_norm(self, model: nn.Module) -> float:
+        return self._norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        return self._norm
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """transformers leaves autocast to accelerate, which would wrap the model's forward."""
+        return torch.autocast(self.args.device.type, torch.bfloat16) if self.args.bf16 else nullcontext()
+
+    @property
+    def _parts(self) -> int:
+        """Micro-batches of a step over all replicas."""
+        assert self.engine is not None
+        return self.engine.plan.mesh.dp * self.engine.plan.micro_batches
+
+    # --- as one process ------------------------------------------------------------------------------------------
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Samples of a step over all replicas."""
+        return self._train_batch_size
+
+    def _get_dataloader(self, *arguments: Any, **more: Any) -> Any:
+        with self._as_one_process():
+            return super()._get_dataloader(*arguments, **more)
+
+    @contextmanager
+    def _as_one_process(self) -> Iterator[None]:
+        """accelerate prepares data for one process, the same batch on every rank, and leaves the model alone."""
+        accelerator: Any = self.accelerator
+        config = accelerator.dataloader_config
+
+        def prepare(loader: Any) -> Any:
+            return prepare_data_loader(
+                loader, num_processes=1, process_index=0, even_batches=False, put_on_device=False,
+                use_seedable_sampler=config.use_seedable_sampler, data_seed=config.data_seed,
+            )  # fmt: skip
+
+        accelerator.prepare, accelerator.prepare_model = prepare, lambda model, **_: model
+        try:
+            yield
+        finally:
+            del accelerator.prepare, accelerator.prepare_model
+
+    @property
+    def gather_function(self) -> Any:
+        """What brings together an evaluation's tensors, which are whole on every rank already."""
+
+        def gather(tensors: Any) -> Any:
+            state = self.accelerator.gradient_state
+            last = state.remainder if state.end_of_dataloader else 0
+            return _first_rows(tensors, last) if last > 0 else tensors
+
+        return gather
+
+    @gather_function.setter
+    def gather_function(self, function: Any) -> None: ...
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None: ...
+
+    # --- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, dataloader: Any, *arguments: Any, **more: Any) -> Any:
+        """As transformers does it, with the engine's forward."""
+        if self.engine is None:  # evaluate() before train()
+            self.engine = self._build(_plain(next(iter(dataloader))))
+        modes = {module: module.training for module in self.engine.model.modules()}
+        try:
+            with self._as_one_process():
+                return super().evaluation_loop(dataloader, *arguments, **more)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """The loss, logits and labels of a batch, on every rank."""
+        assert self.engine is not None
+        batch = _plain(inputs)
+        if not self.label_names or any(batch.get(name) is None for name in self.label_names):
+            raise ValueError(f"HFTrainer evaluates on samples with labels, but these have only {sorted(batch)}")
+        full, times = enough(batch, self._parts)
+        with self._precision():
+            if prediction_loss_only:
+                return torch.tensor(self.engine.evaluate(full).loss), None, None
+            result, outputs = predict(self.engine, full)
+        config = getattr(self.model, "config", None)
+        ignored = ignore_keys or getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
+        rows = len(next(iter(outputs.values()))) // times if outputs else 0
+        kept = tuple(t[:rows] for name, t in outputs.items() if name.partition(".")[0] not in ignored)
+        labels = tuple(batch[name] for name in self.label_names)
+        return torch.tensor(result.loss), _alone(kept), _alone(labels)
+
+    # --- saving --------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole model as ``from_pretrained`` loads it. Every rank calls; rank 0 writes."""
+        if self.engine is None:
+            return super().save_model(output_dir, _internal_call)
+        state = self.engine.full_state_dict()
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, state_dict=state)
+        self.engine.barrier()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Nothing yet: a rank's optimizer knows its own stage, and training on from it is refused."""
+
+    def _save_scaler(self, output_dir: str) -> None: ...
+
+    def _save_rng_state(self, output_dir: str) -> None: ...
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        raise ValueError(
+            f"resume_from_checkpoint={resume_from_checkpoint!r}: checkpoints have the weights but not the optimizer's "
+            "state yet, so training cannot go on from one exactly; to start from its weights, build the model from it"
+        )
+
+    def _load_best_model(self) -> None:
+        assert self.engine is not None
+        load_weights(self.engine, Path(str(self.state.best_model_checkpoint)))
+
+
+class _View(torch.optim.Optimizer):
+    """The engine's optimizer for transformers' loop to look at: its groups and rates, but no step of its own."""
+
+    def __init__(self, inner: torch.optim.Optimizer | None, lr: float) -> None:
+        alone = [{"params": [nn.Parameter(torch.zeros(()))], "lr": lr}]  # of a rank that trains nothing
+        super().__init__(inner.param_groups if inner else alone, {"lr": lr})
+        if inner is not None:
+            self.param_groups, self.state = inner.param_groups, inner.state
+
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The engine has already done it."""
+
+
+def _refused(args: Any, more: Mapping[str, Any], kind: type) -> Iterator[tuple[str, Any, str]]:
+    """Arguments that change the step in ways the engine does not know."""
+    own_loss = kind.compute_loss is not transformers.Trainer.compute_loss
+    checks = (
+        ("label_smoothing_factor", bool(args.label_smoothing_factor), "pass the loss as engine={'loss_fn': ...}"),
+        ("fp16", args.fp16, "use bf16, or none"),
+        ("fsdp", bool(args.fsdp), "the degrees dp, pp and tp say how the model is spread"),
+        ("deepspeed", bool(args.deepspeed), "the degrees dp, pp and tp say how the model is spread"),
+        ("torch_compile", args.torch_compile, "stages are not compiled"),
+        ("neftune_noise_alpha", args.neftune_noise_alpha is not None, "it adds a hook to a model that is traced"),
+        ("auto_find_batch_size", args.auto_find_batch_size, "say memory_limit= in engine= and look at the plan"),
+        ("compute_loss_func", more.get("compute_loss_func") is not None, "pass engine={'loss_fn': ...}"),
+        ("compute_loss", own_loss, "pass the loss as engine={'loss_fn': ...} instead of overriding it"),
+    )
+    yield from ((name, getattr(args, name, True), why) for name, asked, why in checks if asked)
+
+
+def _plain(inputs: Any) -> dict[str, Any]:
+    """A batch as a dict, without what is None: what the model is called with."""
+    return {name: value for name, value in dict(inputs).items() if value is not None}
+
+
+def _first_rows(item: Any, count: int) -> Any:
+    if isinstance(item, Tensor):
+        return item[:count]
+    return type(item)(_first_rows(one, count) for one in item) if isinstance(item, (tuple, list)) else item
+
+
+def _alone(items: tuple[Any, ...]) -> Any:
+    return items[0] if len(items) == 1 else items or None

@@ -1,0 +1,92 @@
+"""Batches by position, and the next ones made ahead by a thread while the step runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from queue import Empty, Full, Queue
+from typing import Any, Protocol
+
+from merak_like.trainer.data.collate import Collate
+from merak_like.trainer.data.order import Order
+
+
+class Samples(Protocol):
+    """What can be trained on: a list, a torch or Hugging Face dataset, a token file."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of a batch this rank reads: rows of one replica, or all."""
+
+    number: int = 0
+    of: int = 1
+
+    def rows(self, batch: int) -> tuple[int, int]:
+        """The first row and the stop."""
+        return batch * self.number // self.of, batch * (self.number + 1) // self.of
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Batches of ``batch`` samples; the one at a position is always the same."""
+
+    samples: Samples
+    collate: Collate
+    order: Order
+    batch: int
+    share: Share = Share()
+
+    def at(self, position: int) -> Any:
+        """The batch (or this rank's share of it) that starts at a position."""
+        start, stop = self.share.rows(self.batch)
+        return self.collate([self.samples[i] for i in self.order.at(position + start, stop - start)])
+
+    def indices(self, position: int) -> list[int]:
+        """Which samples the whole batch at a position is made of."""
+        return self.order.at(position, self.batch)
+
+    def ahead(self, position: int, stop: int, many: int = 2) -> Iterator[Any]:
+        """Batches from a position on up to ``stop``, ``many`` of them made ahead. Close the iterator to end early."""
+        made: Queue[tuple[bool, Any]] = Queue(many)
+        ended = threading.Event()
+        work = threading.Thread(target=self._make, args=(range(position, stop, self.batch), made, ended), daemon=True)
+        work.start()
+        try:
+            for _ in range(position, stop, self.batch):
+                good, item = self._next(made, work)
+                if not good:
+                    raise item
+                yield item
+        finally:
+            ended.set()
+            work.join()
+
+    def _make(self, positions: range, made: Queue[tuple[bool, Any]], ended: threading.Event) -> None:
+        for position in positions:
+            try:
+                item = (True, self.at(position))
+            except Exception as error:  # it belongs to whoever asks for this batch
+                item = (False, error)
+            while not ended.is_set():
+                try:
+                    made.put(item, timeout=0.1)
+                    break
+                except Full:
+                    continue
+            if ended.is_set() or not item[0]:
+                return
+
+    @staticmethod
+    def _next(made: Queue[tuple[bool, Any]], work: threading.Thread) -> tuple[bool, Any]:
+        while True:
+            try:
+                return made.get(timeout=1.0)
+            except Empty:
+                if not work.is_alive() and made.empty():
+                    raise RuntimeError("the thread that makes batches ended without one") from None

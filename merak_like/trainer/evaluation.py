@@ -1,0 +1,113 @@
+"""The loss on other data, and what people measure of a model's predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from merak_like.runtime.batches import rows
+from merak_like.runtime.engine import Engine
+from merak_like.runtime.predict import predict
+from merak_like.trainer.data.collate import IGNORED, Collate
+from merak_like.trainer.data.loader import Samples
+
+
+class Predictions(NamedTuple):
+    """What transformers' Trainer hands to ``compute_metrics``, under the same names."""
+
+    predictions: NDArray[Any]
+    """The model's ``logits``, or its first output besides the loss."""
+    label_ids: NDArray[Any]
+
+
+Metrics = Callable[[Any], Mapping[str, float]]
+"""From ``Predictions`` to numbers by name; functions written for transformers' Trainer fit."""
+
+
+def accuracy(made: Predictions) -> dict[str, float]:
+    """The share of classes that are right."""
+    return {"accuracy": float((made.predictions.argmax(-1) == made.label_ids).mean())}
+
+
+def evaluated(
+    engine: Engine, data: Samples, collate: Collate, batch: int, most: int | None = None,
+    metrics: Metrics | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """``eval_loss``, the mean over all items of all batches; for language models ``eval_perplexity``; and ``metrics``.
+
+    With ``metrics`` every rank gathers all predictions: choose data for which they fit into memory.
+    """
+    loss, items = 0.0, 0
+    made_of: list[tuple[Tensor, Tensor]] = []
+    starts = range(0, len(data), batch)[:most]
+    for start in starts:
+        made = collate([data[i] for i in range(start, min(start + batch, len(data)))])
+        full, times = enough(made, engine.plan.mesh.dp * engine.plan.micro_batches)
+        if metrics is None:
+            result = engine.evaluate(full)
+        else:
+            result, outputs = predict(engine, full)
+            made_of.append(_predicted(outputs, made))
+        loss, items = loss + result.loss * (result.tokens // times), items + result.tokens // times
+    if not items:
+        raise ValueError("the data to evaluate on is empty")
+    numbers = {"eval_loss": loss / items}
+    if counts_tokens(engine):
+        numbers["eval_perplexity"] = math.exp(min(loss / items, 700.0))
+    if metrics is not None:
+        given = Predictions(*(_joined(tensors) for tensors in zip(*made_of, strict=True)))
+        numbers |= {f"eval_{name.removeprefix('eval_')}": float(value) for name, value in metrics(given).items()}
+    return numbers
+
+
+def _predicted(outputs: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
+    """Logits and labels of a batch; rows that were repeated to fill it are left out."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else batch[-1] if isinstance(batch, tuple) else None
+    if labels is None or not outputs:
+        raise ValueError(
+            "metrics need labels (batch['labels'], or the last of a tuple) and outputs with a row for each sample; the "
+            f"model gives {sorted(outputs) or 'none'}"
+        )
+    return outputs.get("logits", next(iter(outputs.values())))[: rows(batch)].float(), labels
+
+
+def _joined(tensors: tuple[Tensor, ...]) -> NDArray[Any]:
+    """Batches of different widths are filled up with -100, as transformers does."""
+    width = max(tensor.shape[1] if tensor.dim() > 1 else 0 for tensor in tensors)
+    filled = [
+        torch.cat([t, t.new_full((len(t), width - t.shape[1], *t.shape[2:]), IGNORED)], 1) if t.dim() > 1 else t
+        for t in tensors
+    ]
+    return np.asarray(torch.cat(filled))
+
+
+def enough(batch: Any, parts: int) -> tuple[Any, int]:
+    """A batch of at least ``parts`` rows, and how often each row is in it: repeating all leaves every mean as it is."""
+    size = rows(batch)
+    times = -(-parts // size)
+    return (batch, 1) if times == 1 else (_repeated(batch, size, times), times)
+
+
+def _repeated(item: Any, size: int, times: int) -> Any:
+    if isinstance(item, Tensor):
+        return torch.cat([item] * times) if item.dim() and item.shape[0] == size else item
+    if isinstance(item, Mapping):
+        return {key: _repeated(value, size, times) for key, value in item.items()}
+    if isinstance(item, (tuple, list)):
+        return type(item)(_repeated(value, size, times) for value in item)
+    return item
+
+
+def counts_tokens(engine: Engine) -> bool:
+    """Whether the model's loss is a mean over tokens, so that its exponential is a perplexity."""
+    if not hasattr(engine.model, "config"):
+        return False
+    from merak_like import hf
+
+    return hf.loss_weight(engine.model) is not None

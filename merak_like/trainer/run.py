@@ -1,0 +1,223 @@
+"""From a run's file to a trained model in its folder."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merak_like import __version__
+from merak_like.partitioner.mesh import Mesh
+from merak_like.partitioner.plan import Plan
+from merak_like.partitioner.planner import make_plan
+from merak_like.partitioner.report.text import parse_bytes
+from merak_like.partitioner.this_machine import this_machine
+from merak_like.runtime.batches import rows
+from merak_like.runtime.batches import split as cut
+from merak_like.runtime.initialize import rank
+from merak_like.runtime.tensor_parallel.sharding import sharding
+from merak_like.trainer.config import Run, to_yaml
+from merak_like.trainer.data.build import Datasets, datasets, rows_of, split
+from merak_like.trainer.data.collate import Collate, stack
+from merak_like.trainer.evaluation import accuracy
+from merak_like.trainer.loop import Trainer
+
+SYNTHETIC = 1024
+"""Samples of ``data.train: synthetic``."""
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "accelerate", "peft", "datasets", "deepspeed", "pydantic")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run's model and data, before any rank talks to another."""
+
+    model: nn.Module
+    data: Datasets
+    weights: Path | None = None
+    loss_fn: Callable[[Any, Any], Any] | None = None
+    tokenizer: Any = None
+
+    @property
+    def collate(self) -> Collate:
+        """How samples become a batch."""
+        return self.data.collate or getattr(self.data.train, "collate", stack)
+
+    def example(self, batch: int) -> Any:
+        """A batch of the first samples."""
+        train = self.data.train
+        return self.collate([train[i % len(train)] for i in range(batch)])
+
+
+def prepare(run: Run) -> Prepared:
+    """Build the model and read the data. Raises ValueError for what is not there or does not fit together."""
+    texts: list[Any] = []
+
+    def tokenizer() -> Any:
+        if not texts:
+            from merak_like.hf import text
+
+            folder = run.data.tokenizer or run.model.path
+            if folder is None:
+                raise ValueError("texts need a tokenizer: say data.tokenizer, a folder, or model.path with one in it")
+            texts.append(text.tokenizer(folder))
+        return texts[0]
+
+    data = _data(run, tokenizer)
+    if run.model.function:
+        from merak_like.cli.models import source
+
+        made = source(run.model.function, seq=None, task=None, dtype=None).load(run.training.batch)
+        prepared = Prepared(made.model, data or Datasets(_samples(made.example)), loss_fn=made.loss_fn)
+    else:
+        prepared = _hugging_face(run, data, tokenizer)
+    if run.lora is not None:
+        from merak_like.hf import lora
+
+        prepared = replace(prepared, model=lora.wrap(prepared.model, run.lora, seed=run.training.seed), weights=None)
+    return replace(prepared, tokenizer=texts[0] if texts else None)
+
+
+def _data(run: Run, tokenizer: Callable[[], Any]) -> Datasets | None:
+    asked, seed = run.data, run.training.seed
+    if asked.function:
+        made = _called(asked.function)
+        sides = made if isinstance(made, tuple) else (made,)
+        if len(sides) == 1 and asked.eval_share:
+            sides = split(sides[0], asked.eval_share, seed)
+        return Datasets(*sides)
+    if asked.train == "synthetic":
+        return None
+    return datasets(
+        asked, tokenizer, seed=seed, cache=run.folder / "data", lead=rank() == 0, timeout=run.parallelism.timeout
+    )
+
+
+def _hugging_face(run: Run, data: Datasets | None, tokenizer: Callable[[], Any]) -> Prepared:
+    from merak_like import hf
+    from merak_like.hf import pretrained
+
+    asked = run.model
+    changes = dict(asked.config)
+    if data is not None and data.classes:
+        names = dict(enumerate(data.classes))
+        changes = {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}} | changes
+    task = asked.task or ("sequence-classification" if data is not None and data.classes else None)
+    whole = run.lora is not None  # additions are made on the CPU, beside weights that are there
+    loaded = pretrained.load(
+        asked.path,
+        changes,
+        task=task,
+        dtype=asked.dtype,
+        pretrained=asked.pretrained,
+        seed=run.training.seed,
+        whole=whole,
+    )
+    if data is None:
+        made = rows_of(hf.example_for(loaded.model, SYNTHETIC, None if _sees_images(loaded.model) else run.data.seq))
+        data = Datasets(*split(made, run.data.eval_share, run.training.seed)) if run.data.eval_share else Datasets(made)
+    most = getattr(loaded.model.config, "max_position_embeddings", None)
+    if isinstance(most, int) and run.data.seq > most > 0:
+        raise ValueError(f"data.seq = {run.data.seq} tokens, but {type(loaded.model).__name__} has {most} positions")
+    return Prepared(loaded.model, data, loaded.weights)
+
+
+def _sees_images(model: Any) -> bool:
+    return getattr(model, "main_input_name", "input_ids") == "pixel_values"
+
+
+def _samples(example: Any) -> list[Any]:
+    """The rows of an example, as if they were data."""
+    return [_row(part) for part in cut(example, rows(example))]
+
+
+def _row(part: Any) -> Any:
+    """A part of one row without its batch dimension."""
+    if isinstance(part, Tensor):
+        return part[0] if part.dim() else part
+    if isinstance(part, dict):
+        return {key: _row(value) for key, value in part.items()}
+    return tuple(_row(value) for value in part) if isinstance(part, (tuple, list)) else part
+
+
+def _called(spec: str) -> Any:
+    module, _, name = spec.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(import_module(module.removesuffix(".py").replace("/", ".")), name)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"data.function = {spec!r}: {error}") from error
+    finally:
+        sys.path.pop(0)
+
+
+def planned(run: Run, prepared: Prepared) -> Plan:
+    """The plan of a run, without its ranks and without a weight moved."""
+    asked = run.parallelism
+    if asked.plan is not None:
+        return Plan.load(asked.plan)
+    mesh = Mesh(asked.dp, asked.pp, asked.tp)
+    example = prepared.example(run.training.batch)
+    parts = mesh.dp * (asked.micro_batches or 1)
+    model = sharding(prepared.model, mesh.tp, prepared.loss_fn)
+    limit = parse_bytes(asked.memory_limit) if isinstance(asked.memory_limit, str) else asked.memory_limit
+    return make_plan(
+        model.graph(model.trace(cut(example, parts)[0], "cpu")), mesh,
+        hardware=asked.hardware or this_machine(), batch=-(-run.training.batch // parts) * parts,
+        micro_batches=asked.micro_batches, schedule=asked.schedule, chunks=asked.chunks, recompute=asked.recompute,
+        memory_limit=limit,
+    )  # fmt: skip
+
+
+def start(run: Run) -> dict[str, float]:
+    """Train as the run says; its folder then has the plan, the metrics, the checkpoints and the model in ``model/``."""
+    prepared = prepare(run)
+    trainer = Trainer(
+        prepared.model, run, prepared.data.train, prepared.data.eval, collate=prepared.collate,
+        loss_fn=prepared.loss_fn, weights=prepared.weights, tokenizer=prepared.tokenizer,
+        compute_metrics=accuracy if prepared.data.classes and run.parallelism.tp == 1 else None,
+    )  # fmt: skip
+    if rank() == 0:
+        record(run, trainer.engine.plan)
+    summary = trainer.train()
+    trainer.checkpointer.save(run.folder / "model", trainer.engine, trainer.state.to_json())
+    trainer.close()
+    return summary
+
+
+def record(run: Run, plan: Plan) -> None:
+    """Write what a run was: the resolved file, the plan, the environment."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "config.resolved.yaml").write_text(to_yaml(run), encoding="utf-8")
+    plan.save(run.folder / "plan.json")
+    (run.folder / "env.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions, as plain data."""
+    return {
+        "merak_like": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "command": sys.argv,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+        "packages": {name: found for name in PACKAGES if (found := installed(name))},
+    }
+
+
+def installed(package: str) -> str | None:
+    """The version of a package; None if it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

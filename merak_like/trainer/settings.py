@@ -1,0 +1,140 @@
+"""What a run can be told: one frozen, checked tree of sections, from Python or from a file.
+
+Every field has a default but the number of steps, and every section refuses a key that it does not have.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Parallelism(Section):
+    """How the model is spread over ranks; the fields are those of ``auto_parallel``."""
+
+    dp: Count = 1
+    pp: Count = 1
+    tp: Count = 1
+    schedule: str = "1f1b"
+    chunks: Count | None = None
+    recompute: Literal["auto", "none", "full"] = "auto"
+    micro_batches: Count | None = None
+    """Of each replica in a step; None: the number that the planner finds fastest."""
+    plan: Path | None = None
+    """A plan file to obey."""
+    hardware: str | None = None
+    memory_limit: str | int | None = None
+    """Of one rank: bytes, or a text such as 40GB."""
+    device: str | None = None
+    timeout: float = 600.0
+    """Seconds that any wait for another rank may last."""
+
+    @property
+    def ranks(self) -> int:
+        """How many processes this needs."""
+        return self.dp * self.pp * self.tp
+
+
+class Optimizer(Section):
+    """The optimizer, and which weights it lets decay."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Annotated[float, Field(ge=0)] = 5e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of Adam; the first is SGD's momentum."""
+    eps: float = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    decay_all: bool = False
+    """Also of biases and of the weights of norms."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+
+class Schedule(Section):
+    """The learning rate over the steps, as a share of ``optimizer.lr``."""
+
+    name: Literal["constant", "linear", "cosine", "wsd"] = "linear"
+    warmup: Annotated[float, Field(ge=0)] = 0
+    """Steps in which the rate rises from 0 to its full value; below 1, a share of all steps."""
+    end: Share = 0.0
+    """The share that is left at the last step."""
+    decay: Share = 0.1
+    """The share of all steps in which ``wsd`` (warm-up, stable, decay) falls."""
+
+
+class Training(Section):
+    """How long, and how much at once."""
+
+    steps: Count | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    batch: Count = 8
+    """Samples in a step, over all replicas and micro-batches."""
+    seed: int = 0
+    shuffle: bool = True
+    skip_bad_steps: Annotated[int, Field(ge=0)] = 0
+    """How many steps may be left out because their loss or gradients are not finite; the next one stops the run."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("say either training.steps or training.epochs")
+        return self
+
+
+class Evaluation(Section):
+    """When to look at other data, and what counts as best."""
+
+    every: Count | None = None
+    """Steps between two evaluations; None: only at the end."""
+    batch: Count | None = None
+    """Samples at once; None: as in training."""
+    batches: Count | None = None
+    """At most so many; None: the whole data."""
+    metric: str = "eval_loss"
+    greater_is_better: bool = False
+
+
+class Checkpoints(Section):
+    """When the state is written, and what is kept."""
+
+    every: Count | None = None
+    """Steps between two; None: only at the end."""
+    keep: Count | None = 2
+    """The newest that stay on the disk, the best one besides; None: all."""
+    best: bool = False
+    """Write one whenever ``evaluation.metric`` is better than ever, and end with the best weights."""
+
+
+class Logging(Section):
+    """Where numbers go besides the console and ``metrics.jsonl``."""
+
+    every: Count = 10
+    console: bool = True
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    project: str = "merak"
+
+
+class Settings(Section):
+    """All that ``Trainer`` needs to know besides the model and the data."""
+
+    training: Training
+    parallelism: Parallelism = Parallelism()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16``: computed in bfloat16 where autocast allows it; weights and their gradients stay float32."""
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+    logging: Logging = Logging()
+    folder: Path = Path("runs/run")
+    """Where all files of the run go."""

@@ -1,0 +1,158 @@
+"""``Trainer`` and ``HFTrainer`` give what plain transformers gives in one process: losses, norms, rates, evaluations,
+the best step, the weights, to 1e-5 over 50 steps, on every layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from merak_like.hf.trainer import HFTrainer
+from tests.ranks import Call, results_of, selected_calls
+from tests.trainer_runs import (
+    BATCH,
+    EVERY,
+    STEPS,
+    WHOLE,
+    Ran,
+    arguments,
+    build,
+    by_hf_trainer,
+    by_lora,
+    by_trainer,
+    by_transformers,
+    data,
+    far,
+)
+
+LAYOUTS = ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1))
+
+
+@cache
+def plain(kind: str) -> Ran:
+    """The reference. Accumulation where transformers counts it right: its BERT doubles the loss with it."""
+    accumulation = 2 if kind == "llama" else 1
+    return by_transformers(kind, BATCH // accumulation, accumulation)
+
+
+@cache
+def plain_in_order(kind: str) -> Ran:
+    """The reference of our own loop, which shuffles in its own way."""
+    return by_transformers(kind, BATCH, 1, WHOLE, train_sampling_strategy="sequential")
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_hf_trainer_alone_is_transformers(kind: str, tmp_path: Path) -> None:
+    ours, theirs = by_hf_trainer(kind, 1, 1, str(tmp_path)), plain(kind)
+    assert ours is not None
+    assert (len(ours.loss), len(ours.eval_loss)) == (STEPS, STEPS // EVERY)
+    assert ours.metric == pytest.approx(theirs.metric)
+    assert far(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_trainer_alone_is_transformers(kind: str, tmp_path: Path) -> None:
+    ours = by_trainer(kind, 1, 1, str(tmp_path))
+    assert ours is not None
+    assert len(ours.loss) == STEPS
+    assert far(ours, plain_in_order(kind)) < 1e-5
+    assert ours.metric == pytest.approx(plain_in_order(kind).metric)
+
+
+def test_accumulation_does_not_double_the_loss(tmp_path: Path) -> None:
+    """transformers#35438: a classifier whose own loss is a mean is divided by nothing when gradients accumulate.
+
+    The engine cuts a step of eight samples into two micro-batches here, and has the loss of the whole eight.
+    """
+    ours = by_hf_trainer("bert", 1, 1, str(tmp_path))
+    assert ours is not None
+    assert ours.loss[0] == pytest.approx(by_transformers("bert", BATCH, 1).loss[0], abs=1e-5)
+
+
+def calls() -> Iterator[Any]:
+    """Both trainers on every layout; the causal model on all, the classifier on the largest."""
+    for function in ("by_trainer", "by_hf_trainer"):
+        for kind, layouts in (("llama", LAYOUTS), ("bert", LAYOUTS[3:])):
+            for dp, pp, tp in layouts:
+                arguments = {"kind": kind, "dp": dp, "pp": pp, "tp": tp}
+                name, marks = f"{function}-{kind}-{dp}x{pp}x{tp}", [pytest.mark.slow] * (kind == "bert")
+                yield pytest.param(Call(name, f"tests.trainer_runs:{function}", arguments), id=name, marks=marks)
+
+
+LORA = [
+    Call(f"by_lora-{dp}x{pp}", "tests.trainer_runs:by_lora", {"dp": dp, "pp": pp}) for dp, pp, tp in LAYOUTS if tp == 1
+]
+
+
+@pytest.fixture(scope="module")
+def result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Call], list[Any]]:
+    """One job for two ranks and one for four, for all selected tests."""
+    folder = str(tmp_path_factory.mktemp("runs"))
+    asked = [call._replace(arguments={**call.arguments, "folder": folder}) for call in selected_calls(request)]
+    found = results_of(asked)
+    by_name = {call.name: call for call in asked}
+    return lambda call: found(by_name[call.name])
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("call", list(calls()))
+def test_on_several_ranks_as_in_one_process(call: Call, result: Callable[[Call], list[Any]]) -> None:
+    first, *others = result(call)
+    assert others == [None] * len(others)
+    kind = call.arguments["kind"]
+    theirs = plain(kind) if "hf" in call.name else plain_in_order(kind)
+    ours = Ran(*first)
+    assert far(ours, theirs) < 1e-5
+    if call.arguments["tp"] == 1:  # a rank may hold some columns of the logits only
+        assert ours.metric == pytest.approx(theirs.metric)
+
+
+def test_bf16_is_that_of_transformers(tmp_path: Path) -> None:
+    """To a hundredth: bfloat16 has three digits. It must not be float32 under another name either."""
+    ours = by_hf_trainer("llama", 1, 1, str(tmp_path), bf16=True)
+    theirs = by_transformers("llama", BATCH // 2, 2, bf16=True)
+    assert ours is not None
+    assert ours.loss == pytest.approx(theirs.loss, abs=0.01)
+    assert ours.loss != plain("llama").loss
+
+
+def test_lora_alone_is_plain_pytorch(tmp_path: Path) -> None:
+    assert by_lora(1, 1, str(tmp_path)) < 1e-10
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("call", [pytest.param(call, id=call.name) for call in LORA])
+def test_lora_on_several_ranks_as_in_one_process(call: Call, result: Callable[[Call], list[Any]]) -> None:
+    assert max(result(call)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 (pass the loss as engine="),
+        ({"torch_compile": True}, "torch_compile=True (stages are not compiled)"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
+    ],
+)
+def test_what_hf_trainer_cannot_honour_is_refused(tmp_path: Path, more: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        HFTrainer(build("llama"), arguments(str(tmp_path), 4, 2, **more), train_dataset=[], eval_dataset=[])
+
+
+def test_what_would_not_be_exact_is_refused(tmp_path: Path) -> None:
+    samples = data("llama", 16, 1)
+    asked = arguments(str(tmp_path), 4, 2)
+    whole = build("llama")
+    optimizers = (torch.optim.SGD(whole.parameters()), None)
+    with pytest.raises(ValueError, match="a rank has its stage only"):
+        HFTrainer(whole, asked, train_dataset=samples, eval_dataset=samples, optimizers=optimizers)
+    with pytest.raises(ValueError, match="not the optimizer's state yet"):
+        HFTrainer(build("llama"), asked, train_dataset=samples, eval_dataset=samples).train(resume_from_checkpoint="x")
