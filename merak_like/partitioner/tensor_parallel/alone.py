@@ -17,11 +17,11 @@ from merak_like.partitioner.tensor_parallel.ranks import Ranks, take
 from merak_like.partitioner.tensor_parallel.reductions import over
 from merak_like.partitioner.tensor_parallel.tiny import elements, shape, tiny
 
-SMALL = 6_000_000
+SMALL = 10_000_000
 """Elements of a tiny copy's tensors, at most."""
 REAL = 30_000_000
 """Elements of a block's tensors to run it at its real size."""
-AGAIN = 8
+AGAIN = 12
 """Steps that may turn out, with numbers, to need their real sizes."""
 
 
@@ -48,7 +48,7 @@ def compare(followed: Followed, block: DerivedBlock, tp: int, sources: Sources) 
     """Run a block in tiny form, or at its real size if there is none, forward and backward."""
     if not block.weights and not block.values:
         return Compared(0.0, "", "nothing is sharded")
-    place, real = places(followed, block), set[str]()
+    place, real = places(followed, block), dict[str, int]()
     why = ""
     for _ in range(AGAIN):
         axes = tiny(followed, block, place, tp, real)
@@ -58,9 +58,9 @@ def compare(followed: Followed, block: DerivedBlock, tp: int, sources: Sources) 
             return _compared(followed, block, axes, tp, sources, "tiny")
         except NotRun as error:
             why = str(error)
-            if error.step in real or not error.step:
+            if real.get(error.step) == 3 or not error.step:
                 break
-            real.add(error.step)
+            real[error.step] = real.get(error.step, 0) + 1
     if (count := elements(followed, followed.axes)) > REAL:
         return Compared(float("inf"), why, f"not run: {count:,} elements and no tiny form")
     try:

@@ -4,7 +4,8 @@ Every dimension is a product of axes, so the same code runs on other sizes, as l
 Whether it does is seen by running it on tensors without memory. Where a step gives another shape than its axes say,
 
 - the odd dimension is an axis that nothing had before (what a padding or a convolution gives): it takes that size;
-- or the fewest axes of the step that mend it get their real sizes back, and all begins anew.
+- or dimensions that were equal in reality are made equal again;
+- or the fewest axes of the step that mend it get their real sizes back. Then all begins anew.
 
 In the end every step fits, at worst with all axes as they were. A module that was kept whole, and what runs on no such
 tensors, keeps the sizes it has.
@@ -12,7 +13,7 @@ tensors, keeps the sizes it has.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -36,9 +37,13 @@ TRIES = 60
 
 
 def tiny(
-    followed: Followed, block: DerivedBlock, place: Mapping[int, Place], tp: int, real: Collection[str] = ()
+    followed: Followed, block: DerivedBlock, place: Mapping[int, Place], tp: int, real: Mapping[str, int]
 ) -> Axes:
-    """The unit's axes in sizes that its code runs with. Steps in ``real`` keep theirs."""
+    """The unit's axes in sizes that its code runs with.
+
+    Steps in ``real`` fit the shapes but not the numbers: dimensions that were equal are made equal again (1), axes that
+    go in and do not come out, which an index picks from, keep their sizes (2), or all do (3).
+    """
     return _Shrinking(followed, block, place, tp, real).run()
 
 
@@ -49,7 +54,7 @@ def shape(axes: Axes, dims: Dims) -> tuple[int, ...]:
 
 class _Shrinking:
     def __init__(
-        self, followed: Followed, block: DerivedBlock, place: Mapping[int, Place], tp: int, real: Collection[str]
+        self, followed: Followed, block: DerivedBlock, place: Mapping[int, Place], tp: int, real: Mapping[str, int]
     ) -> None:
         self.f, self.block, self.place, self.tp = followed, block, place, tp
         self.records: dict[str, Record] = {record.step.name: record for record in followed.records}
@@ -63,10 +68,19 @@ class _Shrinking:
         """Steps that are not run."""
         self.real = set[int]()
         """Axes that got their real sizes back."""
+        self.once = set[int]()
+        """Axes that were made equal to others, which happens once, so that it ends."""
         self.sizes = self.wanted()
         for record in followed.records:
-            if record.step.kind == "module" or record.step.name in real:
+            level = real.get(record.step.name, 0)
+            if record.step.kind == "module" or level == 3:
                 self.refuse(record)
+            elif level == 1:
+                self.even(self.evened(record))
+            elif level == 2:
+                given = {axis for use in record.uses for dim in use.own for axis in followed.axes.leaves(dim)}
+                for axis in given - {a for _, dims in record.outs for dim in dims for a in followed.axes.leaves(dim)}:
+                    self.restore(axis)
 
     def wanted(self) -> dict[int, int]:
         """The first try."""
@@ -164,6 +178,10 @@ class _Shrinking:
             self.opaque.add(name)
             return
         short = [axis for axis in self.leaves(record) if self.sizes[axis] != self.f.axes.size((axis,))]
+        evened = self.evened(record)
+        if evened and self.works(record, set(), evened):
+            self.even(evened)
+            return
         if not short or not self.works(record, set(short)):
             self.refuse(record)
             return
@@ -176,6 +194,26 @@ class _Shrinking:
         for axis in kept:
             self.restore(axis)
 
+    def evened(self, record: Record) -> dict[int, int]:
+        """New sizes for axes that are a dimension of their own, where another of the same real size is a product."""
+        axes, found = self.f.axes.resized(self.sizes), dict[int, int]()
+        tensors = [use.own for use in record.uses] + [use.dims for use in record.uses]
+        dims = {self.f.axes.resolve(dim) for each in [*tensors, *(dims for _, dims in record.outs)] for dim in each}
+        for size in {self.f.axes.size(dim) for dim in dims}:
+            alike = [dim for dim in dims if self.f.axes.size(dim) == size]
+            alone = [dim for dim in alike if len(dim) == 1 and not self.f.axes.segments(dim[0])]
+            sizes = {axes.size(dim) for dim in alike if dim not in alone}
+            free = [dim[0] for dim in alone if dim[0] not in self.place.keys() | self.real | self.once]
+            sizes = sizes or {axes.size(dim) for dim in alone if dim[0] not in free}
+            if len(sizes) == 1:
+                (new,) = sizes
+                found |= {axis: new for axis in free if self.sizes[axis] != new and new > 1}
+        return found
+
+    def even(self, new: Mapping[int, int]) -> None:
+        self.sizes |= new
+        self.once |= new.keys()
+
     def restore(self, axis: int) -> None:
         self.real.add(axis)
         self.sizes[axis] = self.f.axes.size((axis,))
@@ -185,9 +223,10 @@ class _Shrinking:
         tensors += [dims for _, dims in record.outs] + [(dim,) for _, dim in record.sizes]
         return {axis for dims in tensors for dim in dims for axis in self.f.axes.leaves(dim)}
 
-    def works(self, record: Record, real: set[int]) -> bool:
-        """Whether a step gives what its axes say if these are as long as in reality."""
-        axes = self.f.axes.resized({axis: size for axis, size in self.sizes.items() if axis not in real})
+    def works(self, record: Record, real: set[int], new: Mapping[int, int] | None = None) -> bool:
+        """Whether a step gives what its axes say if these are as long as in reality, and those of ``new`` sizes."""
+        sizes = {**self.sizes, **(new or {})}
+        axes = self.f.axes.resized({axis: size for axis, size in sizes.items() if axis not in real})
         step = record.step
         env = {u.name.name: self.empty(u.name.name, shape(axes, u.own)) for u in record.uses if u.name.kind != "weight"}
         whole, _ = resized(self.block, self.f, axes, self.tp)
