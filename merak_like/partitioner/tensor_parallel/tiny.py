@@ -64,6 +64,8 @@ class _Shrinking:
         for step in followed.unit.steps:
             if step.kind == "item":
                 self.items.setdefault(step.args[0].name, []).append((step.args[1], step.name))
+        self.equal = set[str]()
+        """Steps of which dimensions that were equal must be."""
         self.opaque: set[str] = set()
         """Steps that are not run."""
         self.real = set[int]()
@@ -76,7 +78,7 @@ class _Shrinking:
             if record.step.kind == "module" or level == 3:
                 self.refuse(record)
             elif level == 1:
-                self.even(self.evened(record))
+                self.equal.add(record.step.name)
             elif level == 2:
                 given = {axis for use in record.uses for dim in use.own for axis in followed.axes.leaves(dim)}
                 for axis in given - {a for _, dims in record.outs for dim in dims for a in followed.axes.leaves(dim)}:
@@ -122,6 +124,9 @@ class _Shrinking:
                 if expected is not None:
                     env[step.name] = self.empty(step.name, expected)
                 continue
+            if record is not None and step.name in self.equal and (evened := self.evened(record, again=True)):
+                self.even(evened)
+                return None
             out = self.call(step, axes, whole, env)
             found = tuple(out.shape) if isinstance(out, Tensor) else None
             if isinstance(out, Exception) or (expected is not None and found != expected):
@@ -194,16 +199,17 @@ class _Shrinking:
         for axis in kept:
             self.restore(axis)
 
-    def evened(self, record: Record) -> dict[int, int]:
+    def evened(self, record: Record, again: bool = False) -> dict[int, int]:
         """New sizes for axes that are a dimension of their own, where another of the same real size is a product."""
         axes, found = self.f.axes.resized(self.sizes), dict[int, int]()
+        fixed = self.place.keys() | self.real | (set() if again else self.once)
         tensors = [use.own for use in record.uses] + [use.dims for use in record.uses]
         dims = {self.f.axes.resolve(dim) for each in [*tensors, *(dims for _, dims in record.outs)] for dim in each}
         for size in {self.f.axes.size(dim) for dim in dims}:
             alike = [dim for dim in dims if self.f.axes.size(dim) == size]
             alone = [dim for dim in alike if len(dim) == 1 and not self.f.axes.segments(dim[0])]
             sizes = {axes.size(dim) for dim in alike if dim not in alone}
-            free = [dim[0] for dim in alone if dim[0] not in self.place.keys() | self.real | self.once]
+            free = [dim[0] for dim in alone if dim[0] not in fixed]
             sizes = sizes or {axes.size(dim) for dim in alone if dim[0] not in free}
             if len(sizes) == 1:
                 (new,) = sizes
