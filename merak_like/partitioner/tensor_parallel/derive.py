@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from merak_like.partitioner.graph import ProxyGraph
-from merak_like.partitioner.tensor_parallel.axes import Dim, Dims
+from merak_like.partitioner.tensor_parallel.axes import Dims
 from merak_like.partitioner.tensor_parallel.choose import Candidate, choose
 from merak_like.partitioner.tensor_parallel.derived import Derived, DerivedBlock, Group, ShardedAxis
 from merak_like.partitioner.tensor_parallel.flow import Flow, Flows, local_size
@@ -102,7 +102,9 @@ def describe(followed: Followed, flows: Flows, chosen: Sequence[Candidate], tp: 
         local |= set(flow.local)
     if len(groups) > 1:
         groups = [*_common(groups, tp), *groups]
-    weights = {n: layout_of(followed.axes, d, place) for n, d in followed.weights.items() if _touches(followed, d, place)}
+    weights = {
+        n: layout_of(followed.axes, d, place) for n, d in followed.weights.items() if _touches(followed, d, place)
+    }
     values = {
         name: layout_of(followed.axes, dims, place)
         for (name, version), dims in followed.values.items()

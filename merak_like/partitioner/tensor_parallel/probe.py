@@ -18,7 +18,6 @@ from merak_like.partitioner.tracer import Trace
 from merak_like.partitioner.tracer.example import leaves
 from merak_like.partitioner.tracer.fine import steps
 
-
 EXACT = 1e-8
 """A sharded block in float64 that differs by less agrees with the whole one."""
 

@@ -80,5 +80,3 @@ def _told(found: Compared) -> str:
     if found.way.startswith("not run"):
         return f"it could not be probed ({found.way}: {found.where})"
     return f"sharded it is not the same ({found.worst:.0e} in {found.where})"
-
-

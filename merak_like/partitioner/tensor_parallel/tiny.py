@@ -23,8 +23,8 @@ from torch import Tensor
 from merak_like.partitioner.tensor_parallel.axes import Axes, Dims
 from merak_like.partitioner.tensor_parallel.derived import DerivedBlock
 from merak_like.partitioner.tensor_parallel.follow import Followed, Record
-from merak_like.partitioner.tensor_parallel.placed import Place, resized
 from merak_like.partitioner.tensor_parallel.perform import arguments, perform, wide
+from merak_like.partitioner.tensor_parallel.placed import Place, resized
 from merak_like.partitioner.tracer.fine import Name, Step
 
 SHORT = (5, 6, 7, 8, 9)
@@ -36,9 +36,7 @@ TRIES = 60
 """Repairs, after which the unit keeps its real sizes."""
 
 
-def tiny(
-    followed: Followed, block: DerivedBlock, place: Mapping[int, Place], tp: int, real: Mapping[str, int]
-) -> Axes:
+def tiny(followed: Followed, block: DerivedBlock, place: Mapping[int, Place], tp: int, real: Mapping[str, int]) -> Axes:
     """The unit's axes in sizes that its code runs with.
 
     Steps in ``real`` fit the shapes but not the numbers: dimensions that were equal are made equal again (1), axes that
