@@ -106,7 +106,7 @@ def describe(followed: Followed, flows: Flows, chosen: Sequence[Candidate], tp: 
         n: layout_of(followed.axes, d, place) for n, d in followed.weights.items() if _touches(followed, d, place)
     }
     values = {
-        name: layout_of(followed.axes, dims, place)
+        name: layout_of(axes, dims, place)
         for (name, version), dims in followed.values.items()
         if not version and name not in followed.outer and _touches(followed, dims, place)
     }

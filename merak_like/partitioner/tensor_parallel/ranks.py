@@ -49,7 +49,7 @@ class Ranks:
         self, model: nn.Module, steps: Sequence[Step], constants: Mapping[str, Any], blocks: Sequence[DerivedBlock],
         count: int, weights: Mapping[str, Tensor], inputs: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        """``weights`` are whole; ``inputs`` are values of steps by name, those of steps of kind ``input`` and others."""
+        """``weights`` are whole; ``inputs`` are the batch, and values made elsewhere, by the names of their steps."""
         self.model, self.steps, self.constants, self.count = model, steps, constants, count
         self.layouts = {name: layout for block in blocks for name, layout in block.weights.items()}
         self.weights = {
