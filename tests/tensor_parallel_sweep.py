@@ -1,8 +1,9 @@
 """Every pair of transformers that trains, sharded over 2 ranks: how much, whether the numbers agree, and whose plan.
 
 `python -m tests.tensor_parallel_sweep` writes tensor_parallel_status.json: of each pair the share of the blocks' matrix
-parameters that is sharded, the largest difference of the whole model and of its blocks alone; of each family with a hand-written plan the weights that
-we do not shard in the same dimension. It goes on where it stopped; `--all` begins anew (about six minutes).
+parameters that is sharded, the largest difference of the whole model and of its blocks alone; of each family with a
+hand-written plan the weights that we do not shard in the same dimension. It goes on where it stopped; `--all` begins
+anew (about eight minutes).
 """
 
 from __future__ import annotations

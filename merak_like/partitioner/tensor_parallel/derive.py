@@ -102,9 +102,8 @@ def describe(followed: Followed, flows: Flows, chosen: Sequence[Candidate], tp: 
         local |= set(flow.local)
     if len(groups) > 1:
         groups = [*_common(groups, tp), *groups]
-    weights = {
-        n: layout_of(followed.axes, d, place) for n, d in followed.weights.items() if _touches(followed, d, place)
-    }
+    axes = followed.axes
+    weights = {n: layout_of(axes, d, place) for n, d in followed.weights.items() if _touches(followed, d, place)}
     values = {
         name: layout_of(axes, dims, place)
         for (name, version), dims in followed.values.items()
