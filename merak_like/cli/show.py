@@ -41,12 +41,14 @@ def show_sharding(plan: Plan, as_json: bool) -> None:
     """What is sharded, as tables or JSON; ValueError for a plan that shards nothing."""
     import json
 
-    from merak_like.partitioner.report import sharding
+    from merak_like.partitioner.report import sharded
 
     if as_json:
-        typer.echo(json.dumps(sharding.as_json(plan), indent=1))
+        typer.echo(json.dumps(sharded.as_json(plan), indent=1))
     else:
-        console().print(sharding.render(plan))
+        from merak_like.partitioner.report.sharding_table import render
+
+        console().print(render(plan))
 
 
 def print_json(plan: Plan) -> None:

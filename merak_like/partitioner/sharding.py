@@ -31,8 +31,8 @@ class ShardedBlock:
     like: tuple[str, ...]
     """The other blocks that are sharded in the same way; their weights have their name in front instead."""
     weights: Mapping[str, str]
-    """Layouts of what a rank has a part of. ``8/2 x 16, 32``: two dimensions, the first a product of an axis of 8, which
-    2 ranks share, and one of 16. ``8/2@2``: ranks that are 2 apart share it. ``(16/2 | 4)``: one part after the other.
+    """Layouts of what a rank has a part of. ``8/2 x 16, 32``: two dimensions, the first a product of an axis of 8 that
+    2 ranks share and one of 16. ``8/2@2``: ranks that are 2 apart share it. ``(16/2 | 4)``: one part after the other.
     """
     whole: Mapping[str, str]
     """Weights that every rank has, and why."""

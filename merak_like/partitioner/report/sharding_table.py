@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from itertools import groupby
-from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from merak_like.partitioner.plan import Plan, Unit
+from merak_like.partitioner.plan import Plan
+from merak_like.partitioner.report.sharded import block_share, check, dimensions, share, step_bytes
 from merak_like.partitioner.report.text import bytes_text, count_text, percent_text, ranges
 from merak_like.partitioner.sharding import ShardedBlock
 
@@ -25,66 +23,6 @@ def render(plan: Plan) -> RenderableType:
     for block in plan.sharding:
         parts += [_title(plan, block), *([_table(block)] if block.weights or block.whole else []), _below(plan, block)]
     return Group(*parts)
-
-
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The same for scripts."""
-    check(plan)
-    return {
-        "digest": plan.digest,
-        "model": plan.model,
-        "tp": plan.mesh.tp,
-        "micro_batches": plan.micro_batches,
-        "share": share(plan),
-        "step_bytes": sum(step_bytes(plan, block) * (1 + len(block.like)) for block in plan.sharding),
-        "blocks": [
-            {**asdict(block), "share": _share(block), "step_bytes": step_bytes(plan, block)} for block in plan.sharding
-        ],
-    }
-
-
-def check(plan: Plan) -> None:
-    """Raise ValueError for a plan that says nothing of tensor parallelism."""
-    if plan.mesh.tp == 1:
-        raise ValueError(f"the plan is for {plan.mesh}: with tp = 1 nothing is sharded; `merak plan --tp 2` shards")
-    if not plan.sharding:
-        raise ValueError(
-            f"the plan for {plan.mesh} does not say how blocks are sharded: make it again with `merak plan`"
-        )
-
-
-def step_bytes(plan: Plan, block: ShardedBlock) -> int:
-    """What is summed over ranks for one block in one step of one replica."""
-    return plan.micro_batches * block.micro_batch_bytes + block.gradient_bytes
-
-
-def share(plan: Plan) -> float:
-    """How much of the model's matrix parameters is sharded."""
-    total = sum(block.matrix_elements * (1 + len(block.like)) for block in plan.sharding)
-    return sum(block.sharded_elements * (1 + len(block.like)) for block in plan.sharding) / total if total else 0.0
-
-
-def of_unit(plan: Plan, unit: Unit) -> tuple[dict[str, str], dict[str, str]]:
-    """The weights of a unit, by their names in it: layouts of those that are sharded, reasons of the others."""
-    found: tuple[dict[str, str], dict[str, str]] = {}, {}
-    name = re.sub(r" \(\d+/\d+\)$", "", unit.name)
-    for block in plan.sharding:
-        for own in (block.name, *block.like):
-            for into, weights in zip(found, (block.weights, block.whole), strict=True):
-                for weight, told in weights.items():
-                    full = own + weight.removeprefix(block.name) if weight.startswith(f"{block.name}.") else weight
-                    if full.startswith(f"{name}."):
-                        into[full.removeprefix(f"{name}.")] = told
-    return found
-
-
-def dimensions(layout: str) -> tuple[int, ...]:
-    """Which dimensions of a layout are sharded."""
-    return tuple(index for index, part in enumerate(layout.split(", ")) if "/" in part)
-
-
-def _share(block: ShardedBlock) -> float:
-    return block.sharded_elements / block.matrix_elements if block.matrix_elements else 0.0
 
 
 def _head(plan: Plan) -> Text:
@@ -127,7 +65,7 @@ def _by_reason(whole: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
 
 def _below(plan: Plan, block: ShardedBlock) -> Text:
     text = Text()
-    text.append(f"{percent_text(_share(block))} of {count_text(block.matrix_elements)} matrix elements sharded, ")
+    text.append(f"{percent_text(block_share(block))} of {count_text(block.matrix_elements)} matrix elements sharded, ")
     text.append(f"{block.values} values in parts\n")
     for group in block.groups:
         if not (group.forward_bytes or group.backward_bytes or group.gradient_bytes):
