@@ -1,8 +1,9 @@
 """Every pair of transformers that trains, sharded over 2 ranks: how much, whether the numbers agree, and whose plan.
 
 `python -m tests.tensor_parallel_sweep` writes tensor_parallel_status.json: of each pair the share of the blocks' matrix
-parameters that is sharded and the probe's largest difference; of each family with a hand-written plan the weights that
-we do not shard in the same dimension. It goes on where it stopped; `--all` begins anew (about six minutes).
+parameters that is sharded, the largest difference of the whole model and of its blocks alone; of each family with a
+hand-written plan the weights that we do not shard in the same dimension. It goes on where it stopped; `--all` begins
+anew (about eight minutes).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 
+from merak_like.partitioner.tensor_parallel.prove import prove
 from tests.tensor_parallel_models import BODY, differences, families_with_a_plan, pair
 from tests.zoo import sweep
 
@@ -42,8 +44,14 @@ def attempt(model_type: str, task: str) -> tuple[str, str]:
             warnings.simplefilter("ignore")
             made = pair(model_type, task)
             found = made.probe()
+            proven = prove(made.model, made.trace, made.derived, made.batch)
         weights, differ = differences(made)
         answer: dict[str, Any] = {"share": round(made.derived.share, 3), "worst": float(f"{found.worst:.1e}")}
+        answer["alone"] = float(f"{proven.worst:.1e}")
+        if ways := sorted({block.way for block in proven.blocks.values()} - {"tiny", "nothing is sharded"}):
+            answer["ways"] = ways
+        if proven.failed:
+            answer["refused"] = {name: f"{block.way}: {block.where}"[:200] for name, block in proven.failed.items()}
         if weights:
             answer |= {"plan": weights, "differs": differ}
         return "", json.dumps(answer)

@@ -102,7 +102,13 @@ def _plan(model: Source, samples: int, mesh: Mesh, **options: Any) -> Plan:
     from merak_like.partitioner.tracer import trace
 
     loaded = model.load(samples)
-    graph = trace(loaded.model, loaded.example, loaded.loss_fn).graph
+    given = (loaded.model, loaded.example, loaded.loss_fn)
+    if mesh.tp > 1:
+        from merak_like.partitioner.tensor_parallel.describe import sharded
+
+        graph, options["sharding"] = sharded(*given, mesh.tp)
+    else:
+        graph = trace(*given).graph
     return make_plan(graph, mesh, signature=_signature(loaded.example), **options)
 
 

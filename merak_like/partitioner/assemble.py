@@ -16,6 +16,7 @@ from merak_like.partitioner.locality import held_by, residents
 from merak_like.partitioner.plan import Plan, StagePlan, Unit
 from merak_like.partitioner.problem import STAND_IN, Problem
 from merak_like.partitioner.schedules.action import Schedule
+from merak_like.partitioner.sharding import ShardedBlock
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def assemble(
     *,
     micro_batch: int,
     signature: Mapping[str, str],
+    sharding: Sequence[ShardedBlock],
     notes: Sequence[str],
 ) -> Plan:
     """The plan of a partition, given by its segments."""
@@ -87,6 +89,7 @@ def assemble(
         bubble=timeline.bubble,
         signature=dict(signature),
         notes=tuple(notes),
+        sharding=tuple(sharding),
     )
     check_plan(plan, graph)
     return plan

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from merak_like.partitioner.mesh import Mesh
+from merak_like.partitioner.sharding import GroupBytes, ShardedBlock
 
-VERSION = 2
+VERSION = 3
 """Version of the JSON; a plan of another version is refused, not guessed at."""
 
 
@@ -136,6 +137,8 @@ class Plan:
     signature: Mapping[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
     """Why: what was compared, what binds, what was assumed."""
+    sharding: tuple[ShardedBlock, ...] = ()
+    """What tensor parallelism does to each distinct block; empty with tp = 1."""
     version: int = VERSION
 
     @property
@@ -204,7 +207,10 @@ class Plan:
         return replace(self, notes=(*self.notes, *notes))
 
 
-_NESTED: Mapping[str, Any] = {"stages": StagePlan, "crossings": Crossing, "units": Unit}
+_NESTED: Mapping[tuple[Any, str], Any] = {
+    (Plan, "stages"): StagePlan, (Plan, "crossings"): Crossing, (Plan, "units"): Unit, (Plan, "sharding"): ShardedBlock,
+    (ShardedBlock, "groups"): GroupBytes,
+}  # fmt: skip
 
 
 def _build(kind: Any, data: Mapping[str, Any], where: str) -> Any:
@@ -216,8 +222,8 @@ def _build(kind: Any, data: Mapping[str, Any], where: str) -> Any:
         raise ValueError(f"{where} lacks the fields {missing}")
     made: dict[str, Any] = {}
     for name, item in data.items():
-        if name in _NESTED and kind is Plan:
-            made[name] = tuple(_build(_NESTED[name], row, f"{where}.{name}[{i}]") for i, row in enumerate(item))
+        if nested := _NESTED.get((kind, name)):
+            made[name] = tuple(_build(nested, row, f"{where}.{name}[{i}]") for i, row in enumerate(item))
         elif name == "mesh":
             made[name] = _build(Mesh, item, f"{where}.mesh")
         elif name == "memory":

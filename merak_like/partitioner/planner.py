@@ -5,7 +5,7 @@ graph ─► costs ─► pieces ─► candidates ─► search (chain partitio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from merak_like.partitioner.problem import RECOMPUTE, Job, Problem
 from merak_like.partitioner.schedules import AS_DATA, AUTO, AUTO_V
 from merak_like.partitioner.schedules.action import known
 from merak_like.partitioner.search import quick, search
+from merak_like.partitioner.sharding import ShardedBlock
 from merak_like.partitioner.traffic import Traffic
 
 CHUNKS = 2
@@ -49,6 +50,7 @@ def make_plan(
     memory_limit: int | None = None,
     states: StateBytes = ADAMW,
     signature: Mapping[str, str] | None = None,
+    sharding: Sequence[ShardedBlock] = (),
 ) -> Plan:
     """Decide how to train a graph on a mesh, ``batch`` samples a step.
 
@@ -59,6 +61,7 @@ def make_plan(
     ``schedule`` is a name of ``schedules.AS_DATA``, or ``auto`` or ``auto-v``, whose order is built for the stages
     found. ``chunks`` are the stages per rank of ``interleaved`` (2 by default). ``recompute``: ``auto`` computes as
     little again as the memory asks for, ``none`` nothing, ``full`` all that the schedule lets be computed again.
+    ``sharding`` says how ``graph``, which is that of one tensor-parallel rank, was made.
 
     Raises ValueError, with what was asked, what was found and the nearest thing that works, for a mesh, batch or
     schedule that cannot be, for more stages than the graph can be cut into, and for stages that do not fit the memory.
@@ -82,6 +85,7 @@ def make_plan(
         graph, setting, found.starts, judged,
         micro_batch=batch // mesh.dp // setting.problem.job.micro_batches,
         signature=dict(signature or {}),
+        sharding=sharding,
         notes=notes(graph, setting, found, judged, order, compared),
     )  # fmt: skip
 

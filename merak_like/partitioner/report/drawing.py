@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from html import escape
+from typing import Any
 
 from merak_like.partitioner.plan import Plan, Unit
 from merak_like.partitioner.report.layout import BOX_HEIGHT, BOX_WIDTH, CARD_HEAD, CARD_ROW, LISTED, arrange
 from merak_like.partitioner.report.routing import Box, Edge
+from merak_like.partitioner.report.sharded import of_units
 from merak_like.partitioner.report.summary import Cut, cuts, stage_seconds
 from merak_like.partitioner.report.text import (
     bytes_text,
@@ -47,7 +49,12 @@ def svg(plan: Plan) -> str:
 
 def unit_tips(plan: Plan) -> list[Tip]:
     """For each unit what its tooltip says."""
-    return [_unit_tip(plan, unit) for unit in plan.units]
+    tips = [_unit_tip(plan, unit) for unit in plan.units]
+    for tip, (parts, whole) in zip(tips, of_units(plan), strict=True) if plan.sharding else ():
+        rows: Any = tip["rows"]
+        rows += [["sharded", f"{name}: {layout}"] for name, layout in parts.items()]
+        rows += [["on every rank", f"{name}: {why}"] for name, why in whole.items()]
+    return tips
 
 
 def cut_tips(plan: Plan) -> list[Tip]:

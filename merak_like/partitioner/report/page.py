@@ -11,6 +11,7 @@ from merak_like.partitioner.report import summary
 from merak_like.partitioner.report.drawing import cut_tips, svg, unit_tips
 from merak_like.partitioner.report.page_script import SCRIPT
 from merak_like.partitioner.report.page_style import STYLE
+from merak_like.partitioner.report.sharded import of_units
 from merak_like.partitioner.report.text import (
     bytes_text,
     count_text,
@@ -25,6 +26,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 """The browser itself refuses every request the page could make."""
 
 _HEATS = {"time": "seconds", "parameters": "param_bytes", "activations": "activation_bytes"}
+SHARDED = "sharded weights"
+"""A colour by the share of a unit's weights that tensor parallelism divides."""
 
 
 def page(plan: Plan) -> str:
@@ -139,7 +142,8 @@ def _meter(left: str, right: str, parts: Sequence[tuple[str, float]], over: bool
 
 def _graph(plan: Plan) -> str:
     again = "<li>dashed box: computed again for the backward</li>" * any(s.recompute for s in plan.stages)
-    heats = "".join(f'<option value="{kind}">colour: {kind}</option>' for kind in _HEATS)
+    kinds = [*_HEATS, *([SHARDED] if plan.sharding else [])]
+    heats = "".join(f'<option value="{kind}">colour: {kind}</option>' for kind in kinds)
     return f"""<div class="bar"><h2>Units</h2>
 <output id="found" for="seek"></output>
 <input id="seek" type="search" placeholder="find a unit or type" aria-label="find a unit or type">
@@ -198,6 +202,8 @@ def _footer(plan: Plan) -> Iterator[str]:
 def _data(plan: Plan) -> str:
     """The tips as JSON that cannot end its script element."""
     heat = {kind: _relative(plan.units, name) for kind, name in _HEATS.items()}
+    if plan.sharding:
+        heat[SHARDED] = [round(len(parts) / (len(parts) + len(whole) or 1), 4) for parts, whole in of_units(plan)]
     text = json.dumps({"units": unit_tips(plan), "cuts": cut_tips(plan), "heat": heat}, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

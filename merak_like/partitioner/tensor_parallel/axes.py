@@ -11,7 +11,7 @@ sharded, and says why::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 
 Dim = tuple[int, ...]
@@ -56,6 +56,27 @@ class Axes:
             axis = self.root(axis)
             found.extend(self.resolve(self._parts[axis]) if axis in self._parts else (axis,))
         return tuple(found)
+
+    def resized(self, sizes: Mapping[int, int]) -> Axes:
+        """The same axes in other sizes; those of refined axes and rows of segments follow."""
+        copy = Axes()
+        copy.__dict__ |= self.__dict__
+        known = dict[int, int]()
+
+        def size(axis: int) -> int:
+            axis = self.root(axis)
+            if axis not in known:
+                rows = self._segments.get(axis)
+                if axis in self._parts:
+                    known[axis] = prod(map(size, self._parts[axis]))
+                elif rows:
+                    known[axis] = sum(prod(map(size, dim)) for dim in rows)
+                else:
+                    known[axis] = sizes.get(axis, self._size[axis])
+            return known[axis]
+
+        copy._size = [size(axis) for axis in range(len(self._size))]
+        return copy
 
     def size(self, dim: Iterable[int]) -> int:
         """Elements along a dimension."""

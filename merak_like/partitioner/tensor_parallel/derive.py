@@ -8,12 +8,13 @@ from math import prod
 from typing import Any
 
 from merak_like.partitioner.graph import ProxyGraph
-from merak_like.partitioner.tensor_parallel.axes import Dim, Dims
+from merak_like.partitioner.tensor_parallel.axes import Dims
 from merak_like.partitioner.tensor_parallel.choose import Candidate, choose
 from merak_like.partitioner.tensor_parallel.derived import Derived, DerivedBlock, Group, ShardedAxis
 from merak_like.partitioner.tensor_parallel.flow import Flow, Flows, local_size
 from merak_like.partitioner.tensor_parallel.follow import Followed, follow
-from merak_like.partitioner.tensor_parallel.layout import Axis, Factors, Layout, Segments, Where
+from merak_like.partitioner.tensor_parallel.layout import Layout, Where
+from merak_like.partitioner.tensor_parallel.placed import Place, layout_of
 from merak_like.partitioner.tensor_parallel.rules import RULES, Rule
 from merak_like.partitioner.tensor_parallel.units import Tensor, Unit, signature, tensors, units
 from merak_like.partitioner.tracer.fine import Step
@@ -22,23 +23,24 @@ from merak_like.partitioner.tracer.words import draws
 
 def derive(
     graph: ProxyGraph, steps: Sequence[Step], tp: int, *, constants: Mapping[str, Any] | None = None,
-    rules: Mapping[str, Rule] = RULES,
+    rules: Mapping[str, Rule] = RULES, whole: Mapping[str, str] | None = None,
 ) -> Derived:  # fmt: skip
     """How to shard a model over ``tp`` ranks. ``steps`` are those of a fine trace, ``constants`` its constants.
 
-    A weight that two blocks would shard differently stays whole. Raises ValueError for a degree below 1.
+    A weight that two blocks would shard differently stays whole, and so do those in ``whole``, for the reasons given
+    there. Raises ValueError for a degree below 1.
     """
     if tp < 1:
         raise ValueError(f"tp = {tp} is no number of ranks: give a whole number of at least 1")
     known = tensors(graph, steps, constants or {})
     parts = units(graph, steps)
     signatures = [signature(unit, known) for unit in parts]
-    whole: dict[str, str] = {}
+    whole = dict(whole or {})
     while True:
         blocks, kinds = _derive(parts, signatures, known, tp, whole, rules)
         disputed = _disputed(blocks)
         if not disputed - whole.keys():
-            return Derived(tp, blocks, kinds)
+            return Derived(tp, blocks, kinds, whole)
         whole |= dict.fromkeys(disputed, "blocks that share it would shard it differently")
 
 
@@ -82,7 +84,7 @@ def derive_unit(
 
 def describe(followed: Followed, flows: Flows, chosen: Sequence[Candidate], tp: int) -> DerivedBlock:
     """The block as data, for the axes that were chosen."""
-    place: dict[int, tuple[int, int]] = {}
+    place: dict[int, Place] = {}
     digits = {(tp, 1)}
     for candidate in chosen:
         if len(candidate.axes) == 1:
@@ -100,9 +102,10 @@ def describe(followed: Followed, flows: Flows, chosen: Sequence[Candidate], tp: 
         local |= set(flow.local)
     if len(groups) > 1:
         groups = [*_common(groups, tp), *groups]
-    weights = {n: _layout(followed, d, place) for n, d in followed.weights.items() if _touches(followed, d, place)}
+    axes = followed.axes
+    weights = {n: layout_of(axes, d, place) for n, d in followed.weights.items() if _touches(followed, d, place)}
     values = {
-        name: _layout(followed, dims, place)
+        name: layout_of(axes, dims, place)
         for (name, version), dims in followed.values.items()
         if not version and name not in followed.outer and _touches(followed, dims, place)
     }
@@ -161,7 +164,7 @@ def _without(items: Mapping[Any, Any], taken: Mapping[Any, Any]) -> dict[Any, An
 
 def _group(followed: Followed, flow: Flow, mine: frozenset[int], degree: int, repeat: int) -> Group:
     at = dict.fromkeys(mine, (degree, repeat))
-    sliced = {where: _layout(followed, use.dims, at) for where, use in flow.slices}
+    sliced = {where: layout_of(followed.axes, use.dims, at) for where, use in flow.slices}
     return Group(
         degree, repeat, flow.reduced, flow.entered, flow.entered_bytes, flow.evened,
         sliced, tuple(flow.shared), tuple(flow.partial), dict(flow.forms),
@@ -171,26 +174,6 @@ def _group(followed: Followed, flow: Flow, mine: frozenset[int], degree: int, re
 
 def _touches(followed: Followed, dims: Dims, place: Mapping[int, Any]) -> bool:
     return any(axis in place for dim in dims for axis in followed.axes.leaves(dim))
-
-
-def _layout(followed: Followed, dims: Dims, place: Mapping[int, tuple[int, int]]) -> Layout:
-    return tuple(_factors(followed, dim, place) for dim in dims)
-
-
-def _factors(followed: Followed, dim: Dim, place: Mapping[int, tuple[int, int]]) -> Factors:
-    axes, found = followed.axes, list[Axis | Segments]()
-    for axis in axes.resolve(dim):
-        segments = axes.segments(axis)
-        if segments and any(leaf in place for leaf in axes.leaves((axis,))):
-            found.append(Segments(tuple(_factors(followed, segment, place) for segment in segments)))
-            continue
-        degree, repeat = place.get(axis, (1, 1))
-        last = found[-1] if found else None
-        if degree == 1 and isinstance(last, Axis) and last.degree == 1:
-            found[-1] = Axis(last.size * axes.size((axis,)))
-        else:
-            found.append(Axis(axes.size((axis,)), degree, repeat))
-    return tuple(found)
 
 
 def _sizes(followed: Followed, degrees: Mapping[int, int]) -> dict[Where, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from merak_like.partitioner.tensor_parallel.layout import Layout, Where
@@ -142,6 +142,8 @@ class Derived:
     """In order; what is outside of blocks is last."""
     kinds: tuple[int, ...]
     """For each block the first one that equals it."""
+    kept: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Weights that were not to be sharded, and why: blocks dispute over them, or a probe failed."""
 
     @property
     def weights(self) -> dict[str, Layout]:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from merak_like.partitioner.tensor_parallel.derived import Derived
-from merak_like.partitioner.tensor_parallel.layout import same_parts
-from merak_like.partitioner.tensor_parallel.ranks import Ranks, take
-from merak_like.partitioner.tensor_parallel.reductions import over
+from merak_like.partitioner.tensor_parallel.ranks import Ranks, shaken, take
 from merak_like.partitioner.tracer import Trace
 from merak_like.partitioner.tracer.example import leaves
 from merak_like.partitioner.tracer.fine import steps
+
+EXACT = 1e-8
+"""A sharded block in float64 that differs by less agrees with the whole one."""
 
 
 @dataclass(frozen=True)
@@ -40,37 +41,44 @@ def probe(model: nn.Module, traced: Trace, derived: Derived, batch: Any) -> Diff
     """
     found = leaves(batch)
     inputs = {name: found[path] for name, path in traced.inputs.items()}
-    code, loss = steps(traced), traced.graph.outputs["loss"]
-    whole = Ranks(model, code, traced.constants, None, inputs)
-    sharded = Ranks(model, code, traced.constants, derived, inputs)
-    differences = {"loss": _difference(sharded.run(loss)[0], whole.run(loss)[0], 0.0)}
-    gradients = [w.grad for (w,) in whole.weights.values() if w.grad is not None and w.grad.numel()]
-    largest = max((grad.abs().max().item() for grad in gradients), default=1.0)
-    floor = max(1e-6 * largest, 1e-12)
-    for name, reference in whole.weights.items():
-        if not reference[0].requires_grad:
-            continue
-        grads = [w.grad if w.grad is not None else torch.zeros_like(w) for w in sharded.weights[name]]
-        for group in sharded.partial.get(name, ()):
-            grads = over(group, grads, lambda some: [torch.stack(some).sum(0)] * len(some))
-        want = reference[0].grad
-        want = torch.zeros_like(reference[0]) if want is None else want
-        layout = derived.weights.get(name)
-        for group in sharded.divides.get(name, ()):
-            total = over(group, grads, lambda some: [torch.stack(some).sum(0)] * len(some))
-            for dim, factors in enumerate(layout or ()):
-                for start, stop in same_parts(factors, group.degree, group.repeat, derived.tp):
-                    for grad, all_of in zip(grads, total, strict=True):
-                        grad.narrow(dim, start, stop - start).copy_(all_of.narrow(dim, start, stop - start))
-        differences[name] = max(_difference(g, take(want, layout, rank), floor) for rank, g in enumerate(grads))
+    code, loss, weights = steps(traced), traced.graph.outputs["loss"], shaken(model)
+    whole = Ranks(model, code, traced.constants, (), 1, weights, inputs)
+    sharded = Ranks(model, code, traced.constants, derived.blocks, derived.tp, weights, inputs)
+    for ranks in (whole, sharded):
+        ranks.run()
+        ranks.backward({loss: torch.ones((), dtype=torch.float64)})
+    differences = {"loss": difference(sharded.env[loss][0], whole.env[loss][0], 0.0)}
+    differences |= of_gradients(whole, sharded)
     worst = max(differences, key=lambda name: differences[name])
     return Difference(differences[worst], worst)
 
 
-def _difference(ours: Tensor, theirs: Tensor, floor: float) -> float:
+def of_gradients(whole: Ranks, sharded: Ranks) -> dict[str, float]:
+    """The largest difference of every weight's gradient on any rank."""
+    floor = gradient_floor(whole)
+    found = dict[str, float]()
+    for name, (weight,) in whole.weights.items():
+        if weight.requires_grad:
+            want = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            parts = [take(want, sharded.layouts.get(name), rank) for rank in range(sharded.count)]
+            found[name] = max(map(difference, sharded.gradients(name), parts, [floor] * sharded.count))
+    return found
+
+
+def gradient_floor(whole: Ranks) -> float:
+    """A millionth of the largest gradient."""
+    tensors = [xs[0] for xs in (*whole.weights.values(), *whole.inputs.values()) if isinstance(xs[0], Tensor)]
+    gradients = [x.grad for x in tensors if x.grad is not None and x.grad.numel()]
+    return max(1e-6 * max((grad.abs().max().item() for grad in gradients), default=1.0), 1e-12)
+
+
+def difference(ours: Tensor, theirs: Tensor, floor: float) -> float:
+    """Of the largest element, or of ``floor`` if that is larger; infinite for other shapes and what is no number."""
     if ours.shape != theirs.shape:
         return float("inf")
     if not ours.numel():
         return 0.0
+    if not (ours.is_floating_point() or ours.is_complex()):
+        ours, theirs = ours.double(), theirs.double()
     worst = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=max(floor, 1e-12))).item()
     return worst if worst == worst else float("inf")

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from merak_like.partitioner.tensor_parallel.call import flatten
-from merak_like.partitioner.tensor_parallel.derived import Derived, DerivedBlock, Group
-from merak_like.partitioner.tensor_parallel.layout import Layout, is_sharded, pieces
+from merak_like.partitioner.tensor_parallel.derived import DerivedBlock, Group
+from merak_like.partitioner.tensor_parallel.layout import Layout, is_sharded, pieces, same_parts
+from merak_like.partitioner.tensor_parallel.perform import arguments, perform, wide
 from merak_like.partitioner.tensor_parallel.reductions import AllReduce, Enter, Scale, over
-from merak_like.partitioner.tensor_parallel.rewritten import REWRITTEN, grouped_mm
+from merak_like.partitioner.tensor_parallel.rewritten import REWRITTEN
 from merak_like.partitioner.tracer.fine import Name, Step
-
-RANDOM = frozenset("rand randn randint rand_like randn_like bernoulli uniform normal exponential multinomial".split())
-WIDER = {
-    torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64,
-    torch.complex64: torch.complex128,
-}  # fmt: skip
 
 
 def take(tensor: Tensor, layout: Layout | None, rank: int) -> Tensor:
@@ -35,38 +31,45 @@ SHAKE = 0.02
 """Standard deviation of what is added to every parameter."""
 
 
+def shaken(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights in float64. Zero biases and norms of ones would hide a bias that is added once per rank."""
+    shake = torch.Generator().manual_seed(0)
+    return {
+        name: (
+            wide(w.detach()) + SHAKE * torch.randn(w.shape, generator=shake, dtype=torch.float64)
+        ).requires_grad_(w.requires_grad)
+        for name, w in model.named_parameters()
+    } | {name: wide(w.detach()) for name, w in model.named_buffers()}  # fmt: skip
+
+
 class Ranks:
     """The ranks of a group, in lockstep."""
 
     def __init__(
-        self, model: nn.Module, steps: Sequence[Step], constants: Mapping[str, Any],
-        derived: Derived | None, inputs: Mapping[str, Any],
+        self, model: nn.Module, steps: Sequence[Step], constants: Mapping[str, Any], blocks: Sequence[DerivedBlock],
+        count: int, weights: Mapping[str, Tensor], inputs: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        """``inputs`` are the batch's tensors by the names of their steps; one rank without ``derived``."""
-        self.model, self.steps, self.inputs = model, steps, inputs
-        self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        self.count = derived.tp if derived else 1
-        blocks = derived.blocks if derived else ()
-        layouts = derived.weights if derived else {}
-        # Zero biases and norms of ones would hide a bias that is added once per rank, or not at all.
-        shake = torch.Generator().manual_seed(0)
-        shaken = {
-            name: wide(w.detach()) + SHAKE * torch.randn(w.shape, generator=shake, dtype=torch.float64)
-            for name, w in model.named_parameters()
-        } | {name: wide(w.detach()) for name, w in model.named_buffers()}
+        """``weights`` are whole; ``inputs`` are the batch, and values made elsewhere, by the names of their steps."""
+        self.model, self.steps, self.constants, self.count = model, steps, constants, count
+        self.layouts = {name: layout for block in blocks for name, layout in block.weights.items()}
         self.weights = {
             name: [
-                take(w, layouts.get(name), rank).clone().requires_grad_(name in self.trainable)
-                for rank in range(self.count)
+                take(w.detach(), self.layouts.get(name), rank).clone().requires_grad_(w.requires_grad)
+                for rank in range(count)
             ]
-            for name, w in shaken.items()
+            for name, w in weights.items()
         }
-        self.constants = constants
+        self.inputs = {
+            name: [wide(x).detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+                   for _ in range(count)]
+            for name, x in inputs.items()
+        }  # fmt: skip
         self.env: dict[str, list[Any]] = {}
+        self.at = ""
+        """The step that runs."""
         self.partial: dict[str, list[Group]] = {}
         self.block: dict[str, DerivedBlock] = {}
         self.outside: dict[str, list[Group]] = {}
-        self.layouts = layouts
         self.divides = {name: block.groups for block in blocks for name in block.weights}
         for block in blocks:
             for group in block.groups:
@@ -80,23 +83,40 @@ class Ranks:
         for block in blocks:
             self.block |= dict.fromkeys(block.steps, block)
 
-    def run(self, loss: str) -> list[Tensor]:
-        """One step; the loss on every rank."""
-        self.env = {}
+    def run(self) -> None:
+        """All steps."""
+        # A leaf may not be changed in place, a copy may.
+        self.env = {name: [x.clone() if isinstance(x, Tensor) else x for x in xs] for name, xs in self.inputs.items()}
         for step in self.steps:
-            self.step(step)
-        losses = self.env[loss]
-        sum(losses).backward()  # type: ignore[union-attr]
-        return losses
+            if step.kind != "guard" and step.name not in self.env:
+                self.at = step.name
+                self.step(step)
+
+    def backward(self, cotangents: Mapping[str, Tensor]) -> None:
+        """Gradients of what other units read, or of a loss, flow back on every rank."""
+        total: Any = 0
+        for name, cotangent in cotangents.items():
+            degree = prod(group.degree for group in self.outside.get(name, ()))
+            total = total + sum((value * cotangent).sum() / degree for value in self.env[name])
+        total.backward()
+
+    def gradients(self, name: str) -> list[Tensor]:
+        """The gradient of a weight on every rank, after what is summed once a step."""
+        grads = [w.grad if w.grad is not None else torch.zeros_like(w) for w in self.weights[name]]
+        for group in self.partial.get(name, ()):
+            grads = over(group, grads, _total)
+        for group in self.divides.get(name, ()):
+            total = over(group, grads, _total)
+            for dim, factors in enumerate(self.layouts.get(name, ())):
+                for start, stop in same_parts(factors, group.degree, group.repeat, self.count):
+                    for grad, all_of in zip(grads, total, strict=True):
+                        grad.narrow(dim, start, stop - start).copy_(all_of.narrow(dim, start, stop - start))
+        return grads
 
     def step(self, step: Step) -> None:
-        if step.kind == "guard":
-            return
-        if step.kind == "input":
-            self.env[step.name] = [wide(self.inputs[step.name]) for _ in range(self.count)]
-            return
+        """One step on every rank."""
         block = self.block.get(step.name)
-        args = [self.words(step, (step.args, dict(step.kwargs)), (), block, rank) for rank in range(self.count)]
+        args = [self.arguments(step, block, rank) for rank in range(self.count)]
         self.convert(step, args, block)
         results = []
         form = next((g.forms[step.name] for g in block.groups if step.name in g.forms), "") if block else ""
@@ -114,25 +134,15 @@ class Ranks:
                 results = over(group, results, lambda some: AllReduce.apply(*some))  # type: ignore[arg-type]
         self.env[step.name] = results
 
-    def words(self, step: Step, item: Any, path: tuple[Any, ...], block: DerivedBlock | None, rank: int) -> Any:
-        """The arguments of one rank: its tensors, its sizes, everything in float64."""
-        if block and len(path) > 1 and (size := block.sizes.get((step.name, path[1:]))) is not None:
-            return size
-        if isinstance(item, Name):
-            if item.kind == "weight":
-                return self.weights[item.name][rank]
-            return self.constant(item.name) if item.kind == "constant" else self.env[item.name][rank]
-        if isinstance(item, (tuple, list)):
-            return type(item)([self.words(step, x, (*path, i), block, rank) for i, x in enumerate(item)])
-        if isinstance(item, dict):
-            return {key: self.words(step, x, (*path, key), block, rank) for key, x in item.items()}
-        if isinstance(item, slice):
-            ends = [self.words(step, getattr(item, k), (*path, k), block, rank) for k in ("start", "stop", "step")]
-            return slice(*ends)
-        return WIDER.get(item, item) if isinstance(item, torch.dtype) else item
+    def arguments(self, step: Step, block: DerivedBlock | None, rank: int) -> Any:
+        """The arguments of one rank: its tensors, its sizes."""
 
-    def constant(self, name: str) -> Any:
-        return wide(self.constants[name])
+        def tensor(name: Name) -> Any:
+            if name.kind == "weight":
+                return self.weights[name.name][rank]
+            return wide(self.constants[name.name]) if name.kind == "constant" else self.env[name.name][rank]
+
+        return arguments(step, block.sizes if block else {}, tensor)
 
     def convert(self, step: Step, args: list[Any], block: DerivedBlock | None) -> None:
         """Enter, even, share and slice the operands that ask for it, on all ranks together."""
@@ -160,29 +170,16 @@ class Ranks:
                     args[rank] = _put(args[rank], path, value)
 
     def call(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], rank: int) -> Any:
-        word = step.word
-        if word in ("dropout", "dropout1d", "dropout2d", "alpha_dropout"):
-            return args[0]
-        if word == "scaled_dot_product_attention" and "dropout_p" in kwargs:
-            kwargs["dropout_p"] = 0.0
-        if word in ("_grouped_mm", "grouped_mm"):
-            return grouped_mm(*args, **kwargs)
-        if word in RANDOM or step.kind == "module":
-            torch.manual_seed(step.index)
-        if step.kind == "module":
-            module = self.model.get_submodule(step.target)
-            own = {n.removeprefix(f"{step.target}."): w[rank] for n, w in self.weights.items()
-                   if n.startswith(f"{step.target}.")}  # fmt: skip
-            return torch.func.functional_call(module, own, args, kwargs)
-        if isinstance(step.target, str):
-            method = "double" if word in ("float", "half", "bfloat16") and not args[1:] else step.target
-            return getattr(args[0], method)(*args[1:], **kwargs)
-        return step.target(*args, **kwargs)
+        if step.kind != "module":
+            return perform(step, args, kwargs)
+        torch.manual_seed(step.index)
+        own = {n.removeprefix(f"{step.target}."): w[rank] for n, w in self.weights.items()
+               if n.startswith(f"{step.target}.")}  # fmt: skip
+        return torch.func.functional_call(self.model.get_submodule(step.target), own, args, kwargs)
 
 
-def wide(value: Any) -> Any:
-    """A tensor in float64 (complex128), anything else as it is."""
-    return value.to(WIDER.get(value.dtype, value.dtype)) if isinstance(value, Tensor) else value
+def _total(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.stack(tensors).sum(0)] * len(tensors)
 
 
 def _get(item: Any, path: tuple[Any, ...]) -> Any:

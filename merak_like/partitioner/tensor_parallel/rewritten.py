@@ -16,6 +16,10 @@ from merak_like.partitioner.tracer.fine import Step
 
 def grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
     """Rows of ``a (s, k)`` up to each offset times the group's matrix of ``b (e, k, n)``, in any dtype."""
+    if offs.shape != b.shape[:1]:
+        raise ValueError(f"{tuple(offs.shape)} groups for {b.shape[0]} matrices")
+    if a.is_meta:
+        return a.new_empty(a.shape[0], b.shape[-1])
     rows, start = list[Tensor](), 0
     for group, stop in enumerate(offs.tolist()):
         rows.append(a[start:stop] @ b[group])

@@ -113,6 +113,16 @@ def created(call: Call) -> None:
 def pinned(call: Call) -> None:
     """A tensor whose elements are told apart by their place."""
     call.keep_whole(f"{call.step.word} needs it whole")
+    at = next((path for path in _count(call) if isinstance(call.arg(*path), int)), None)
+    if at is not None and call.arg(*at) == call.size(call.outs[0][0]):
+        call.sizes.append((call.path(*at), call.outs[0][0]))
+
+
+def _count(call: Call) -> list[tuple[int, str]]:
+    """Where the number of elements may stand: ``arange(n)``, ``arange(0, n)``, ``arange(end=n)``."""
+    if call.step.word != "arange":
+        return []
+    return [(0, "end")] if call.step.args[1:2] == () or call.step.args[0] else [(1, "end")]
 
 
 @register("expand_as")
