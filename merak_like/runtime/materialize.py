@@ -38,12 +38,33 @@ def materialize(
     is changed, for one that an earlier engine gave up: to initialise it again would quietly forget what it was.
     """
     keep = {name for stage in stages for name in (*plan.stages[stage].params, *plan.stages[stage].buffers)}
-    first = {alias: names[0] for names in plan.ties for alias in names}
+    return fill(model, keep, plan.ties, device, seed=seed, initialise=initialise, weights=weights)
+
+
+def fill(
+    model: nn.Module,
+    keep: Collection[str],
+    ties: Iterable[tuple[str, ...]],
+    device: torch.device,
+    *,
+    seed: int,
+    initialise: Initialiser | None = None,
+    weights: str | Path | None = None,
+    given: bool = True,
+) -> dict[str, nn.Parameter]:
+    """As ``materialize``, for tensors named (first names) instead of stages of a plan.
+
+    With ``given`` false a tensor that has data already is not read from ``weights``.
+    """
+    keep = set(keep)
+    first = {alias: names[0] for names in ties for alias in names}
     if weights is None:
         _refuse_given_up(model, keep, first)
     empty = _place(model, keep, first, device)
     if weights is not None:
-        found = _read(model, {n: t for n, t in _named(model) if first.get(n, n) in keep}, Path(weights), first)
+        named = [(n, t) for n, t in _named(model) if first.get(n, n) in keep]
+        wanted = {n: t for n, t in named if given or first.get(n, n) in empty}
+        found = _read(model, wanted, Path(weights), first)
         empty -= {first.get(name, name) for name in found}
     if empty:  # with a checkpoint too: buffers that are not saved are computed, as when the model is built
         _initialise(model, empty, seed, initialise or reset_parameters)
@@ -151,6 +172,11 @@ class Streams(TorchFunctionMode):
             self.now, self.turns = name, self.turns + 1
             self._begin()
         return func(*args, **(kwargs or {}))
+
+
+def read(model: nn.Module, wanted: Mapping[str, Tensor], weights: str | Path) -> None:
+    """Read some tensors of a model, by name, in place. Raises ValueError where the checkpoint lacks one."""
+    _read(model, wanted, Path(weights), {})
 
 
 def _read(model: nn.Module, wanted: Mapping[str, Tensor], path: Path, first: Mapping[str, str]) -> set[str]:
