@@ -19,6 +19,9 @@ COMMANDS = {
     "html": "merak_like.cli.html_page",
     "simulate": "merak_like.cli.simulate",
     "timeline": "merak_like.cli.timeline",
+    "serve": "merak_like.cli.serve",
+    "edge": "merak_like.cli.edge",
+    "keys": "merak_like.cli.keys",
 }
 """Command -> the module whose ``run`` it is. A new command is a new file and a row here."""
 

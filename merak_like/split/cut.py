@@ -1,11 +1,11 @@
 """Where a model is cut between an edge and its cloud, as people write it and on a trace.
 
-    transformer.h.0:transformer.ln_f           the edge keeps all up to block 0, and all from the last norm on (U-shaped)
-    bert.encoder.layer.1@8:bert.pooler.dense   the same, and layer 1 is changed to send 8 numbers a token (SFT)
-    transformer.h.0                            the cloud has the head and is given the labels
+transformer.h.0:transformer.ln_f           the edge keeps all up to block 0, and all from the last norm on (U-shaped)
+bert.encoder.layer.1@8:bert.pooler.dense   the same, and layer 1 is changed to send 8 numbers a token (SFT)
+transformer.h.0                            the cloud has the head and is given the labels
 
-    ops   0 ............ first ........ last ............ end
-          edge's head  │ cloud's half │ edge's tail (head of the model, loss)
+ops   0 ............ first ........ last ............ end
+      edge's head  │ cloud's half │ edge's tail (head of the model, loss)
 """
 
 from __future__ import annotations

@@ -98,7 +98,9 @@ class Exchange:
             limit = max(1, *spec.shape, torch.Size(spec.shape).numel())
             x = self._codec(link, i, spec).decode(frame, replace(context, limit=limit))
             if tuple(x.shape) != spec.shape or x.dtype != spec.dtype:
-                raise WireError(f"{key}: {spec.name} is {tuple(x.shape)} of {x.dtype}, {spec.shape} of {spec.dtype} due")
+                raise WireError(
+                    f"{key}: {spec.name} is {tuple(x.shape)} of {x.dtype}, {spec.shape} of {spec.dtype} due"
+                )
             self._check(x, key, spec.name)
             found[spec.name] = x.requires_grad_() if spec.requires_grad and way == "forward" else x
         return found

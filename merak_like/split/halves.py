@@ -1,8 +1,8 @@
 """One trace cut between edge and cloud: what travels, what the other end makes itself, and what must never travel.
 
-    head ──sent──────► cloud ──returned──► tail       tensors, through codecs, and their gradients back
-      └──rebuilt·····► cloud                          masks and positions: the cloud makes them, from lengths or nothing
-      └──────────────────────kept────────► tail       never leave the edge
+head ──sent──────► cloud ──returned──► tail       tensors, through codecs, and their gradients back
+  └──rebuilt·····► cloud                          masks and positions: the cloud makes them, from lengths or nothing
+  └──────────────────────kept────────► tail       never leave the edge
 """
 
 from __future__ import annotations

@@ -56,8 +56,6 @@ class Task(Message):
     frozen_edge: bool = False
     """Whether the edge's head is not trained: then no gradient comes back to it."""
     skip: Literal["none", "surrogate"] = "none"
-    adapter_rank: Annotated[int, Field(ge=0, le=4096)] = 0
-    """Rank of the session's own adapters on a frozen trunk; 0: the cloud's half itself is trained."""
 
 
 class Hello(Message):

@@ -16,7 +16,7 @@ from merak_like.split.halves import LABELS, MASK
 from merak_like.split.wire import WireError
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-MOST_ELEMENTS = 2**26
+MOST_ELEMENTS = 2**24
 MOST_LEAVES = 64
 MOST_DIMENSIONS = 8
 

@@ -39,7 +39,6 @@ class Kind(IntEnum):
     ERROR = 5
     BYE = 6
     PING = 7
-    SAVE = 8
     UP_FORWARD = 16
     """Edge to host: what the edge's head sends."""
     UP_BACKWARD = 17
@@ -56,9 +55,7 @@ class Kind(IntEnum):
 
 
 FROM_EDGE = frozenset({Kind.HELLO, Kind.BEGIN, Kind.BYE, Kind.PING, Kind.ERROR, Kind.UP_FORWARD, Kind.DOWN_BACKWARD})
-FROM_HOST = frozenset(
-    {Kind.WELCOME, Kind.DONE, Kind.ERROR, Kind.BYE, Kind.PING, Kind.SAVE, Kind.UP_BACKWARD, Kind.DOWN_FORWARD}
-)
+FROM_HOST = frozenset({Kind.WELCOME, Kind.DONE, Kind.ERROR, Kind.BYE, Kind.PING, Kind.UP_BACKWARD, Kind.DOWN_FORWARD})
 
 
 class Key(NamedTuple):
