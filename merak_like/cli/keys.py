@@ -22,7 +22,7 @@ def run(
 ) -> None:
     """Make an authority, issue certificates to hosts and clients, revoke them.
 
-    merak keys init; merak keys issue host --host cloud.example.org; merak keys issue clinic-7; merak keys revoke clinic-7
+    merak keys init; merak keys issue host --host cloud.example.org; merak keys issue clinic-7; merak keys list
     """
     from merak_like.split import keys
 

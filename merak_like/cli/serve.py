@@ -32,7 +32,7 @@ def run(
     rate: Annotated[float, typer.Option("--rate", help="Bytes a second taken from one connection; 0: any.")] = 0.0,
     device: Annotated[str, typer.Option("--device")] = "cpu",
 ) -> None:
-    """Listen for edges and train the cloud's half of each one's session. SIGTERM drains: steps end, sessions are saved."""
+    """Listen for edges and train the cloud's half of each one's session. SIGTERM ends steps and saves sessions."""
     from merak_like.split.host import Host
     from merak_like.split.limits import Limits
     from merak_like.split.tls import Keys

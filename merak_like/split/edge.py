@@ -109,7 +109,8 @@ class Edge:
         return result
 
     def train(
-        self, batches: Callable[[int], Any], steps: int, *, samples: Callable[[int], Sequence[int] | None] | None = None,
+        self, batches: Callable[[int], Any], steps: int, *,
+        samples: Callable[[int], Sequence[int] | None] | None = None,
         on_step: Callable[[int, StepResult], None] = lambda step, result: None,
     ) -> None:  # fmt: skip
         """Train until ``steps`` are done; ``batches(step)`` must give the same batch whenever it is asked."""

@@ -141,7 +141,8 @@ def _plan(
     """The plan an engine of this side obeys: which stages there are, in which order they run, what they hold."""
     stages = tuple(
         StagePlan(
-            index=i, rank=0, start=i, stop=i + 1, blocks=(), params=tuple(n for n in names.get(i, ()) if n in parameters),
+            index=i, rank=0, start=i, stop=i + 1, blocks=(),
+            params=tuple(n for n in names.get(i, ()) if n in parameters),
             buffers=tuple(n for n in names.get(i, ()) if n not in parameters), param_count=0, flops=0,
             forward_seconds=0.0, backward_seconds=0.0, weight_seconds=0.0, recompute_seconds=0.0,
             live_micro_batches=task.window, recompute=(), memory=StageMemory(),

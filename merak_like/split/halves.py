@@ -135,8 +135,8 @@ def _refuse_reading(trace: Trace, starts: tuple[int, ...], public: Collection[st
     read = {name for op in trace.graph.ops[starts[1] : starts[2]] for name in op.inputs if name in inputs}
     if read:
         raise ValueError(
-            f"with the cut {cut} the cloud would need {', '.join(sorted(read))} of the batch: give the edge a tail that "
-            "begins before it is read (FRONT:BACK)"
+            f"with the cut {cut} the cloud would need {', '.join(sorted(read))} of the batch: give the edge a tail "
+            "that begins before it is read (FRONT:BACK)"
         )
 
 
@@ -147,8 +147,8 @@ def _refuse_ties(graph: ProxyGraph, starts: tuple[int, ...], cut: Cut) -> None:
     edge = {*held_by(needs, 0, starts[1]), *(held_by(needs, starts[2], starts[3]) if len(starts) == 4 else ())}
     if both := sorted(cloud & edge):
         raise ValueError(
-            f"the cut {cut} puts {both[0]} on both sides: give the edge a tail (FRONT:BACK) so that a tied weight stays "
-            "there, or untie it"
+            f"the cut {cut} puts {both[0]} on both sides: give the edge a tail (FRONT:BACK) so that a tied weight "
+            "stays there, or untie it"
         )
 
 

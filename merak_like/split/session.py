@@ -72,8 +72,8 @@ class Session:
         common = self.training.saved() & {at, *saved}
         if not common:
             raise Refused(
-                f"the host is at step {step} and has checkpoints of {sorted(self.training.saved())}, the edge is at {at} "
-                f"and has {sorted(saved)}: there is no step to go on with; begin a new session"
+                f"the host is at step {step} and has checkpoints of {sorted(self.training.saved())}, the edge is at "
+                f"{at} and has {sorted(saved)}: there is no step to go on with; begin a new session"
             )
         self._log = None
         with self.turn.held():
