@@ -40,7 +40,7 @@ class Proxy:
         with suppress(OSError):
             while True:
                 head = self._exactly(source, HEADER.size)
-                kind, length = head[3], int.from_bytes(head[16:20], "little")
+                kind, length = head[3], int.from_bytes(head[14:18], "little")
                 payload = self._exactly(source, length)
                 self.seen[name] += head + payload
                 with self._lock:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/training.md")
+DOCUMENTS = ("README.md", "docs/training.md", "docs/split.md")
 BLOCK = re.compile(r"^(?:<!-- (?P<word>.*?) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

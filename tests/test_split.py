@@ -119,7 +119,9 @@ def test_losses_and_weights_are_those_of_one_process(name: str, cut: str, steps:
     batches = batches_of(name, steps)
     expected = alone(whole, batches)
     found = [split.edge.step(each).loss for each in batches]
-    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < (1e-6 if rank is None else 1e-5)
+    # A loss near 8 (thousands of classes) has steps of 5e-7 to 1e-6 in float32, so larger losses get as much by size.
+    bar = 1e-6 if rank is None else 1e-5
+    assert max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(found, expected, strict=True)) < bar
     weights = split.weights
     reference = dict(whole.named_parameters())
     assert {n for n in weights if n in reference} == set(reference)

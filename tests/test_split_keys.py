@@ -1,4 +1,4 @@
-"""Who may talk to a host: certificates, sessions and limits. What has no right to be here is refused, fast and alike."""
+"""Who may talk to a host: certificates, sessions and limits. What has no right to be here is refused, and fast."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ MODEL, BATCH = split_models.calm()
 SOURCE = Source(lambda: copy.deepcopy(MODEL))
 CUT = "layers.0:layers.3"
 TASK = Task(cut=CUT)
-WAITS = Waits(hello=2.0, idle=3.0, step=5.0, drain=3.0)
+WAITS = Waits(hello=20.0, idle=20.0, step=60.0, drain=20.0)
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +126,12 @@ def test_an_edge_refuses_a_host_of_another_authority(folder: Path, tmp_path: Pat
 def test_no_certificate_and_no_tls_are_refused(host: Host, folder: Path):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(str(folder / "ours" / "ca.pem"))
-    with socket.create_connection(("127.0.0.1", host.port)) as plain, pytest.raises((ssl.SSLError, OSError)):
+    data = b"some"
+    with socket.create_connection(("127.0.0.1", host.port)) as plain, suppress(OSError):
         with context.wrap_socket(plain, server_hostname="127.0.0.1") as bare:
             bare.sendall(b"".join(frames(Key(Kind.HELLO), hello())))
-            assert not bare.recv(1)
-            raise OSError("the host closed")
+            data = bare.recv(100)
+    assert data in (b"", b"some")  # closed, in the handshake or at the first read
     with socket.create_connection(("127.0.0.1", host.port)) as plain:
         plain.settimeout(5)
         plain.sendall(b"".join(frames(Key(Kind.HELLO), hello())))
@@ -178,9 +180,9 @@ def test_what_is_not_due_ends_the_connection_with_its_reason(key: Key, host: Hos
     dialler, connection = dialled(host, Keys(folder / "ours", "bob"))
     connection.send(Key(Kind.HELLO), b"{}" if key.kind is Kind.HELLO else hello())
     if key.kind is not Kind.HELLO:
+        connection.receive(Key(Kind.WELCOME), 20)
+        connection.send(key, b"x" * 10)
         with pytest.raises((Told, Lost)):
-            connection.receive(Key(Kind.WELCOME), 20)
-            connection.send(key, b"x" * 10)
             connection.receive(Key(Kind.DONE), 20)
     else:
         with pytest.raises(Told, match="Hello"):
@@ -196,7 +198,7 @@ def test_a_length_beyond_all_measure_is_refused_at_once(folder: Path, tmp_path: 
         with socket.create_connection(("127.0.0.1", plain.port)) as raw:
             raw.settimeout(5)
             head = bytearray(next(frames(Key(Kind.HELLO), b""))[: HEADER.size])
-            head[16:20] = b"\xff" * 4
+            head[14:18] = b"\xff" * 4
             began = time.monotonic()
             raw.sendall(head)
             data = b""

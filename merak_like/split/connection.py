@@ -246,6 +246,8 @@ class Connection:
                 if task is not asyncio.current_task(self._loop):
                     task.cancel()
             with suppress(OSError, RuntimeError):
+                if isinstance(error, WireError):
+                    self._writer.writelines(frames(Key(Kind.ERROR), Failed(code="bad", message=str(error)).body()))
                 self._writer.close()
 
     async def wait_closed(self) -> None:

@@ -128,7 +128,10 @@ class Assembler:
         limit = self.largest if head.key.kind.tensors else LARGEST_CONTROL
         # The least that this many chunks hold: asked before any of them is read.
         if (head.chunks - 1) * CHUNK + (head.length if head.chunk == head.chunks - 1 else 1) - 1 >= max(limit, 1):
-            raise WireError(f"{head.key}: {head.chunks} chunks of up to {CHUNK} bytes, at most {limit} bytes may come")
+            raise WireError(
+                f"{head.key} claims {head.chunks} chunks, at most {limit} bytes may come: is the batch larger than the one "
+                "the session was opened with?"
+            )
         if head.chunk == 0:
             if self._key is not None:
                 raise WireError(f"{head.key} begins in the middle of {self._key}")
