@@ -8,12 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from merak_like.cli.halves import half_source
+
+if TYPE_CHECKING:
+    from merak_like.split.messages import Task
 
 
 class Setting(BaseModel):
@@ -51,13 +54,16 @@ class Setting(BaseModel):
 
 
 def run(
-    action: Annotated[str, typer.Argument(help="train.")],
+    action: Annotated[str, typer.Argument(help="train or leakage.")],
     file: Annotated[Path, typer.Argument(help="edge.yaml; see docs/split.md.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the edge's own weights here, as safetensors.")
     ] = None,
 ) -> None:
-    """Train with a host: data, labels and the edge's layers stay here. Prints one JSON line a step."""
+    """Train with a host: data, labels and the edge's layers stay here. Prints one JSON line a step.
+
+    ``leakage`` needs no host: it measures how many tokens a decoder finds again in what would be sent.
+    """
     if action not in ACTIONS:
         raise ValueError(f"no action {action!r}: there are {', '.join(ACTIONS)}")
     ACTIONS[action](load(file), out)
@@ -97,17 +103,9 @@ def batches(spec: str) -> Callable[[int], Any]:
 
 def _train(setting: Setting, out: Path | None) -> None:
     from merak_like.split.edge import Edge
-    from merak_like.split.messages import OptimizerText, Task
     from merak_like.split.tls import Keys
 
-    data = batches(setting.data)
-    try:
-        names = ("cut", "codec", "back_codec", "micro_batches", "window", "max_grad_norm", "seed", "checkpoint_every",
-                 "frozen_edge", "skip")  # fmt: skip
-        task = Task(optimizer=OptimizerText(**setting.optimizer), **{name: getattr(setting, name) for name in names})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    data, task = batches(setting.data), _task(setting)
     batch, _ = _batch(data(0))
     source = half_source(setting.model, task=setting.hf_task, weights=setting.weights)
     keys = Keys(setting.keys, setting.name) if setting.keys is not None else None
@@ -131,6 +129,29 @@ def _train(setting: Setting, out: Path | None) -> None:
             _write(edge.state_dict(), out)
 
 
+def _task(setting: Setting) -> Task:
+    from merak_like.split.messages import OptimizerText, Task
+
+    try:
+        names = ("cut", "codec", "back_codec", "micro_batches", "window", "max_grad_norm", "seed", "checkpoint_every",
+                 "frozen_edge", "skip")  # fmt: skip
+        return Task(optimizer=OptimizerText(**setting.optimizer), **{name: getattr(setting, name) for name in names})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _leakage(setting: Setting, out: Path | None) -> None:
+    from merak_like.split.leakage import leakage
+
+    if out is not None:
+        raise ValueError("merak edge leakage writes no weights: leave --out away")
+    data = batches(setting.data)
+    source = half_source(setting.model, task=setting.hf_task, weights=setting.weights)
+    count = max(8, min(setting.steps, 64))
+    typer.echo(str(leakage(source, _task(setting), [_batch(data(step)) for step in range(count)])))
+
+
 def _batch(found: Any) -> tuple[Any, Sequence[int] | None]:
     return found if isinstance(found, tuple) and len(found) == 2 and not hasattr(found[1], "shape") else (found, None)
 
@@ -142,4 +163,4 @@ def _write(state: dict[str, Any], path: Path) -> None:
     save_file({name: t.cpu().contiguous().clone() for name, t in state.items()}, path)
 
 
-ACTIONS: dict[str, Callable[[Setting, Path | None], None]] = {"train": _train}
+ACTIONS: dict[str, Callable[[Setting, Path | None], None]] = {"train": _train, "leakage": _leakage}

@@ -129,8 +129,8 @@ class Assembler:
         # The least that this many chunks hold: asked before any of them is read.
         if (head.chunks - 1) * CHUNK + (head.length if head.chunk == head.chunks - 1 else 1) - 1 >= max(limit, 1):
             raise WireError(
-                f"{head.key} claims {head.chunks} chunks, at most {limit} bytes may come: is the batch larger than the one "
-                "the session was opened with?"
+                f"{head.key} claims {head.chunks} chunks, at most {limit} bytes may come: is the batch larger than the "
+                "one the session was opened with?"
             )
         if head.chunk == 0:
             if self._key is not None:
