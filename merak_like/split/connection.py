@@ -63,7 +63,6 @@ class Connection:
         self.bytes: Counter[str] = Counter()
         """"sent" and "received", headers included."""
         self.by_kind: Counter[str] = Counter()
-        self.on_message: Callable[[Key], None] = lambda key: None
         self._loop = asyncio.get_running_loop()
         self._reader, self._writer = reader, writer
         self._inbox: dict[Key, bytes] = {}
@@ -199,7 +198,6 @@ class Connection:
                     raise WireError(f"{key}: more than {self.room} bytes wait to be used")
             self._inbox[key] = body
             self._turn.notify_all()
-        self.on_message(key)
 
     def expect(self, key: Key) -> None:
         """Tensors of this step may come from now on."""

@@ -86,6 +86,8 @@ class Edge:
         self._secret = secrets.token_bytes(16)
         self.session: str | None = None
         """The session's name on the host."""
+        self.queued = 0.0
+        """Seconds that the host's computations waited for their turn."""
         self.bytes: Counter[str] = Counter()
         """Bytes on the socket, headers included: "sent" and "received", and the same by kind of message."""
         self._again()
@@ -185,7 +187,7 @@ class Edge:
                 self._leave()
                 if error.failed.code == "not-finite":
                     raise FloatingPointError(f"step {self.training.step}: the host says: {error}") from None
-                if error.failed.code not in ("busy", "draining", "internal") or time.monotonic() > end:
+                if error.failed.code not in ("busy", "internal") or time.monotonic() > end:
                     kind = PermissionError if "Authentication" in str(error) else ValueError
                     raise kind(f"the host refuses: {error}") from None
                 pause = max(pause, min(error.failed.after, end - time.monotonic()))
@@ -225,6 +227,7 @@ class Edge:
 
         self._word.wait = wait
         result = do(batch)
+        self.queued += self._done.queued
         self._count(connection)
         loss = result.loss if half.halves.tailed else self._done.loss
         return StepResult(loss if loss is not None else float("nan"), result.grad_norm, result.tokens)

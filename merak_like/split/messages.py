@@ -112,7 +112,7 @@ class Done(Message):
 class Failed(Message):
     """Either to the other: why it stops."""
 
-    code: Literal["refused", "busy", "bad", "not-finite", "draining", "internal"]
+    code: Literal["refused", "busy", "bad", "not-finite", "internal"]
     message: Annotated[str, Field(max_length=2000)]
     after: float = 0.0
     """Seconds after which to try again, where that may help."""
