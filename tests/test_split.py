@@ -23,6 +23,7 @@ from merak_like.split.host import Host
 from merak_like.split.limits import Limits
 from merak_like.split.messages import OptimizerText, Task
 from merak_like.split.sft import sft
+from merak_like.split.training import OPTIMIZERS
 from merak_like.split.wire import Kind
 from tests import split_models
 from tests.split_proxy import Proxy
@@ -31,7 +32,7 @@ CUTS = {
     "bert": "bert.encoder.layer.0:bert.pooler.dense", "gpt2": "transformer.h.0:transformer.ln_f",
     "llama": "model.layers.0:model.norm", "calm": "layers.0:layers.3",
 }  # fmt: skip
-ADAM = OptimizerText(lr=1e-3)
+ADAM, SGD = OptimizerText(lr=1e-3), OptimizerText(name="sgd", lr=0.1)
 
 
 def made(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -85,9 +86,9 @@ def pair(tmp_path: Path) -> Iterator[Callable[..., Pair]]:
         one.close()
 
 
-def alone(model: nn.Module, batches: list[Any], micro_batches: int = 1) -> list[float]:
+def alone(model: nn.Module, batches: list[Any], how: OptimizerText = ADAM) -> list[float]:
     """The losses of plain training in one process."""
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=ADAM.lr, weight_decay=0.0), []
+    optimizer, losses = OPTIMIZERS[how.name](model.parameters(), how), []
     model.train()
     for batch in batches:
         optimizer.zero_grad()
@@ -106,31 +107,45 @@ def batches_of(name: str, count: int) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("name", "cut", "steps"),
-    [("bert", CUTS["bert"], 50), ("gpt2", CUTS["gpt2"], 10), ("llama", CUTS["llama"], 5),
+    [("bert", CUTS["bert"], 10), ("gpt2", CUTS["gpt2"], 10), ("llama", CUTS["llama"], 5),
      ("bert", "bert.encoder.layer.1@6:bert.pooler.dense", 10), ("gpt2", "transformer.h.1@6:transformer.ln_f", 10),
      ("bert", "bert.encoder.layer.0", 5)],
 )  # fmt: skip
 def test_losses_and_weights_are_those_of_one_process(name: str, cut: str, steps: int, pair: Callable[..., Pair]):
+    """In float64, and without Adam, which makes a whole step of the rounding of a gradient near zero.
+
+    The language models of transformers compute their loss, which is near 8 here, in float32 all the same.
+    """
+    bar = 1e-5 if name in ("gpt2", "llama") else 1e-9
     model, batch = made(name)
-    split = pair(model, batch, task(cut))
+    model.double()
+    split = pair(model, batch, task(cut, optimizer=SGD))
     whole = copy.deepcopy(model)
     if (rank := Cut.parse(cut).rank) is not None:
         sft(whole, batch, Cut.parse(cut).front, rank)
     batches = batches_of(name, steps)
-    expected = alone(whole, batches)
+    expected = alone(whole, batches, SGD)
     found = [split.edge.step(each).loss for each in batches]
-    # A loss near 8 (thousands of classes) has steps of 5e-7 to 1e-6 in float32, so larger losses get as much by size.
-    bar = 1e-6 if rank is None else 1e-5
-    assert max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(found, expected, strict=True)) < bar
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < bar
     weights = split.weights
     reference = dict(whole.named_parameters())
     assert {n for n in weights if n in reference} == set(reference)
     for name_, parameter in reference.items():
-        torch.testing.assert_close(weights[name_], parameter.detach(), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(weights[name_], parameter.detach(), rtol=0, atol=bar)
     evaluated = split.edge.evaluate(batch).loss
-    assert evaluated == pytest.approx(whole.eval()(**batch)["loss"].item(), abs=1e-5)
+    assert evaluated == pytest.approx(whole.eval()(**batch)["loss"].item(), abs=bar)
     if ":" in cut:
-        assert torch.allclose(split.edge.predict(batch)["logits"], whole(**batch)["logits"], atol=1e-4)
+        assert torch.allclose(split.edge.predict(batch)["logits"], whole(**batch)["logits"], atol=10 * bar)
+
+
+def test_fifty_steps_in_float32_are_within_a_millionth(pair: Callable[..., Pair]):
+    model, batch = made("bert")
+    split = pair(model, batch, task(CUTS["bert"]))
+    batches = batches_of("bert", 50)
+    expected = alone(copy.deepcopy(model), batches)
+    found = [split.edge.step(each).loss for each in batches]
+    # Losses near 8 stand 1e-6 apart in float32.
+    assert max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(found, expected, strict=True)) < 1e-6
 
 
 def windows(values: list[int], size: int) -> Iterator[list[int]]:
