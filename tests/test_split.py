@@ -138,6 +138,7 @@ def test_losses_and_weights_are_those_of_one_process(name: str, cut: str, steps:
         assert torch.allclose(split.edge.predict(batch)["logits"], whole(**batch)["logits"], atol=10 * bar)
 
 
+@pytest.mark.slow
 def test_fifty_steps_in_float32_are_within_a_millionth(pair: Callable[..., Pair]):
     model, batch = made("bert")
     split = pair(model, batch, task(CUTS["bert"]))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,12 @@ def test_the_halves_are_the_model(undisturbed: tuple[dict[str, Tensor], Any]):
     assert sorted(map(int, undisturbed[1])) == list(range(STEPS))
 
 
-@pytest.mark.parametrize("place", PLACES)
+def slow_but(places: Sequence[str], *usual: str) -> list[Any]:
+    """A restart takes seconds: only some places are tried every time."""
+    return [pytest.param(place, marks=[] if place in usual else [pytest.mark.slow]) for place in places]
+
+
+@pytest.mark.parametrize("place", slow_but(PLACES, "up backward", "stepped"))
 def test_host_killed(place: str, nursery: Nursery, undisturbed: tuple[dict[str, Tensor], Any], tmp_path: Path):
     host = nursery.start("host", folder=str(tmp_path / "host"), fault=place, at=AT)
     edge = train(nursery, tmp_path, [host["port"]])
@@ -87,7 +92,7 @@ def test_host_killed(place: str, nursery: Nursery, undisturbed: tuple[dict[str, 
     assert nursery.wait(again["pid"])["status"] == 0
 
 
-@pytest.mark.parametrize("place", ["up forward", "down backward", "stepped", "half written"])
+@pytest.mark.parametrize("place", slow_but(["up forward", "down backward", "stepped", "half written"], "stepped"))
 def test_edge_killed_and_back(place: str, nursery: Nursery, undisturbed: tuple[dict[str, Tensor], Any], tmp_path: Path):
     at = AT if place != "half written" else EVERY + 1
     host = nursery.start("host", folder=str(tmp_path / "host"))

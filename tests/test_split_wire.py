@@ -156,11 +156,12 @@ def seeds() -> list[bytes]:
     x = codec("aqsgd(4)|int8")
     from merak_like.runtime.codecs import Context
 
+    back = Context(7, 1)
     tensor = x.encode(torch.randn(4, 8), Context(7, 1, samples=(1, 2, 3, 4)))
     bodies = {
         Key(Kind.HELLO): hello.body(), Key(Kind.BEGIN, 7): BEGIN.body(), KEY: pack([bytes(tensor.numpy())]),
         Key(Kind.ERROR): Failed(code="bad", message="no").body(), Key(Kind.PING): b"", Key(Kind.BYE): b"",
-        Key(Kind.DOWN_BACKWARD, 7, 1): pack([bytes(codec("identity").encode(torch.randn(3)).numpy())]),
+        Key(Kind.DOWN_BACKWARD, 7, 1): pack([bytes(codec("identity").encode(torch.randn(3), back).numpy())]),
     }  # fmt: skip
     return [b"".join(frames(key, body)) for key, body in bodies.items()]
 
@@ -179,9 +180,10 @@ def digested(data: bytes) -> None:
             if isinstance(message, Hello):
                 blank(message.example)
         elif key.kind.tensors:
+            text = "aqsgd(4)|int8" if key.kind is Kind.UP_FORWARD else "identity"
             context = Context(7, 1, samples=(1, 2, 3, 4), limit=64)
             for part in unpack(body, 1):
-                codec("aqsgd(4)|int8").decode(part, context)
+                codec(text).decode(part, context)
 
 
 def attack(count: int, seed: int) -> int:
@@ -244,7 +246,7 @@ def test_any_json_as_outline_is_a_batch_or_refused(said: object):
         {"t": "int64", "s": [2**40]}, {"t": "int64", "s": [2**13, 2**13]}, {"t": "int64", "s": [0, 2**62]},
         {"t": "int64", "s": [-1]}, {"t": "int64", "s": [True]}, {"t": "object", "s": [1]},
         {"t": "int64", "s": [1] * 99},
-        {"l": [{"t": "int8", "s": [1]}] * 1000}, {"m": {"x": {"m": {"x": {"m": {"x": {"m": {"x": {"m": {}}}}}}}}}},
+        {"l": [{"t": "int8", "s": [1]}] * 1000}, {"m": {"x": {"m": {"x": {"m": {"x": {"m": {"x": {"m": {"x": {"m": {}}}}}}}}}}}},
     ],
 )  # fmt: skip
 def test_an_outline_beyond_measure_is_refused(said: object):
