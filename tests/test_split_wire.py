@@ -246,7 +246,8 @@ def test_any_json_as_outline_is_a_batch_or_refused(said: object):
         {"t": "int64", "s": [2**40]}, {"t": "int64", "s": [2**13, 2**13]}, {"t": "int64", "s": [0, 2**62]},
         {"t": "int64", "s": [-1]}, {"t": "int64", "s": [True]}, {"t": "object", "s": [1]},
         {"t": "int64", "s": [1] * 99},
-        {"l": [{"t": "int8", "s": [1]}] * 1000}, {"m": {"x": {"m": {"x": {"m": {"x": {"m": {"x": {"m": {"x": {"m": {}}}}}}}}}}}},
+        {"l": [{"t": "int8", "s": [1]}] * 1000},
+        {"m": {"x": {"m": {"x": {"m": {"x": {"m": {"x": {"m": {"x": {"m": {}}}}}}}}}}}},
     ],
 )  # fmt: skip
 def test_an_outline_beyond_measure_is_refused(said: object):

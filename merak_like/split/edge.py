@@ -46,11 +46,9 @@ class WentBack(RuntimeError):
 class _Word(NoLinks):
     """The end of a step: the host has said that it is applied. Only then are the edge's own weights changed."""
 
-    def __init__(self) -> None:
-        self.wait: Callable[[], None] = lambda: None
+    wait: Callable[[], None]
 
     def flush(self) -> None:
-        """Wait for the word."""
         self.wait()
 
 

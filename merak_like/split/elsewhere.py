@@ -33,7 +33,8 @@ class Leaves:
     """Values go to the other end; their gradients come from there."""
 
     def __init__(self, exchange: Exchange, link: Link, specs: Sequence[Spec]) -> None:
-        self.exchange, self.link, self.specs = exchange, link, tuple(specs)
+        self.exchange, self.specs = exchange, tuple(specs)
+        self.link: Link = link
         self.code = Nothing()
 
     def forward(
@@ -63,7 +64,8 @@ class Arrives:
         again: Callable[[Any], Mapping[str, Tensor]] | None = None,
     ) -> None:  # fmt: skip
         """``names`` are the values it hands on; ``again`` makes those of a batch that do not travel."""
-        self.exchange, self.link, self.specs, self.again = exchange, link, tuple(specs), again
+        self.exchange, self.specs, self.again = exchange, tuple(specs), again
+        self.link: Link = link
         self.code = Nothing(tuple(names))
 
     def forward(

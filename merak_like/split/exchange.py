@@ -78,7 +78,7 @@ class Exchange:
         parts = []
         for i, spec in enumerate(specs):
             frame = self._codec(link, i, spec).encode(values[spec.name], self._context(way, micro_batch))
-            parts.append(memoryview(frame.numpy()))
+            parts.append(frame.numpy().data)
         key, body = Key(KINDS[link, way], self.step, micro_batch), pack(parts)
         if self.keep_log:
             self.log.append((key, body))

@@ -47,7 +47,8 @@ class HalfPrograms:
     def __init__(
         self, side: Side, model: nn.Module, cut: Cut, exchange: Exchange, device: torch.device, loss_fn: LossFn | None
     ) -> None:
-        self.side, self.model, self.cut, self.exchange = side, model, cut, exchange
+        self.side: Side = side
+        self.model, self.cut, self.exchange = model, cut, exchange
         self.device, self.loss_fn = device, loss_fn
         self._known: dict[Any, list[Half]] = {}
 

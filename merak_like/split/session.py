@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from merak_like.runtime.batches import rows, split
+from merak_like.runtime.links import Spec
 from merak_like.runtime.optimizer import StepResult
 from merak_like.split.connection import Connection
+from merak_like.split.exchange import Link, Way
 from merak_like.split.halves import LABELS
 from merak_like.split.messages import Begin, Done, Hello, parse
 from merak_like.split.metrics import Metrics
@@ -162,8 +164,9 @@ class Session:
 
     def _largest(self, half: Half) -> int:
         halves, exchange = half.halves, self.training.exchange
-        links = (("up", halves.sent), ("down", halves.returned if halves.tailed else ()))
-        return max(exchange.bytes_of(link, way, specs) for link, specs in links for way in ("forward", "backward"))
+        links: dict[Link, Sequence[Spec]] = {"up": halves.sent, "down": halves.returned if halves.tailed else ()}
+        ways: tuple[Way, Way] = ("forward", "backward")
+        return max(exchange.bytes_of(link, way, specs) for link, specs in links.items() for way in ways)
 
     def close(self) -> None:
         """Let go of the half."""
