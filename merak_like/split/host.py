@@ -46,13 +46,12 @@ class Host:
         self.limits, self.keys = limits or Limits(), keys
         self.address = address(listen)
         require_safe(self.address[0], keys, insecure)
+        place = Cut.parse(cut)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics, self.audit = Metrics(), Audit(self.folder / "audit.jsonl")
         self.turn = Turn(torch.device(device))
-        self.registry = Registry(
-            source, Cut.parse(cut), self.folder / "sessions", self.limits, self.turn, self.turn.device
-        )
+        self.registry = Registry(source, place, self.folder / "sessions", self.limits, self.turn, self.turn.device)
         self.port = 0
         """The port in use, once it listens."""
         self.status_port = 0
