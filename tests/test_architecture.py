@@ -128,9 +128,10 @@ RULES: dict[str, Rule] = {
     ),
     "torch.fx has its doors": Names(
         package("torch.fx"),
-        door=("partitioner/tracer/*", "runtime/stage_code.py", "runtime/tensor_parallel/*"),
+        door=("partitioner/tracer/*", "runtime/stage_code.py", "runtime/value_code.py", "runtime/tensor_parallel/*"),
     ),
     "deepspeed has one door": Names(package("deepspeed"), door=("runtime/zero.py",)),
+    "cryptography has one door": Names(package("cryptography"), door=("split/keys.py",)),
     "grpc has one door": Names(package("grpc"), door=("split/*",)),
     "matplotlib has one door": Names(package("matplotlib"), door=("*/report/*",)),
     "the environment has one reader": Names(
@@ -172,6 +173,7 @@ GUILTY = [
     ("torch.fx has its doors", "partitioner/cuts.py", "from torch.fx import Graph"),
     ("torch.fx has its doors", "runtime/stage.py", "import torch\ngraph: torch.fx.Graph"),
     ("deepspeed has one door", "runtime/engine.py", "import deepspeed.comm as comm"),
+    ("cryptography has one door", "split/tls.py", "from cryptography import x509"),
     ("grpc has one door", "runtime/links.py", "import grpc"),
     ("matplotlib has one door", "cli/show.py", "import matplotlib.pyplot as plt"),
     ("the environment has one reader", "cli/train.py", "from os import environ"),

@@ -24,6 +24,9 @@ COMMANDS = {
     "export": "merak_like.cli.export",
     "perplexity": "merak_like.cli.perplexity",
     "doctor": "merak_like.cli.doctor",
+    "serve": "merak_like.cli.serve",
+    "edge": "merak_like.cli.edge",
+    "keys": "merak_like.cli.keys",
 }
 """Command -> the module whose ``run`` it is. A new command is a new file and a row here."""
 

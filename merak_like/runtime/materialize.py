@@ -43,14 +43,35 @@ def materialize(
     is changed, for one that an earlier engine gave up: to initialise it again would quietly forget what it was.
     """
     keep = {name for stage in stages for name in (*plan.stages[stage].params, *plan.stages[stage].buffers)}
-    first = {alias: names[0] for names in plan.ties for alias in names}
+    return fill(model, keep, plan.ties, device, seed=seed, initialise=initialise, weights=weights, shards=shards)
+
+
+def fill(
+    model: nn.Module,
+    keep: Collection[str],
+    ties: Iterable[tuple[str, ...]],
+    device: torch.device,
+    *,
+    seed: int,
+    initialise: Initialiser | None = None,
+    weights: str | Path | None = None,
+    given: bool = True,
+    shards: Shards = WHOLE,
+) -> dict[str, nn.Parameter]:
+    """As ``materialize``, for tensors named (first names) instead of stages of a plan.
+
+    With ``given`` false a tensor that has data already is not read from ``weights``.
+    """
+    keep = set(keep)
+    first = {alias: names[0] for names in ties for alias in names}
     if weights is None:
         _refuse_given_up(model, keep, first)
     saved = {first.get(n, n) for n in model.state_dict()} & keep if weights is not None else set[str]()
     empty = _place(model, keep, first, device, shards, saved)
     if weights is not None:
-        there = {n: t for n, t in _named(model) if first.get(n, n) in saved}
-        empty -= {first.get(name, name) for name in _read(model, there, Path(weights), first, shards)}
+        named = [(n, t) for n, t in _named(model) if first.get(n, n) in saved]
+        wanted = {n: t for n, t in named if given or first.get(n, n) in empty}
+        empty -= {first.get(name, name) for name in _read(model, wanted, Path(weights), first, shards)}
     if empty:  # with a checkpoint too: buffers that are not saved are computed, as when the model is built
         _initialise(model, empty, seed, initialise or reset_parameters)
         _cut(model, empty, first, shards)
@@ -178,6 +199,11 @@ class Streams(TorchFunctionMode):
             self.now, self.turns = name, self.turns + 1
             self._begin()
         return func(*args, **(kwargs or {}))
+
+
+def read(model: nn.Module, wanted: Mapping[str, Tensor], weights: str | Path) -> None:
+    """Read some tensors of a model, by name, in place. Raises ValueError where the checkpoint lacks one."""
+    _read(model, wanted, Path(weights), {}, WHOLE)
 
 
 def _read(

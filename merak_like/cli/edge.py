@@ -1,0 +1,166 @@
+"""``merak edge``: train the edge's half of a model, as a YAML file says."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from merak_like.cli.halves import half_source
+
+if TYPE_CHECKING:
+    from merak_like.split.messages import Task
+
+
+class Setting(BaseModel):
+    """edge.yaml; paths are relative to the file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    """A folder with config.json and safetensors, or module:function."""
+    data: str
+    """module:function; ``function(step)`` returns a batch, or (batch, sample ids), the same whenever it is asked."""
+    cut: str
+    steps: int = Field(ge=1)
+    connect: str | list[str] = "127.0.0.1:7750"
+    """HOST:PORT, or several."""
+    keys: Path | None = None
+    name: str = "edge"
+    insecure: bool = False
+    state: Path = Path("edge")
+    """Checkpoints and the session's name: start again with the same to go on."""
+    weights: Path | None = None
+    hf_task: str | None = None
+    codec: str = "identity"
+    back_codec: str = "identity"
+    micro_batches: int = 1
+    window: int = 4
+    optimizer: dict[str, Any] = {}
+    max_grad_norm: float | None = None
+    seed: int = 0
+    checkpoint_every: int = 50
+    frozen_edge: bool = False
+    skip: str = "none"
+    patience: float = 300.0
+    device: str = "cpu"
+
+
+def run(
+    action: Annotated[str, typer.Argument(help="train or leakage.")],
+    file: Annotated[Path, typer.Argument(help="edge.yaml; see docs/split.md.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the edge's own weights here, as safetensors.")
+    ] = None,
+) -> None:
+    """Train with a host: data, labels and the edge's layers stay here. Prints one JSON line a step.
+
+    ``leakage`` needs no host: it measures how many tokens a decoder finds again in what would be sent.
+    """
+    if action not in ACTIONS:
+        raise ValueError(f"no action {action!r}: there are {', '.join(ACTIONS)}")
+    ACTIONS[action](load(file), out)
+
+
+def load(file: Path) -> Setting:
+    """Read edge.yaml. Raises ValueError naming the field that is wrong."""
+    import yaml
+
+    try:
+        found = Setting.model_validate(yaml.safe_load(file.expanduser().read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    here = file.expanduser().resolve().parent
+    sys.path.insert(0, str(here))
+    local = {k: here / v for k in ("keys", "state", "weights") if (v := getattr(found, k)) is not None}
+    model = str(here / found.model) if (here / found.model).exists() else found.model
+    return found.model_copy(update={**local, "model": model})
+
+
+def batches(spec: str) -> Callable[[int], Any]:
+    """The function behind ``module:function``. Raises ValueError."""
+    module, colon, name = spec.partition(":")
+    if not colon:
+        raise ValueError(f"data must be module:function, found {spec!r}")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"cannot import {module!r} for the data: {error}") from None
+    if not callable(found):
+        raise ValueError(f"{module!r} has no function {name!r}")
+    return found
+
+
+def _train(setting: Setting, out: Path | None) -> None:
+    from merak_like.split.edge import Edge
+    from merak_like.split.tls import Keys
+
+    data, task = batches(setting.data), _task(setting)
+    batch, _ = _batch(data(0))
+    source = half_source(setting.model, task=setting.hf_task, weights=setting.weights)
+    keys = Keys(setting.keys, setting.name) if setting.keys is not None else None
+    with Edge(
+        source, task, batch, connect=setting.connect, folder=setting.state, keys=keys, insecure=setting.insecure,
+        patience=setting.patience, device=setting.device,
+    ) as edge:  # fmt: skip
+        began = time.monotonic()
+
+        def told(step: int, result: Any) -> None:
+            facts = {"step": step, "loss": result.loss, "seconds": round(time.monotonic() - began, 3)}
+            print(json.dumps({**facts, "sent": edge.bytes["sent"], "received": edge.bytes["received"]}), flush=True)
+
+        edge.train(
+            lambda step: _batch(data(step))[0],
+            setting.steps,
+            samples=(lambda step: _batch(data(step))[1]),
+            on_step=told,
+        )
+        if out is not None:
+            _write(edge.state_dict(), out)
+
+
+def _task(setting: Setting) -> Task:
+    from merak_like.split.messages import OptimizerText, Task
+
+    try:
+        names = ("cut", "codec", "back_codec", "micro_batches", "window", "max_grad_norm", "seed", "checkpoint_every",
+                 "frozen_edge", "skip")  # fmt: skip
+        return Task(optimizer=OptimizerText(**setting.optimizer), **{name: getattr(setting, name) for name in names})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _leakage(setting: Setting, out: Path | None) -> None:
+    from merak_like.split.leakage import leakage
+
+    if out is not None:
+        raise ValueError("merak edge leakage writes no weights: leave --out away")
+    data = batches(setting.data)
+    source = half_source(setting.model, task=setting.hf_task, weights=setting.weights)
+    count = max(8, min(setting.steps, 64))
+    typer.echo(str(leakage(source, _task(setting), [_batch(data(step)) for step in range(count)])))
+
+
+def _batch(found: Any) -> tuple[Any, Sequence[int] | None]:
+    return found if isinstance(found, tuple) and len(found) == 2 and not hasattr(found[1], "shape") else (found, None)
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.cpu().contiguous().clone() for name, t in state.items()}, path)
+
+
+ACTIONS: dict[str, Callable[[Setting, Path | None], None]] = {"train": _train, "leakage": _leakage}

@@ -1,0 +1,57 @@
+"""``merak serve``: host the cloud's half of a model."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from merak_like.cli.halves import half_source
+
+if TYPE_CHECKING:
+    from merak_like.split.host import Host
+
+
+def run(
+    model: Annotated[str, typer.Option("--model", help="Folder with config.json and safetensors, or module:function.")],
+    cut: Annotated[str, typer.Option("--cut", help="FRONT[@RANK][:BACK], module paths; see docs/split.md.")],
+    listen: Annotated[str, typer.Option("--listen", help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:7750",
+    state: Annotated[Path, typer.Option("--state", help="Folder of sessions and the audit log.")] = Path("host"),
+    keys: Annotated[Path | None, typer.Option("--keys", help="Folder of `merak keys`.")] = None,
+    name: Annotated[str, typer.Option("--name", help="This host's certificate in that folder.")] = "host",
+    insecure: Annotated[bool, typer.Option("--insecure", help="Everything in the clear, for anyone.")] = False,
+    status: Annotated[str | None, typer.Option("--status", help="HOST:PORT of /healthz and /metrics.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Of a config.json: causal-lm, ...")] = None,
+    weights: Annotated[Path | None, typer.Option("--weights", help="Safetensors elsewhere than in MODEL.")] = None,
+    memory: Annotated[float, typer.Option("--memory", help="GB for all sessions together.")] = 8.0,
+    sessions: Annotated[int, typer.Option("--sessions", help="Most sessions in memory.")] = 64,
+    sessions_per_client: Annotated[int, typer.Option("--sessions-per-client")] = 4,
+    rate: Annotated[float, typer.Option("--rate", help="Bytes a second taken from one connection; 0: any.")] = 0.0,
+    device: Annotated[str, typer.Option("--device")] = "cpu",
+) -> None:
+    """Listen for edges and train the cloud's half of each one's session. SIGTERM ends steps and saves sessions."""
+    from merak_like.split.host import Host
+    from merak_like.split.limits import Limits
+    from merak_like.split.tls import Keys
+
+    host = Host(
+        half_source(model, task=task, weights=weights), cut, listen=listen, folder=state,
+        keys=Keys(keys, name) if keys is not None else None, insecure=insecure, status=status, device=device,
+        limits=Limits(
+            memory=int(memory * 2**30), sessions=sessions, sessions_per_client=sessions_per_client, rate=rate
+        ),
+    )  # fmt: skip
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: host.drain())
+    host.run(_ready)
+    typer.echo("drained: every session is on disk")
+
+
+def _ready(host: Host) -> None:
+    typer.echo(
+        f"listening on {host.address[0]}:{host.port}" + (f", status on {host.status_port}" if host.status_port else "")
+    )
+    sys.stdout.flush()  # whoever starts hosts waits for this line

@@ -1,0 +1,72 @@
+"""The edge's side of the network: an event loop in a thread, and connections that are dialled from it."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from merak_like.split.connection import Connection, Lost, Waits
+from merak_like.split.tls import Keys, address, require_safe
+from merak_like.split.wire import FROM_HOST
+
+T = TypeVar("T")
+
+
+class Dialler:
+    """Dials the hosts of a list, one after the other."""
+
+    def __init__(self, hosts: Sequence[str], keys: Keys | None, insecure: bool, waits: Waits, window: int) -> None:
+        """``hosts`` are HOST:PORT. Raises ValueError for one beyond this machine without keys."""
+        if not hosts:
+            raise ValueError("no host to dial: give at least one HOST:PORT")
+        self.hosts = [address(host) for host in hosts]
+        for host, _ in self.hosts:
+            require_safe(host, keys, insecure)
+        self.waits, self.window = waits, window
+        self._tls = keys.client() if keys is not None else None
+        self._at = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="merak-edge", daemon=True)
+        self._thread.start()
+
+    def dial(self) -> Connection:
+        """Connect to the present host. Raises Lost, or PermissionError for a host that is not who it should be."""
+        host, port = self.hosts[self._at]
+
+        async def connect() -> Connection:
+            async with asyncio.timeout(self.waits.hello):
+                reader, writer = await asyncio.open_connection(host, port, ssl=self._tls, limit=2**21)
+            return Connection(reader, writer, FROM_HOST, self.waits, window=self.window)
+
+        try:
+            return self._run(connect())
+        except ssl.SSLCertVerificationError as error:
+            raise PermissionError(f"{host}:{port} is not the host it should be: {error.verify_message}") from None
+        except (OSError, TimeoutError) as error:
+            raise Lost(f"{host}:{port} does not answer: {str(error) or type(error).__name__}") from None
+
+    def next(self) -> None:
+        """Dial the next host from now on."""
+        self._at = (self._at + 1) % len(self.hosts)
+
+    def close(self) -> None:
+        """Stop the loop."""
+        if self._loop.is_running():
+            self._run(_finish(self._loop))
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(5)
+        if not self._loop.is_running():
+            self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(4 * self.waits.hello)
+
+
+async def _finish(loop: asyncio.AbstractEventLoop) -> None:
+    tasks = [task for task in asyncio.all_tasks(loop) if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,300 @@
+"""The edge: it has the data, the labels, the first layers and the loss, and dials a host for all between.
+
+A step is one exchange with the host. Whatever breaks it, it is done again from its beginning, here and there, until
+both have it once; only when a side had to be restarted from its checkpoint does training go back to that step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merak_like.runtime.batches import rows, split
+from merak_like.runtime.links import NoLinks
+from merak_like.runtime.optimizer import StepResult
+from merak_like.split import checkpoint
+from merak_like.split.connection import Connection, Lost, Told, Waits
+from merak_like.split.dialler import Dialler
+from merak_like.split.exchange import Exchange
+from merak_like.split.half import Source, build_half
+from merak_like.split.halves import LABELS
+from merak_like.split.messages import Begin, Done, Hello, Task, Welcome, parse
+from merak_like.split.outline import lengths_of, outline
+from merak_like.split.tls import Keys
+from merak_like.split.training import Training, optimizer_of
+from merak_like.split.wire import CHUNK, Key, Kind
+
+
+class WentBack(RuntimeError):
+    """A side was restarted, and both are at an earlier step now: feed the batches from ``step`` on again."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"edge and host have gone back to step {step}: feed the batches from there on again")
+        self.step = step
+
+
+class _Word(NoLinks):
+    """The end of a step: the host has said that it is applied. Only then are the edge's own weights changed."""
+
+    wait: Callable[[], None]
+
+    def flush(self) -> None:
+        self.wait()
+
+
+class Edge:
+    """Trains the edge's half of a model together with a host."""
+
+    def __init__(
+        self, source: Source, task: Task, example: Any, *, connect: str | Sequence[str], folder: str | Path,
+        keys: Keys | None = None, insecure: bool = False, waits: Waits | None = None, patience: float = 300.0,
+        window: int = 8 * CHUNK, device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        """``example`` is the largest batch there will be; ``folder`` keeps checkpoints and the session's name.
+
+        ``connect`` is HOST:PORT, or several of them to be tried in turn. ``patience`` is how many seconds a step may go
+        without a host. Raises ValueError for what cannot be built so; the host is dialled at the first step.
+        """
+        self.task, self.example, self.folder, self.patience = task, example, Path(folder), patience
+        self.device = torch.device(device)
+        self._word = _Word()
+        self.exchange = Exchange(
+            {"up": task.codec, "down": task.back_codec}, task.seed, self.device, frozen=task.frozen_edge
+        )
+        made = build_half(
+            "edge", source, task, example, self.exchange, links=self._word, optimizer=optimizer_of(task.optimizer),
+            device=self.device,
+        )  # fmt: skip
+        self.training = Training(made, self.exchange, task.optimizer, self.folder, task.checkpoint_every)
+        addresses = [connect] if isinstance(connect, str) else list(connect)
+        self._dialler = Dialler(addresses, keys, insecure, waits or Waits(), window)
+        self._connection: Connection | None = None
+        self._host_step = 0
+        self._done = Done()
+        self._secret = secrets.token_bytes(16)
+        self.session: str | None = None
+        """The session's name on the host."""
+        self.queued = 0.0
+        """Seconds that the host's computations waited for their turn."""
+        self.bytes: Counter[str] = Counter()
+        """Bytes on the socket, headers included: "sent" and "received", and the same by kind of message."""
+        self._again()
+
+    # --- what people call -------------------------------------------------------------------------------------------
+
+    @property
+    def step_number(self) -> int:
+        """Steps done."""
+        return self.training.step
+
+    def step(self, batch: Any, *, samples: Sequence[int] | None = None) -> StepResult:
+        """Train on one batch. ``samples`` are ids of its samples, for codecs with memory; they travel disguised.
+
+        Raises WentBack where a side had to go back to a checkpoint, FloatingPointError for numbers that are not finite
+        (nothing is changed), Lost when no host answers for long, ValueError for what the host refuses.
+        """
+        result = self._through(batch, samples, self.training.run)
+        self._host_step = self.training.step
+        self.training.save_if_due({"session": self.session})
+        return result
+
+    def train(
+        self, batches: Callable[[int], Any], steps: int, *,
+        samples: Callable[[int], Sequence[int] | None] | None = None,
+        on_step: Callable[[int, StepResult], None] = lambda step, result: None,
+    ) -> None:  # fmt: skip
+        """Train until ``steps`` are done; ``batches(step)`` must give the same batch whenever it is asked."""
+        while (at := self.training.step) < steps:
+            try:
+                on_step(at, self.step(batches(at), samples=samples(at) if samples is not None else None))
+            except WentBack:
+                continue
+
+    def evaluate(self, batch: Any) -> StepResult:
+        """The loss on a batch in evaluation mode."""
+        return self._through(batch, None, self.training.evaluate, training=False)
+
+    def predict(self, batch: Any) -> dict[str, Tensor]:
+        """The model's outputs for a batch in evaluation mode, by name. Raises ValueError where the host has them."""
+        self.evaluate(batch)
+        model, parts = self.training.made.model, split(batch, self.task.micro_batches)
+        mode, found = model.training, list[dict[str, Tensor]]()
+        model.eval()
+        for i, part in enumerate(parts):
+            shown = self.training.made.programs.at(part).shown
+            if shown is None:
+                raise ValueError("the cut has no tail on the edge, so the outputs are the host's: cut FRONT:BACK")
+            found.append(shown.shown[i])
+        model.train(mode)
+        return {
+            name: torch.cat([one[name] for one in found])
+            for name, first in found[0].items()
+            if first.dim() and name != "loss"
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The edge's own weights and buffers, by their names in the model."""
+        own = set(self.training.made.own)
+        state = self.training.made.model.state_dict(keep_vars=True)
+        return {name: t.detach() for name, t in state.items() if name in own}
+
+    def save(self) -> None:
+        """Write a checkpoint now, besides those that are due."""
+        self.training.save({"session": self.session})
+
+    def close(self) -> None:
+        """Say goodbye and let go; the session stays on the host."""
+        if self._connection is not None and not self._connection.closed:
+            self._leave(say=True)
+        self._dialler.close()
+        self.training.close()
+
+    def __enter__(self) -> Edge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- a step, until it is through --------------------------------------------------------------------------------
+
+    def _through(
+        self, batch: Any, samples: Sequence[int] | None, do: Callable[[Any], StepResult], *, training: bool = True
+    ) -> StepResult:
+        end = time.monotonic() + self.patience
+        pause = 0.05
+        while True:
+            try:
+                self._connect()
+                return self._attempt(batch, samples, do, training)
+            except Lost as error:
+                self._leave()
+                self._dialler.next()
+                if time.monotonic() > end:
+                    raise Lost(f"no host for {self.patience:.0f} s at step {self.training.step}: {error}") from error
+            except Told as error:
+                self._leave()
+                if error.failed.code == "not-finite":
+                    raise FloatingPointError(f"step {self.training.step}: the host says: {error}") from None
+                if error.failed.code not in ("busy", "internal") or time.monotonic() > end:
+                    kind = PermissionError if "Authentication" in str(error) else ValueError
+                    raise kind(f"the host refuses: {error}") from None
+                pause = max(pause, min(error.failed.after, end - time.monotonic()))
+            except BaseException:
+                self._leave()
+                raise
+            time.sleep(max(0.0, pause))
+            pause = min(5.0, 2 * pause)
+
+    def _attempt(
+        self, batch: Any, samples: Sequence[int] | None, do: Callable[[Any], StepResult], training: bool
+    ) -> StepResult:
+        connection, step = self._connection, self.training.step
+        assert connection is not None
+        parts = split(batch, self.task.micro_batches)
+        ids = [] if samples is None else [self._disguised(sample) for sample in samples]
+        if ids and len(ids) != rows(batch):
+            raise ValueError(f"{len(ids)} sample ids for a batch of {rows(batch)} samples: give one for each")
+        mode = self.training.made.model.training
+        self.training.made.model.train(training)
+        half = self.training.made.programs.at(parts[0])
+        self.training.made.model.train(mode)
+        labels = None if half.halves.tailed else batch[LABELS].tolist()
+        begin = Begin(
+            outline=outline(batch), digest=half.halves.digest, training=training,
+            lengths=lengths_of(batch), labels=labels, samples=tuple(ids),
+        )  # fmt: skip
+        counts = [rows(part) for part in parts]
+        per_part = [tuple(ids[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(len(parts))]
+        connection.expect(Key(Kind.BEGIN, step))
+        connection.send(Key(Kind.BEGIN, step), begin.body())
+        self.exchange.begin(connection, step, per_part, training=training)
+        self.exchange.mute = training and self._host_step == step + 1
+
+        def wait() -> None:
+            self._done = parse(Done, connection.receive(Key(Kind.DONE, step)))
+
+        self._word.wait = wait
+        result = do(batch)
+        self.queued += self._done.queued
+        self._count(connection)
+        loss = result.loss if half.halves.tailed else self._done.loss
+        return StepResult(loss if loss is not None else float("nan"), result.grad_norm, result.tokens)
+
+    def _connect(self) -> None:
+        """Have a connection with an open session, at a step both sides agree on. Raises WentBack."""
+        if self._connection is not None and not self._connection.closed:
+            return
+        self._leave()
+        half = self.training.made.programs.at(split(self.example, self.task.micro_batches)[0])
+        hello = Hello(
+            task=self.task, example=outline(self.example), digest=half.halves.digest, session=self.session,
+            step=self.training.step, saved=tuple(sorted(self.training.saved())), probe=self.training.made.probe,
+        )  # fmt: skip
+        connection = self._connection = self._dialler.dial()
+        connection.send(Key(Kind.HELLO), hello.body())
+        welcome = parse(Welcome, connection.receive(Key(Kind.WELCOME)))
+        connection.assembler.largest = welcome.largest
+        connection.room = 2 * self.task.micro_batches * max(welcome.largest, 1)
+        connection.micro_batches = self.task.micro_batches
+        if self.session is None:
+            self.session = welcome.session
+            self._remember()
+        self._host_step, at = welcome.step, self.training.step
+        if welcome.step not in (at, at + 1):
+            self.training.go_to(welcome.step)
+            raise WentBack(welcome.step)
+
+    def _leave(self, *, say: bool = False) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            if say:
+                connection.send(Key(Kind.BYE), b"")
+                connection.flush(5.0)
+            self._count(connection)
+            connection.close()
+
+    def _count(self, connection: Connection) -> None:
+        self.bytes.update(connection.bytes)
+        self.bytes.update(connection.by_kind)
+        connection.bytes.clear()
+        connection.by_kind.clear()
+
+    # --- what outlives the process ----------------------------------------------------------------------------------
+
+    def _again(self) -> None:
+        """Go on where an edge before, with the same folder, has stopped."""
+        path = self.folder / "session.json"
+        if not path.is_file():
+            return
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["task"] != self.task.model_dump(mode="json"):
+            raise ValueError(f"{path} belongs to another task: take another folder, or the task it was begun with")
+        self.session, self._secret = known["session"], bytes.fromhex(known["secret"])
+        steps = checkpoint.whole(self.folder)
+        if not steps:
+            raise ValueError(f"{self.folder} names a session and has no whole checkpoint to go on with")
+        self.training.go_to(steps[-1])
+
+    def _remember(self) -> None:
+        self.save()
+        known = {"session": self.session, "secret": self._secret.hex(), "task": self.task.model_dump(mode="json")}
+        draft = self.folder / ".session.json"
+        draft.write_text(json.dumps(known), encoding="utf-8")
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.rename(self.folder / "session.json")
+
+    def _disguised(self, sample: int) -> int:
+        """An id that is the same at every visit and says nothing of the sample."""
+        digest = hashlib.blake2b(str(int(sample)).encode(), key=self._secret, digest_size=6).digest()
+        return int.from_bytes(digest, "little")

@@ -1,0 +1,157 @@
+"""One end's half of every transfer: tensors become codec frames and messages, and the other way round.
+
+    link    forward                     backward
+    up      edge's head -> cloud        gradients come back
+    down    cloud -> edge's tail        gradients come back
+
+The two codecs of a value are kept equal by the frames. A step that fails is done again from its beginning, so what the
+codecs remembered at its beginning can be had back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from merak_like.runtime.codecs import Codec, Context, codec
+from merak_like.runtime.links import Spec
+from merak_like.split.wire import Key, Kind, WireError, pack, unpack
+
+Link = Literal["up", "down"]
+Way = Literal["forward", "backward"]
+KINDS: Mapping[tuple[Link, Way], Kind] = {
+    ("up", "forward"): Kind.UP_FORWARD, ("up", "backward"): Kind.UP_BACKWARD,
+    ("down", "forward"): Kind.DOWN_FORWARD, ("down", "backward"): Kind.DOWN_BACKWARD,
+}  # fmt: skip
+
+
+class Channel(Protocol):
+    """How messages get to the other end and come from there."""
+
+    def send(self, key: Key, body: bytes) -> None:
+        """Start sending; waits where too much is under way already."""
+        ...
+
+    def receive(self, key: Key) -> bytes:
+        """Wait for a message."""
+        ...
+
+
+class Exchange:
+    """What an engine's stages send and receive in the step under way."""
+
+    def __init__(
+        self, codecs: Mapping[Link, str], seed: int, device: torch.device,
+        away: Callable[[], AbstractContextManager[None]] = nullcontext, most: float = 0.0,
+        frozen: bool = False,
+    ) -> None:  # fmt: skip
+        """``away`` is entered while this end waits for the other. ``most`` limits received numbers; 0: it does not.
+
+        Of values without a gradient only those of a ``frozen`` edge are a layer's result, which a codec may change; the
+        others are masks, positions and the like.
+        """
+        self.frozen = frozen
+        self._texts, self._seed, self._device, self._away, self._most = dict(codecs), seed, device, away, most
+        self._codecs: dict[tuple[Link, int], Codec] = {}
+        self.channel: Channel | None = None
+        self.step, self.training = 0, True
+        self.mute = False
+        """Encode, so that codecs stay equal, but send nothing: the other end has done this step before."""
+        self._samples: list[tuple[int, ...]] = []
+        self.log: list[tuple[Key, bytes]] = []
+        """What was sent in this step."""
+        self.keep_log = False
+
+    def begin(self, channel: Channel, step: int, samples: Sequence[tuple[int, ...]], *, training: bool = True) -> None:
+        """A step begins, or begins again; ``samples`` are the ids of each micro-batch's samples."""
+        self.channel, self.step, self.training, self._samples = channel, step, training, list(samples)
+        self.log = []
+
+    def put(self, link: Link, way: Way, micro_batch: int, values: Mapping[str, Tensor], specs: Sequence[Spec]) -> None:
+        """Send some values."""
+        assert self.channel is not None
+        parts = []
+        for i, spec in enumerate(specs):
+            frame = self._codec(link, i, spec).encode(values[spec.name], self._context(way, micro_batch))
+            parts.append(frame.numpy().data)
+        key, body = Key(KINDS[link, way], self.step, micro_batch), pack(parts)
+        if self.keep_log:
+            self.log.append((key, body))
+        if not self.mute:
+            with self._away():
+                self.channel.send(key, body)
+
+    def take(self, link: Link, way: Way, micro_batch: int, specs: Sequence[Spec]) -> dict[str, Tensor]:
+        """Wait for some values. Raises WireError for values of another shape, or that are not finite."""
+        assert self.channel is not None
+        key = Key(KINDS[link, way], self.step, micro_batch)
+        with self._away():
+            body = self.channel.receive(key)
+        found: dict[str, Tensor] = {}
+        for i, (spec, frame) in enumerate(zip(specs, unpack(body, len(specs)), strict=True)):
+            context = self._context(way, micro_batch)
+            limit = max(1, *spec.shape, torch.Size(spec.shape).numel())
+            x = self._codec(link, i, spec).decode(frame, replace(context, limit=limit))
+            if tuple(x.shape) != spec.shape or x.dtype != spec.dtype:
+                raise WireError(
+                    f"{key}: {spec.name} is {tuple(x.shape)} of {x.dtype}, {spec.shape} of {spec.dtype} due"
+                )
+            self._check(x, key, spec.name)
+            found[spec.name] = x.requires_grad_() if spec.requires_grad and way == "forward" else x
+        return found
+
+    def bytes_of(self, link: Link, way: Way, specs: Sequence[Spec]) -> int:
+        """The most bytes of a message with these values, whatever a codec remembers."""
+        total = 0
+        for i, spec in enumerate(specs):
+            context = self._context(way, -1)
+            rows = spec.shape[0] if spec.shape else 1
+            raw = torch.Size(spec.shape).numel() * spec.dtype.itemsize
+            coded = self._codec(link, i, spec).wire_bytes(spec.shape, spec.dtype, context)
+            total += max(raw, coded) + 64 * rows + 4096
+        return total
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the codecs remember."""
+        return {
+            f"{link}/{place}/{key}": tensor
+            for (link, place), one in self._codecs.items()
+            for key, tensor in one.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where ``state_dict`` was taken; codecs that are not in it start anew."""
+        grouped: dict[tuple[Link, int], dict[str, Tensor]] = {}
+        for name, tensor in state.items():
+            link, place, key = name.split("/", 2)
+            if link not in ("up", "down"):
+                raise ValueError(f"{name!r} is no codec's state")
+            grouped.setdefault((link, int(place)), {})[key] = tensor
+        self._codecs = {}
+        for (link, place), part in grouped.items():
+            self._codecs[link, place] = made = codec(self._texts[link])
+            made.load_state_dict(part)
+
+    def _codec(self, link: Link, place: int, spec: Spec) -> Codec:
+        """By place, not by name: traces of other shapes name the same value otherwise."""
+        plain = not spec.dtype.is_floating_point or not (spec.requires_grad or self.frozen)
+        if plain:
+            return codec("identity")
+        return self._codecs.setdefault((link, place), codec(self._texts[link]))
+
+    def _context(self, way: Way, micro_batch: int) -> Context:
+        samples = self._samples[micro_batch] if 0 <= micro_batch < len(self._samples) else ()
+        at = max(micro_batch, 0)
+        return Context(self.step, at, way, samples, self.training, seed=self._seed, device=self._device)
+
+    def _check(self, x: Tensor, key: Key, name: str) -> None:
+        if x.dtype.is_floating_point:
+            if not bool(torch.isfinite(x).all()):
+                raise FloatingPointError(f"{key}: {name} is not finite")
+            if self._most and float(x.abs().amax() if x.numel() else 0.0) > self._most:
+                raise FloatingPointError(f"{key}: {name} is larger than {self._most:g}, the most that is taken")

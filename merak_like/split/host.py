@@ -1,0 +1,212 @@
+"""The host: listens, finds out who is there, and trains the cloud's half of each session.
+
+asyncio thread   accepts, TLS, reads and writes frames
+a thread for each connection   opens its session, runs its engine's steps when it is their turn
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merak_like.split.connection import Connection, Lost, Told
+from merak_like.split.cut import Cut
+from merak_like.split.half import Source
+from merak_like.split.limits import Limits, NoRoom
+from merak_like.split.messages import Failed, Hello, Welcome, parse
+from merak_like.split.metrics import Audit, Metrics
+from merak_like.split.registry import Registry
+from merak_like.split.session import Refused
+from merak_like.split.status import serve_status
+from merak_like.split.tls import REFUSED, Keys, address, identity, require_safe
+from merak_like.split.turn import Turn
+from merak_like.split.wire import FROM_EDGE, Key, Kind, WireError, frames
+
+
+class Host:
+    """Serves the cloud's half of one model, cut at one place, to many clients; each has a half of its own."""
+
+    def __init__(
+        self, source: Source, cut: str, *, listen: str, folder: str | Path, keys: Keys | None = None,
+        insecure: bool = False, limits: Limits | None = None, status: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        """``folder`` keeps sessions and the audit log. ``status`` is HOST:PORT for /healthz and /metrics.
+
+        Raises ValueError for a cut that is none, and for an address beyond this machine without keys.
+        """
+        self.limits, self.keys = limits or Limits(), keys
+        self.address = address(listen)
+        require_safe(self.address[0], keys, insecure)
+        place = Cut.parse(cut)
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics, self.audit = Metrics(), Audit(self.folder / "audit.jsonl")
+        self.turn = Turn(torch.device(device))
+        self.registry = Registry(source, place, self.folder / "sessions", self.limits, self.turn, self.turn.device)
+        self.port = 0
+        """The port in use, once it listens."""
+        self.status_port = 0
+        self.draining = threading.Event()
+        self._status = status
+        self._open: Counter[str] = Counter()
+        self._now: set[Connection] = set()
+        self._pool = ThreadPoolExecutor(self.limits.connections, "merak-session")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._listening = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._failed: BaseException | None = None
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> Host:
+        """Listen in a thread; returns when it does."""
+        self._thread = threading.Thread(target=self._main, name="merak-host", daemon=True)
+        self._thread.start()
+        self._listening.wait(30)
+        if self._failed is not None:
+            raise self._failed
+        return self
+
+    def run(self, ready: Callable[[Host], None] = lambda host: None) -> None:
+        """Listen until ``drain`` was called and has ended."""
+        self.start()
+        ready(self)
+        assert self._thread is not None
+        while self._thread.is_alive():
+            self._thread.join(0.2)  # in slices, so that signals are heard
+
+    def drain(self) -> None:
+        """Take no more clients, let steps under way end, write every session to disk, and stop."""
+        self.draining.set()
+
+    def close(self) -> None:
+        """Drain and wait for the end."""
+        self.drain()
+        if self._thread is not None:
+            self._thread.join(60)
+
+    def __enter__(self) -> Host:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _main(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            self._failed = error
+            self._listening.set()
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        context = self.keys.server() if self.keys is not None else None
+        server = await asyncio.start_server(
+            self._accept, *self.address, ssl=context, limit=2**21, backlog=128,
+            **({"ssl_handshake_timeout": self.limits.waits.hello} if context else {}),
+        )  # fmt: skip
+        self.port = server.sockets[0].getsockname()[1]
+        status = await serve_status(address(self._status), self._text, self.draining) if self._status else None
+        self.status_port = status.sockets[0].getsockname()[1] if status else 0
+        self._listening.set()
+        while not self.draining.is_set():
+            await asyncio.sleep(0.05)
+            self.metrics.set("merak_sessions", len(self.registry.live))
+            self.metrics.set("merak_connections", len(self._now))
+            self.metrics.set("merak_reserved_bytes", self.registry.ledger.held)
+        server.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.limits.waits.step):
+                while self._now:
+                    await asyncio.sleep(0.02)
+        for connection in list(self._now):
+            connection.close()
+        await self._loop.run_in_executor(None, self.registry.close)
+        if status is not None:
+            status.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.audit.note("stopped")
+        self.audit.close()
+
+    def _text(self) -> str:
+        return self.metrics.text(list(self.turn.waited))
+
+    # --- one connection -----------------------------------------------------------------------------------------------
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = str((writer.get_extra_info("peername") or ("?",))[0])
+        try:
+            owner = identity(writer.get_extra_info("ssl_object"), self.keys) if self.keys is not None else "anyone"
+        except PermissionError:
+            self.metrics.add("merak_refused_total", label='why="certificate"')
+            self.audit.note("refused", peer=peer, why="certificate")
+            told = Failed(code="refused", message=REFUSED).body()
+            writer.writelines(frames(Key(Kind.ERROR), told))
+            writer.close()
+            return
+        full = len(self._now) >= self.limits.connections or self._open[owner] >= self.limits.connections_per_client
+        if full or self.draining.is_set():
+            self.metrics.add("merak_refused_total", label='why="connections"')
+            writer.close()
+            return
+        connection = Connection(reader, writer, FROM_EDGE, self.limits.waits, rate=self.limits.rate)
+        self._now.add(connection)
+        self._open[owner] += 1
+        assert self._loop is not None
+        try:
+            await self._loop.run_in_executor(self._pool, self._talk, connection, owner, peer)
+        finally:
+            connection.close()
+            await connection.wait_closed()
+            self._now.discard(connection)
+            self._open[owner] -= 1
+            for way in ("sent", "received"):
+                self.metrics.add("merak_bytes_total", connection.bytes[way], f'way="{way}"')
+
+    def _talk(self, connection: Connection, owner: str, peer: str) -> None:
+        facts: dict[str, Any] = {"owner": owner, "peer": peer}
+        end = "closed"
+        try:
+            hello = parse(Hello, connection.receive(Key(Kind.HELLO), self.limits.waits.hello))
+            session = self.registry.open(hello, owner)
+            facts["session"] = session.id
+            with session.taken_over(connection):
+                step = session.agree(hello.step, hello.saved)
+                self.audit.note("opened", step=step, **facts)
+                welcome = Welcome(session=session.id, step=step, largest=session.largest)
+                connection.send(Key(Kind.WELCOME), welcome.body())
+                session.serve(connection, self.draining.is_set, self.metrics)
+            connection.send(Key(Kind.BYE), b"")
+            connection.flush(5.0)
+            end = "drained"
+        except Lost as error:
+            end = str(error)
+        except Told as error:
+            end = f"the edge said: {error}"
+        except Exception as error:
+            end = f"{type(error).__name__}: {error}"[:500]
+            self._tell(connection, error)
+        finally:
+            self.audit.note("ended", why=end, **{w: connection.bytes[w] for w in ("sent", "received")}, **facts)
+
+    def _tell(self, connection: Connection, error: Exception) -> None:
+        """Say why, as far as it is the client's business."""
+        table: tuple[tuple[type[Exception], str, float], ...] = (
+            (NoRoom, "busy", 10.0), (Refused, "refused", 0.0), (WireError, "bad", 0.0), (ValueError, "bad", 0.0),
+            (FloatingPointError, "not-finite", 0.0),
+        )  # fmt: skip
+        code, after = next(((c, a) for kind, c, a in table if isinstance(error, kind)), ("internal", 0.0))
+        self.metrics.add("merak_refused_total", label=f'why="{code}"')
+        told = str(error)[:2000] if code != "internal" else "the host failed; its log says why"
+        with suppress(Lost, Told, WireError):
+            connection.send(Key(Kind.ERROR), Failed(code=code, message=told or REFUSED, after=after).body())  # type: ignore[arg-type]
+            connection.flush(5.0)

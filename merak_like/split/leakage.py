@@ -1,0 +1,136 @@
+"""How much of the text whoever reads the wire can find again: measured on the owner's data, before any real session.
+
+A decoder is trained to name the token at each place from what the edge would send for it, on some batches, and asked on
+others. Its score stands beside that of always naming the most frequent token. It is a lower bound: a better decoder, or
+one that reads a token's neighbours too, finds more. Distance correlation (Szekely et al. 2007, "Measuring and testing
+dependence by correlation of distances", sec. 2) is told as well, and proves nothing by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merak_like.runtime.batches import rows
+from merak_like.runtime.codecs import Context, codec
+from merak_like.runtime.codecs.loopback import Loopback
+from merak_like.runtime.links import NoLinks
+from merak_like.split.exchange import Exchange
+from merak_like.split.half import Source, build_half
+from merak_like.split.messages import Task
+
+TOKENS = "input_ids"
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """Shares of tokens, 0 to 1."""
+
+    recovered: float
+    """Tokens of unseen batches that the decoder names right."""
+    majority: float
+    """The same for always naming the most frequent one."""
+    correlation: float
+    """Distance correlation between the embedded tokens and what is sent; 0: independent."""
+    numbers: int
+    """Numbers a token that are sent."""
+    tokens: int
+    """Tokens asked for."""
+
+    def __str__(self) -> str:
+        judged = "nearly all" if self.recovered > 0.9 else "most" if self.recovered > 0.5 else "some"
+        return (
+            f"a decoder finds {self.recovered:.1%} of {self.tokens} unseen tokens again (always the most frequent one: "
+            f"{self.majority:.1%}), from {self.numbers} numbers a token; distance correlation {self.correlation:.2f}. "
+            f"Whoever reads what is sent can read {judged} of the text; a better decoder reads more."
+        )
+
+
+def leakage(
+    source: Source, task: Task, batches: Sequence[tuple[Any, Sequence[int] | None]], *, steps: int = 400, seed: int = 0
+) -> Leakage:
+    """Measure on some batches, each with its samples' ids or None; the last quarter is kept for asking.
+
+    No host is needed: the edge's head and both ends of the codec run here. Raises ValueError for batches without
+    ``input_ids``, fewer than four, or a cut that sends no row a token.
+    """
+    if len(batches) < 4 or TOKENS not in batches[0][0]:
+        raise ValueError(f"a leakage report needs four or more batches with {TOKENS}, found {len(batches)}")
+    device = torch.device("cpu")
+    exchange = Exchange({"up": "identity", "down": "identity"}, 0, device)
+    alone = task.model_copy(update={"micro_batches": 1})
+    made = build_half("edge", source, alone, batches[0][0], exchange, links=NoLinks(), optimizer=None, device=device)
+    link = Loopback(codec(task.codec), codec(task.codec))
+    pairs: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        for step, (batch, ids) in enumerate(batches):
+            sent = _sent(made, batch)
+            samples = tuple(ids) if ids is not None else tuple(range(step * rows(batch), (step + 1) * rows(batch)))
+            arrived = link(sent, Context(step, samples=samples))
+            kept = batch["attention_mask"].flatten() != 0 if "attention_mask" in batch else slice(None)
+            pairs.append((arrived.flatten(0, 1).float()[kept], batch[TOKENS].flatten()[kept]))
+    made.engine.close()
+    asked = max(1, len(pairs) // 4)
+    z, tokens = (torch.cat(part) for part in zip(*pairs[:-asked], strict=True))
+    z_new, tokens_new = (torch.cat(part) for part in zip(*pairs[-asked:], strict=True))
+    most = int(tokens.bincount().argmax())
+    recovered = _decoder_score(z, tokens, z_new, tokens_new, steps, seed)
+    table = _embedded(made.model, tokens_new[:600])
+    return Leakage(
+        recovered, float((tokens_new == most).float().mean()), distance_correlation(table, z_new[:600]), z.shape[1],
+        len(tokens_new),
+    )  # fmt: skip
+
+
+def _sent(made: Any, batch: Any) -> Tensor:
+    """The one value of a batch that has a row a token."""
+    half = made.programs.at(batch)
+    values = half.stages[0].forward(0, batch, {})
+    shape = tuple(batch[TOKENS].shape)
+    found = [s for s in half.halves.sent if s.dtype.is_floating_point and s.shape[:2] == shape and len(s.shape) == 3]
+    if len(found) != 1:
+        raise ValueError(f"the cut sends {[s.shape for s in half.halves.sent]}: no single value has a row a token")
+    return values[found[0].name]
+
+
+def _decoder_score(z: Tensor, tokens: Tensor, z_new: Tensor, tokens_new: Tensor, steps: int, seed: int) -> float:
+    """Share of new tokens that a trained decoder names right."""
+    known, targets = tokens.unique(return_inverse=True)
+    mean, scale = z.mean(0), z.std(0) + 1e-6
+    z, z_new = (z - mean) / scale, (z_new - mean) / scale
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        width = 4 * max(64, z.shape[1])
+        decoder = nn.Sequential(nn.Linear(z.shape[1], width), nn.GELU(), nn.Linear(width, len(known)))
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
+    for _ in range(steps):
+        some = torch.randint(len(z), (min(1024, len(z)),), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(decoder(z[some]), targets[some]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float((known[decoder(z_new).argmax(1)] == tokens_new).float().mean())
+
+
+def _embedded(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The tokens as the model's first embedding has them."""
+    table = next((m.weight for m in model.modules() if isinstance(m, nn.Embedding) and not m.weight.is_meta), None)
+    if table is None or int(tokens.max()) >= len(table):
+        return nn.functional.one_hot(tokens).float()
+    return table.detach()[tokens].float()
+
+
+def distance_correlation(x: Tensor, y: Tensor) -> float:
+    """Of the rows of two tables."""
+    centred: list[Tensor] = []
+    for table in (x.flatten(1).double(), y.flatten(1).double()):
+        d = torch.cdist(table, table)
+        centred.append(d - d.mean(0, keepdim=True) - d.mean(1, keepdim=True) + d.mean())
+    a, b = centred
+    both = (a.square().mean() * b.square().mean()).sqrt()
+    return float(((a * b).mean().clamp(min=0) / both).sqrt()) if both > 0 else 0.0

@@ -1,0 +1,154 @@
+"""One side's training state, and the step as a transaction: it is applied once, or nothing of it is left.
+
+A step changes weights and optimizer at its very end. What changes before that, the codecs' memories and buffers such
+as running means, is kept as it was until the step is through, so that a step that failed can be done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merak_like.runtime.optimizer import StepResult
+from merak_like.split import checkpoint
+from merak_like.split.checkpoint import State
+from merak_like.split.exchange import Exchange
+from merak_like.split.half import Made
+from merak_like.split.messages import OptimizerText
+
+OPTIMIZERS: Mapping[str, Callable[[Iterable[nn.Parameter], OptimizerText], torch.optim.Optimizer]] = {
+    "adamw": lambda ps, o: torch.optim.AdamW(ps, lr=o.lr, weight_decay=o.weight_decay),
+    "adam": lambda ps, o: torch.optim.Adam(ps, lr=o.lr, weight_decay=o.weight_decay),
+    "sgd": lambda ps, o: torch.optim.SGD(ps, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum),
+}
+"""Optimizers by the name both ends know."""
+
+
+def optimizer_of(text: OptimizerText) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
+    """Makes the optimizer of a text. Raises ValueError for a name nobody knows."""
+    if text.name not in OPTIMIZERS:
+        raise ValueError(f"no optimizer {text.name!r}: there are {', '.join(OPTIMIZERS)}")
+    return lambda parameters: OPTIMIZERS[text.name](parameters, text)
+
+
+def rate(text: OptimizerText, step: int, scale: float = 1.0) -> float:
+    """The learning rate of a step: up from 0 over the warm-up, then, if steps are given, down to 0."""
+    if step < text.warmup:
+        return scale * text.lr * (step + 1) / text.warmup
+    if text.steps <= text.warmup:
+        return scale * text.lr
+    return scale * text.lr * max(0.0, (text.steps - step) / (text.steps - text.warmup))
+
+
+class Training:
+    """One side at a step."""
+
+    def __init__(self, made: Made, exchange: Exchange, optimizer: OptimizerText, folder: Path, every: int) -> None:
+        """Checkpoints go to ``folder`` whenever the step is a multiple of ``every``."""
+        self.made, self.exchange, self.text = made, exchange, optimizer
+        self.folder, self.every = folder, every
+        self.scale = 1.0
+        """Of the learning rate."""
+        self._saved: set[int] | None = None
+
+    @property
+    def engine(self) -> Any:
+        """The engine of this side."""
+        return self.made.engine
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.engine.steps
+
+    def run(self, batch: Any) -> StepResult:
+        """One step; on any error everything is as it was before."""
+        if self.engine.optimizer is not None:
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = rate(self.text, self.step, self.scale)
+        with self._all_or_nothing():
+            return self.engine.step(batch)
+
+    def evaluate(self, batch: Any) -> StepResult:
+        """The loss in evaluation mode; nothing is changed."""
+        with self._all_or_nothing(always=True):
+            return self.engine.evaluate(batch)
+
+    @contextmanager
+    def _all_or_nothing(self, *, always: bool = False) -> Iterator[None]:
+        codecs = {name: t.clone() for name, t in self.exchange.state_dict().items()}
+        buffers = {name: t.clone() for name, t in self._buffers().items()}
+        through = False
+        try:
+            yield
+            through = True
+        finally:
+            if always or not through:
+                self.exchange.load_state_dict(codecs)
+                own = self._buffers()
+                for name, before in buffers.items():
+                    own[name].copy_(before)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        own = set(self.made.own)
+        return {name: b for name, b in self.made.model.named_buffers() if name in own and not b.is_meta}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        own = set(self.made.own)
+        found = {name: p for name, p in self.made.model.named_parameters() if name in own and p.requires_grad}
+        return {**found, **self._buffers()}
+
+    def state(self) -> State:
+        """Everything that training changes: weights, buffers, optimizer, codecs, step."""
+        optimizer = checkpoint.optimizer_state(self.engine.optimizer)
+        tensors = {
+            **checkpoint.under("model/", self._tensors()),
+            **checkpoint.under("optimizer/", optimizer.tensors),
+            **checkpoint.under("codec/", self.exchange.state_dict()),
+        }
+        return State(tensors, {"step": self.step, "optimizer": dict(optimizer.facts)})
+
+    def restore(self, state: State) -> None:
+        """Go back, or on, to a state. Raises ValueError where it is of another model."""
+        mine, theirs = self._tensors(), checkpoint.of("model/", state.tensors)
+        if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in theirs.items()}:
+            odd = sorted(set(mine) ^ set(theirs))[:3] or "shapes"
+            raise ValueError(f"the checkpoint is of another model or cut: {odd} differ")
+        with torch.no_grad():
+            for name, tensor in mine.items():
+                tensor.copy_(theirs[name])
+        optimizer = State(checkpoint.of("optimizer/", state.tensors), state.facts["optimizer"])
+        if "groups" in optimizer.facts:
+            checkpoint.load_optimizer(self.engine.optimizer, optimizer)
+        self.exchange.load_state_dict(checkpoint.of("codec/", state.tensors))
+        self.engine.steps = int(state.facts["step"])
+
+    def save(self, facts: Mapping[str, Any]) -> None:
+        """Write a checkpoint of the present step."""
+        state = self.state()
+        checkpoint.save(self.folder, self.step, State(state.tensors, {**state.facts, **facts}))
+        self._saved = None
+
+    def save_if_due(self, facts: Mapping[str, Any]) -> None:
+        """Write a checkpoint where the step is a multiple of ``every``."""
+        if self.step % self.every == 0:
+            self.save(facts)
+
+    def saved(self) -> set[int]:
+        """Steps with a whole checkpoint, read once."""
+        if self._saved is None:
+            self._saved = set(checkpoint.whole(self.folder))
+        return self._saved
+
+    def go_to(self, step: int) -> None:
+        """Restore the checkpoint of a step. Raises ValueError where there is none."""
+        self.restore(checkpoint.load(self.folder, step))
+
+    def close(self) -> None:
+        """Let go of the engine."""
+        self.engine.close()

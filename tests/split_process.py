@@ -1,0 +1,217 @@
+"""Hosts and edges in processes of their own, killed where a test says so.
+
+    with Nursery() as nursery:
+        port = nursery.start("host", folder=..., fault="stepped", at=3)["port"]
+
+One process imports torch once and forks a child for each host or edge. A fault is a place in the protocol at which the
+child kills itself with SIGKILL, at a step. Every child ends with its nursery.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LONGEST = 60
+"""Seconds any child lives, whatever happens to its test."""
+
+
+class Nursery:
+    """Starts children and waits for them."""
+
+    def __enter__(self) -> Nursery:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self._parent = subprocess.Popen(
+            [sys.executable, "-m", "tests.split_process"], cwd=ROOT, env=environment, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._children: set[int] = set()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in (*self._children, self._parent.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._parent.wait()
+
+    def start(self, role: str, **arguments: Any) -> dict[str, Any]:
+        """Fork a child; its first word, with its ``pid``."""
+        answer = self._ask({"do": "start", "role": role, "arguments": arguments})
+        self._children.add(answer["pid"])
+        return answer
+
+    def wait(self, pid: int) -> dict[str, Any]:
+        """Wait for a child's end; its exit status under ``status`` and what it said last."""
+        self._children.discard(pid)
+        return self._ask({"do": "wait", "pid": pid})
+
+    def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._parent.stdin.write(json.dumps(command) + "\n")
+        self._parent.stdin.flush()
+        line = self._parent.stdout.readline()
+        assert line, f"the nursery died: {self._parent.poll()}"
+        return json.loads(line)
+
+
+def die() -> None:
+    """As when the machine goes."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(fault: str, at: int) -> None:
+    """Let this process die at a place in the protocol, at a step."""
+    from merak_like.split import checkpoint
+    from merak_like.split.connection import Connection
+    from merak_like.split.elsewhere import Arrives, Leaves
+    from merak_like.split.registry import Registry
+    from merak_like.split.session import Session
+    from merak_like.split.training import Training
+
+    def after(kind: Any, name: str, due: Callable[..., bool]) -> None:
+        own = getattr(kind, name)
+
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            made = own(self, *args, **kwargs)
+            if due(self, *args):
+                die()
+            return made
+
+        setattr(kind, name, wrapped)
+
+    def in_step(self: Any, *args: Any) -> bool:
+        return self.exchange.step == at and args[0] == 1
+
+    places: dict[str, Callable[[], None]] = {
+        "opened": lambda: after(Registry, "open", lambda *_: True),
+        "agreed": lambda: after(Session, "agree", lambda *_: True),
+        "begun": lambda: after(Connection, "begun", lambda self: bool(self._step and self._step.step == at)),
+        "up forward": lambda: after(Arrives, "forward", in_step),
+        "down forward": lambda: after(Leaves, "forward", in_step),
+        "down backward": lambda: after(Leaves, "backward", in_step),
+        "up backward": lambda: after(Arrives, "backward", in_step),
+        "stepped": lambda: after(Training, "run", lambda self, *_: self.step == at + 1),
+        "saved": lambda: after(Training, "save_if_due", lambda self, *_: self.step == at + 1),
+    }  # fmt: skip
+    if fault == "half written":
+        own = checkpoint._sync
+
+        def sync(path: Path) -> None:
+            if f"step-{at + 1}" in str(path):
+                die()
+            own(path)
+
+        checkpoint._sync = sync  # type: ignore[assignment]
+    elif fault:
+        places[fault]()
+
+
+def host(say: Callable[[dict[str, Any]], None], folder: str, port: int = 0, fault: str = "", at: int = 0,
+         model: str = "tests.split_models:tiny", cut: str = "layers.0:layers.3") -> None:  # fmt: skip
+    """A host on loopback; says its port; ends on SIGTERM."""
+    from merak_like.split.half import Source
+    from merak_like.split.host import Host
+
+    arm(fault, at)
+    served = Host(Source(lambda: made(model)), cut, listen=f"127.0.0.1:{port}", folder=folder)
+    signal.signal(signal.SIGTERM, lambda *_: served.drain())
+    served.run(lambda it: say({"port": it.port}))
+
+
+def edge(say: Callable[[dict[str, Any]], None], folder: str, ports: list[int], steps: int, task: dict[str, Any],
+         fault: str = "", at: int = 0, model: str = "tests.split_models:tiny") -> None:  # fmt: skip
+    """An edge that trains; says the losses it saw."""
+    from merak_like.split.edge import Edge
+    from merak_like.split.half import Source
+    from merak_like.split.messages import Task
+    from tests.split_models import again, tiny_batch
+
+    say({})
+    arm(fault, at)
+    losses: dict[int, float] = {}
+    known = Edge(
+        Source(lambda: made(model)), Task.model_validate(task, strict=False), tiny_batch(0),
+        connect=[f"127.0.0.1:{port}" for port in ports], folder=folder, patience=30,
+    )  # fmt: skip
+    with known:
+        known.train(
+            lambda step: again(step)[0], steps, samples=lambda step: again(step)[1],
+            on_step=lambda step, result: losses.__setitem__(step, result.loss),
+        )  # fmt: skip
+        known.save()
+    say({"losses": losses})
+
+
+def made(spec: str) -> Any:
+    """The model of ``module:function``."""
+    module, _, name = spec.partition(":")
+    return getattr(import_module(module), name)()[0]
+
+
+def main() -> None:
+    """Obey commands line by line."""
+    import torch
+
+    from merak_like.partitioner.tracer import trace
+    from tests.split_models import tiny
+
+    torch.set_num_threads(1)
+    trace(*tiny())  # brings in what tracing needs, seconds of imports, once for all children
+    torch.optim.AdamW([torch.zeros(1)])
+    signal.alarm(5 * LONGEST)
+    pipes: dict[int, int] = {}
+    for line in sys.stdin:
+        command = json.loads(line)
+        if command["do"] == "start":
+            reading, writing = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                os.close(reading)
+                signal.alarm(LONGEST)
+                say = partial(_say, writing)
+                try:
+                    {"host": host, "edge": edge}[command["role"]](say, **command["arguments"])
+                except BaseException as error:
+                    import traceback
+
+                    traceback.print_exc()
+                    say({"error": f"{type(error).__name__}: {error}"})
+                    os._exit(1)
+                os._exit(0)
+            os.close(writing)
+            pipes[pid] = reading
+            answer = _word(reading) | {"pid": pid}
+        else:
+            _, status = os.waitpid(command["pid"], 0)
+            answer = _word(pipes.pop(command["pid"])) | {"status": os.waitstatus_to_exitcode(status)}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def _say(pipe: int, told: dict[str, Any]) -> None:
+    os.write(pipe, (json.dumps(told) + "\n").encode())
+
+
+def _word(pipe: int) -> dict[str, Any]:
+    data = b""
+    while not data.endswith(b"\n"):
+        more = os.read(pipe, 1)
+        if not more:
+            return {}
+        data += more
+    return json.loads(data)
+
+
+if __name__ == "__main__":
+    main()
