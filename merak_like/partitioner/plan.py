@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+from merak_like.partitioner.basis import Basis
 from merak_like.partitioner.mesh import Mesh
 
 VERSION = 2
@@ -137,6 +138,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     """Why: what was compared, what binds, what was assumed."""
     version: int = VERSION
+    basis: Basis | None = field(default=None, compare=False, repr=False)
+    """What it was made from, where that is known; not in the digest."""
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -146,11 +149,18 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: equal digests, equal plans."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._decided(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def _decided(self) -> dict[str, Any]:
+        """All fields but the basis, as JSON has them."""
+        data = asdict(replace(self, basis=None))
+        del data["basis"]
+        return data
 
     def to_json(self, *, indent: int | None = 1) -> str:
         """The plan as JSON, with its digest."""
-        return json.dumps({"digest": self.digest, **asdict(self)}, indent=indent)
+        basis = self.basis and self.basis.data()
+        return json.dumps({"digest": self.digest, **self._decided(), "basis": basis}, indent=indent)
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file."""
@@ -172,14 +182,14 @@ class Plan:
         data = cast(dict[str, Any], data)
         if data["version"] != VERSION:
             raise ValueError(f"plan version {data['version']} cannot be read, only {VERSION}: make the plan again")
-        digest = data.pop("digest", None)
-        plan = _build(cls, data, "plan")
+        digest, basis = data.pop("digest", None), data.pop("basis", None)
+        plan = _build(cls, {**data, "basis": None}, "plan")
         if not edited and digest != plan.digest:
             raise ValueError(
                 f"the plan's digest is {plan.digest[:12]} but the file says {str(digest)[:12]}: it was edited or "
                 "damaged; load it as edited if you mean it"
             )
-        return plan
+        return plan if basis is None else replace(plan, basis=Basis.of_data(basis))
 
     @classmethod
     def load(cls, path: str | Path, *, edited: bool = False) -> Plan:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from merak_like.partitioner.assemble import Setting, assemble
+from merak_like.partitioner.basis import remembered
 from merak_like.partitioner.batches import divide, traced_samples
 from merak_like.partitioner.blocks import units
 from merak_like.partitioner.candidates import candidates
@@ -35,6 +36,7 @@ CHUNKS = 2
 """Stages per rank of an interleaved schedule when nobody says."""
 
 
+@remembered
 def make_plan(
     graph: ProxyGraph,
     mesh: Mesh,
