@@ -69,6 +69,14 @@ def percent_text(fraction: float) -> str:
     return f"{percent:.1f} %" if abs(percent) < 99.95 else f"{percent:.0f} %"
 
 
+def change_text(after: float, before: float) -> str:
+    """How much more or less: ``+3.1 %``, ``-12 %``, ``2.4 times``."""
+    share = after / before - 1 if before else float("inf")
+    if share >= 1:
+        return f"{after / before:.2g} times" if before else "from nothing"
+    return f"{'+' if share > 0 else '-' if share < 0 else ''}{percent_text(abs(share))}"
+
+
 def dtype_text(dtype: str) -> str:
     """A dtype in two or three letters: ``bf16``, ``i64``; a name without a short form stays itself."""
     match = re.fullmatch(r"([a-z]+)(\d+)", dtype)
