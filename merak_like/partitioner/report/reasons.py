@@ -65,7 +65,8 @@ def _head(plan: Plan, found: Why) -> Text:
     return text
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
+    """A table of these columns; ``>`` in front of a name sets it right."""
     table = Table(
         title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, collapse_padding=True
     )  # fmt: skip
@@ -77,7 +78,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def losses_table(found: Why) -> Table:
     """The step as a sum of its causes."""
-    table = _table("Where the step goes", "cause", ">seconds", ">share", "", "what it is")
+    table = plain_table("Where the step goes", "cause", ">seconds", ">share", "", "what it is")
     for cause in CAUSES:
         seconds = getattr(found.losses, cause)
         share = seconds / found.losses.step if found.losses.step else 0.0
@@ -88,7 +89,7 @@ def losses_table(found: Why) -> Table:
 
 def path_table(found: Why) -> Table:
     """Whose seconds make up the critical path."""
-    table = _table(
+    table = plain_table(
         "The critical path, by stage", ">stage", ">rank", ">seconds", ">forward", ">backward", ">weights", ">again",
         ">rank idles",
     )  # fmt: skip
@@ -104,7 +105,7 @@ def path_table(found: Why) -> Table:
 
 def cuts_table(found: Why) -> Table:
     """The next-best place of each border."""
-    table = _table(
+    table = plain_table(
         "The next-best cut, every other cut staying (simulated again)", ">cut", "now before", "instead before", ">step",
         ">costs",
     )  # fmt: skip
@@ -129,7 +130,7 @@ def _change(seconds: float, before: float) -> str:
 
 def choices_table(plan: Plan, found: Why) -> Table:
     """Other choices beside the plan, the best throughput first; what does not fit last."""
-    table = _table("Other choices", "choice", "how known", ">step", ">samples/s", ">against the plan", ">fullest rank")
+    table = plain_table("Other choices", "choice", "how known", ">step", ">samples/s", ">against the plan", ">fullest rank")
     samples = plan.mesh.dp * plan.micro_batches * plan.micro_batch
     own = samples / found.step_seconds if found.step_seconds else 0.0
     for choice in sorted(found.choices, key=lambda one: (not one.fits, -_rate(one))):
@@ -160,7 +161,7 @@ def _fullest(choice: Choice) -> str:
 
 def degrees_table(found: Why) -> Table:
     """Other degrees for as many ranks."""
-    table = _table("Other degrees", ">dp", ">pp", ">tp", ">micro-batches", ">step", ">costs", "why")
+    table = plain_table("Other degrees", ">dp", ">pp", ">tp", ">micro-batches", ">step", ">costs", "why")
     for one in found.runners_up:
         fits = one.step_seconds is not None
         table.add_row(
