@@ -33,6 +33,12 @@ class FromConfig:
     task: str | None
     dtype: str | None
 
+    @property
+    def words(self) -> dict[str, Any]:
+        """How the model is named on a command line: MODEL, and the options that were given."""
+        given = {"seq": self.seq, "task": self.task, "dtype": self.dtype}
+        return {"model": str(self.folder), **{name: value for name, value in given.items() if value is not None}}
+
     def load(self, samples: int) -> Loaded:
         """The model with a batch of so many samples."""
         from merak_like.hf import from_config
@@ -47,6 +53,11 @@ class FromFunction:
 
     module: str
     function: str
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """How the model is named on a command line."""
+        return {"model": f"{self.module}:{self.function}"}
 
     def load(self, samples: int) -> Loaded:
         """What the function returns; ``samples`` is its own business."""

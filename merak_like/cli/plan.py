@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merak_like.cli.files import writable
+from merak_like.cli.files import named_hardware, writable
 from merak_like.cli.show import print_tables
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
@@ -15,7 +16,6 @@ from merak_like.partitioner.report.text import parse_bytes
 
 if TYPE_CHECKING:
     from merak_like.cli.models import Source
-    from merak_like.partitioner.cost import Hardware
 
 STEP = 4
 """Samples of a step for each pipeline rank, when nobody says."""
@@ -58,7 +58,7 @@ def run(
     made = decide(
         source(model, seq=seq, task=task, dtype=dtype),
         mesh,
-        hardware=_hardware(hardware),
+        hardware=named_hardware(hardware),
         batch=STEP * dp * pp if batch is None else batch,
         micro_batches=micro_batches,
         micro_batch=micro_batch,
@@ -91,10 +91,12 @@ def decide(
     made = _plan(
         model, max(size, 1), mesh, batch=batch, micro_batches=micro_batches, micro_batch=micro_batch, **options
     )
-    if made.micro_batch == size or not hasattr(model, "folder"):
-        return made
-    again = _plan(model, made.micro_batch, mesh, batch=batch, micro_batches=made.micro_batches, **options)
-    return again.with_notes([note for note in made.notes if note.startswith("numbers of micro-batches")])
+    if made.micro_batch != size and hasattr(model, "folder"):
+        compared = [note for note in made.notes if note.startswith("numbers of micro-batches")]
+        again = _plan(model, made.micro_batch, mesh, batch=batch, micro_batches=made.micro_batches, **options)
+        made = again.with_notes(compared)
+    basis = made.basis and made.basis.remembering(model.words, micro_batches=micro_batches, micro_batch=micro_batch)
+    return replace(made, basis=basis)
 
 
 def _plan(model: Source, samples: int, mesh: Mesh, **options: Any) -> Plan:
@@ -118,21 +120,3 @@ def _signature(example: Any) -> dict[str, str]:
         for name, item in items
         if hasattr(item, "dtype")
     }
-
-
-def _hardware(text: str) -> Hardware:
-    from merak_like.partitioner import cost
-
-    if text == "this":
-        from merak_like.partitioner.this_machine import this_machine
-
-        return this_machine()
-    if text.endswith(".json"):
-        file = Path(text).expanduser()
-        if not file.is_file():
-            raise ValueError(f"there is no hardware file {text!r}: name a preset, `this`, or a JSON file of figures")
-        try:
-            return cost.Hardware.from_json(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{text}: {error}") from None
-    return cost.hardware_named(text)
