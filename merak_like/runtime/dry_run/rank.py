@@ -1,0 +1,165 @@
+"""One rank of a dry run: the engine built as for a job, one step of it, and what it did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from merak_like._compat import FakeTensorMode, tree_map
+from merak_like.partitioner.plan import Plan
+from merak_like.partitioner.planned import schedule_of
+from merak_like.partitioner.schedules.action import Kind
+from merak_like.partitioner.tracer import LossFn, Trace, trace
+from merak_like.partitioner.tracer.fakes import fake_model
+from merak_like.runtime.batches import rows, split
+from merak_like.runtime.data_parallel import Reducer
+from merak_like.runtime.dry_run import echo
+from merak_like.runtime.dry_run.stages import OnePrograms, ShapeLinks
+from merak_like.runtime.engine import Engine
+from merak_like.runtime.groups import Groups, make_groups
+from merak_like.runtime.initialize import World
+from merak_like.runtime.links import NoLinks
+from merak_like.runtime.programs import Programs
+from merak_like.runtime.watch import Watch
+
+CPU = torch.device("cpu")
+"""What the tensors without data claim to be on."""
+LIMIT = timedelta(seconds=60)
+
+
+@dataclass(frozen=True)
+class Did:
+    """What a rank did: the groups it made, in order, and its calls."""
+
+    rank: int
+    groups: tuple[tuple[int, ...], ...]
+    events: tuple[echo.Event, ...]
+
+
+class Cast:
+    """A plan, its model and its trace: what all ranks share. Use as a context: the model is as before afterwards."""
+
+    def __init__(self, plan: Plan, model: nn.Module, example: Any, loss_fn: LossFn | None = None) -> None:
+        """``example`` is one micro-batch.
+
+        Raises ValueError where the plan is not one of this model and micro-batch.
+        """
+        self.plan, self.model, self.example, self.loss_fn = plan, model, example, loss_fn
+        self.micro: Any = split(example, max(rows(example) // plan.micro_batch, 1))[0]
+        self.traced: Trace = trace(model, self.micro, loss_fn, device=CPU)
+        if plan.starts[-1] != len(self.traced.graph.ops):
+            raise ValueError(
+                f"the plan cuts {plan.starts[-1]} ops, but {type(model).__name__} runs {len(self.traced.graph.ops)} "
+                f"for micro-batches of {rows(self.micro)} samples: name the model and the size the plan was made from"
+            )
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.really = _last(plan)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """While it is open, the model's weights have shapes and no data."""
+        with fake_model(self.model, self.mode, CPU):
+            yield
+
+    def groups_of(self, rank: int) -> Did:
+        """Only the groups that a rank makes."""
+        with _rank(rank, self.plan.mesh.size) as world:
+            groups = self._groups(world)
+            return Did(rank, _made(groups), ())
+
+    def act(self, rank: int) -> Did:
+        """One step of a rank, up to the update of the weights."""
+        plan, device = self.plan, CPU
+        with _rank(rank, plan.mesh.size) as world:
+            groups, watch = self._groups(world), Watch(world.rank, world.timeout)
+            try:
+                own = [stage for stage in plan.stages if stage.rank == groups.coord.pp]
+                held = {name for stage in own for name in stage.params}
+                parameters = {n: p for n, p in self.model.named_parameters() if n in held and p.requires_grad}
+                readers = {name: frozenset(s.index for s in own if name in s.params) for name in parameters}
+                shared = {name: groups.shared.get(stages) for name, stages in plan.shared.items()}
+                pending = Counter[int]()
+                programs = Programs(
+                    self.model, plan, self.traced, self.micro, groups.coord.pp, device, self.loss_fn, pending
+                )
+                links = ShapeLinks(groups, watch, device) if plan.mesh.pp > 1 else NoLinks()
+                if isinstance(links, ShapeLinks):
+                    links.mode = self.mode
+                with self.mode:
+                    reducer = Reducer(
+                        parameters, {n: shared.get(n, groups.dp) for n in parameters}, watch, readers, pending
+                    )
+                engine = Engine(
+                    plan=plan, model=self.model, parameters=parameters, owned=[],
+                    programs=cast(Programs, OnePrograms(programs, self.micro, self.mode, self.really)), links=links,
+                    reducer=reducer, optimizer=None, world=world, groups=groups, watch=watch, loss_weight=rows,
+                    max_grad_norm=None, seed=0, save=lambda *_: None,
+                )  # fmt: skip
+                self._step(engine, reducer)
+                return Did(rank, _made(groups), echo.heard(groups.made))
+            finally:
+                watch.close()
+
+    def _step(self, engine: Engine, reducer: Reducer) -> None:
+        """``Engine.step`` without the numbers, which tensors without data do not have."""
+        for bucket in reducer.buckets:  # how many ranks have a gradient is read as a number
+            bucket.counts = torch.ones(len(bucket.parameters))
+        engine._clear_gradients()
+        engine._run(self._batch(), True, training=True)
+        reducer.finish()
+        engine._losses.clear()
+        engine._numbers(0.0)
+        reducer.close()
+
+    def _groups(self, world: World) -> Groups:
+        return make_groups(self.plan.mesh, world, self.plan.stage_rank, list(self.plan.shared.values()))
+
+    def _batch(self) -> Any:
+        """The global batch: the micro-batch over and over, without data."""
+        size, times = rows(self.micro), self.plan.mesh.dp * self.plan.micro_batches
+
+        def larger(item: Any) -> Any:
+            if not isinstance(item, Tensor) or not item.dim() or item.shape[0] != size:
+                return item
+            return torch.empty((times * size, *item.shape[1:]), dtype=item.dtype, device=CPU)
+
+        with self.mode:
+            return tree_map(larger, self.micro)
+
+
+@contextmanager
+def _rank(rank: int, size: int) -> Iterator[World]:
+    if dist.is_initialized():
+        raise ValueError("this process is a rank of a job already: verify a plan in a process of its own")
+    if size == 1:
+        yield World(0, 1, CPU, LIMIT)
+        return
+    echo.join(rank, size)
+    try:
+        yield World(rank, size, CPU, LIMIT)
+    finally:
+        dist.destroy_process_group()
+
+
+def _made(groups: Groups) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(dist.get_process_group_ranks(group)) for group in groups.made)
+
+
+def _last(plan: Plan) -> Mapping[int, set[int]]:
+    """The micro-batches whose backward, or weights' half of it, is the last on each stage."""
+    found: dict[int, dict[Kind, int]] = {stage.index: {} for stage in plan.stages}
+    for order in schedule_of(plan).orders:
+        for action in order:
+            if action.kind in (Kind.B, Kind.W):
+                found[action.stage][action.kind] = action.micro_batch
+    return {stage: set(last.values()) for stage, last in found.items()}
+
+
