@@ -22,7 +22,7 @@ from merak_like.partitioner.tracer.fakes import fake_model
 from merak_like.runtime.batches import rows, split
 from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.dry_run import echo
-from merak_like.runtime.dry_run.stages import OnePrograms, ShapeLinks
+from merak_like.runtime.dry_run.stages import OnePrograms, Real, ShapeLinks
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.groups import Groups, make_groups
 from merak_like.runtime.initialize import World
@@ -61,7 +61,7 @@ class Cast:
                 f"for micro-batches of {rows(self.micro)} samples: name the model and the size the plan was made from"
             )
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.really = _last(plan)
+        self.real = _last(plan)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -99,7 +99,7 @@ class Cast:
                     )
                 engine = Engine(
                     plan=plan, model=self.model, parameters=parameters, owned=[],
-                    programs=cast(Programs, OnePrograms(programs, self.micro, self.mode, self.really)), links=links,
+                    programs=cast(Programs, OnePrograms(programs, self.micro, self.mode, self.real)), links=links,
                     reducer=reducer, optimizer=None, world=world, groups=groups, watch=watch, loss_weight=rows,
                     max_grad_norm=None, seed=0, save=lambda *_: None,
                 )  # fmt: skip
@@ -153,13 +153,13 @@ def _made(groups: Groups) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(dist.get_process_group_ranks(group)) for group in groups.made)
 
 
-def _last(plan: Plan) -> Mapping[int, set[int]]:
-    """The micro-batches whose backward, or weights' half of it, is the last on each stage."""
-    found: dict[int, dict[Kind, int]] = {stage.index: {} for stage in plan.stages}
-    for order in schedule_of(plan).orders:
+def _last(plan: Plan) -> Mapping[int, Real]:
+    """The micro-batch of each stage whose backward, or the weights' half of it, is the last."""
+    schedule = schedule_of(plan)
+    apart = schedule.apart(Kind.W)
+    found: dict[int, Real] = {}
+    for order in schedule.orders:
         for action in order:
             if action.kind in (Kind.B, Kind.W):
-                found[action.stage][action.kind] = action.micro_batch
-    return {stage: set(last.values()) for stage, last in found.items()}
-
-
+                found[action.stage] = Real(action.micro_batch, (action.micro_batch, action.stage) in apart)
+    return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,40 +18,55 @@ from merak_like.runtime.programs import Program, Programs
 from merak_like.runtime.stage import Stage
 
 
-class OnceStage:
-    """A stage that really runs some micro-batches; the others are alike, and get what the first of these made."""
+class Real(NamedTuple):
+    """The micro-batch of a stage that is run: the one that is done with last, so that buckets go out as they would."""
 
-    def __init__(self, stage: Stage, mode: FakeTensorMode, really: Collection[int]) -> None:
+    micro_batch: int
+    put_off: bool
+
+
+class OnceStage:
+    """A stage that runs one micro-batch; the others are alike, and get what that one made.
+
+    Its forward is run when the first comes, its backward when the last does.
+    """
+
+    def __init__(self, stage: Stage, mode: FakeTensorMode, real: Real) -> None:
         self.code = stage.code
-        self._stage, self._mode, self._really = stage, mode, really
+        self._stage, self._mode, self._real = stage, mode, real
         self._made: dict[str, Tensor] = {}
-        self._gradients: dict[str, Tensor] = {}
+        self._returns: dict[str, Tensor] = {}
+        """A gradient for each value received that needs one; whether a value gets one the last backward says."""
 
     def forward(
         self, micro_batch: int, batch: Any, received: Mapping[str, Tensor], *, put_off: bool = False
     ) -> dict[str, Tensor]:
         """As ``Stage``."""
-        if micro_batch in self._really or not self._made:
+        if not self._made:
             with self._mode:
-                self._made = self._stage.forward(micro_batch, batch, received, put_off=put_off)
+                self._made = self._stage.forward(
+                    self._real.micro_batch, batch, received, put_off=self._real.put_off
+                )  # fmt: skip
+            live = self._stage.live[self._real.micro_batch]
+            self._returns = {name: value.detach() for name, value in live.received.items() if value.requires_grad}
         return dict(self._made)
 
     def recompute(self, micro_batch: int) -> None:
         """As ``Stage``."""
-        if micro_batch in self._stage.live:
+        if micro_batch == self._real.micro_batch:
             with self._mode:
                 self._stage.recompute(micro_batch)
 
     def backward(self, micro_batch: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As ``Stage``."""
-        if micro_batch in self._stage.live:
-            with self._mode:
-                self._gradients = self._stage.backward(micro_batch, gradients)
-        return dict(self._gradients)
+        if micro_batch != self._real.micro_batch:
+            return dict(self._returns)
+        with self._mode:
+            return self._stage.backward(micro_batch, gradients)
 
     def weight(self, micro_batch: int) -> None:
         """As ``Stage``."""
-        if micro_batch in self._stage.waiting:
+        if micro_batch == self._real.micro_batch:
             with self._mode:
                 self._stage.weight(micro_batch)
 
@@ -60,12 +75,12 @@ class OnePrograms:
     """The program of the plan's micro-batch, for every micro-batch."""
 
     def __init__(
-        self, programs: Programs, example: Any, mode: FakeTensorMode, really: Mapping[int, Collection[int]]
+        self, programs: Programs, example: Any, mode: FakeTensorMode, real: Mapping[int, Real]
     ) -> None:
-        """``really`` are the micro-batches that each stage runs."""
+        """``real`` are the micro-batches that the stages run."""
         self._programs, self._key = programs, signature(example)
         program = programs.at(example)
-        stages: dict[int, Any] = {at: OnceStage(stage, mode, really[at]) for at, stage in program.stages.items()}
+        stages: dict[int, Any] = {at: OnceStage(stage, mode, real[at]) for at, stage in program.stages.items()}
         self._program: Program = replace(program, stages=stages)
 
     def at(self, batch: Any) -> Program:
