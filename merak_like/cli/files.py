@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from merak_like.partitioner.hardware import Hardware, hardware_named
 from merak_like.partitioner.plan import Plan
+
+if TYPE_CHECKING:
+    from merak_like.partitioner.hardware import Hardware
 
 
 def load_plan(path: Path, edited: bool = False) -> Plan:
@@ -46,6 +49,8 @@ def _beside(path: Path) -> str:
 
 def named_hardware(text: str) -> Hardware:
     """A preset, a JSON file of figures, or ``this`` machine, measured; ValueError where it is none of them."""
+    from merak_like.partitioner.hardware import Hardware, hardware_named
+
     if text == "this":
         from merak_like.partitioner.this_machine import this_machine
 

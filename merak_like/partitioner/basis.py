@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cached_property, wraps
 from importlib import import_module
-from inspect import signature
 from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 if TYPE_CHECKING:
@@ -81,6 +80,7 @@ class Basis:
 def remembered(make: Callable[P, Plan]) -> Callable[P, Plan]:
     """Let a planner keep, in the plan it makes, what it made it from."""
     from dataclasses import replace
+    from inspect import signature  # here: who only reads plans need not wait for it
 
     names = signature(make)
 
