@@ -79,15 +79,15 @@ def told(found: Proof, nbytes: str) -> list[str]:
     ]
     if found.alike:
         lines.append(
-            f"the other {found.alike} differ only in their replica; of {found.grouped} of them the groups were made, too"
+            f"the other {found.alike} differ only in their replica; {found.grouped} of them made their groups, too"
         )
     if not found.holds:
         return [*lines, f"{len(found.problems)} things do not fit together:", *(f"- {p}" for p in found.problems[:20])]
     return [
         *lines,
         f"groups       {found.groups}, made by every member in one order",
-        f"transfers    {found.transfers} over {found.channels} channels, {nbytes}: each send has its receive, same shape, "
-        "same dtype, same place in the order",
+        f"transfers    {found.transfers} over {found.channels} channels, {nbytes}: each send has its receive, of the same "
+        "shape and dtype, at the same place in the order",
         f"collectives  {found.collectives} calls: all members of a group call the same, in the same order",
         f"progress     all {found.waits} waits end, even where a send is through only once its receive is posted",
         "not proved: values, memory, time",

@@ -1,4 +1,4 @@
-"""Why a plan takes as long as it does, what binds, and what each other choice would cost: simulated again, not guessed."""
+"""Why a plan takes as long as it does, what binds, and what other choices would cost: simulated again, not guessed."""
 
 from __future__ import annotations
 

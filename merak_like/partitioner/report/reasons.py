@@ -51,7 +51,8 @@ def says(found: Why) -> Iterator[str]:
     if found.resource == "work":
         yield f"nothing else takes much: the largest loss is {found.losses.largest}, {share} of the step"
     else:
-        yield f"beside the work itself, {RESOURCES[found.resource]} takes most: {seconds_text(lost)}, {share} of the step"
+        what = RESOURCES[found.resource]
+        yield f"beside the work itself, {what} takes most: {seconds_text(lost)}, {share} of the step"
 
 
 def _head(plan: Plan, found: Why) -> Text:
@@ -68,8 +69,13 @@ def _head(plan: Plan, found: Why) -> Text:
 def plain_table(title: str, *columns: str) -> Table:
     """A table of these columns; ``>`` in front of a name sets it right."""
     table = Table(
-        title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, collapse_padding=True
-    )  # fmt: skip
+        title=title,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for column in columns:
         name = column.removeprefix(">")
         table.add_column(name, justify="right" if name != column else "left", no_wrap=name != column)
@@ -110,7 +116,9 @@ def cuts_table(found: Why) -> Table:
         ">costs",
     )  # fmt: skip
     for cut in found.next_cuts:
-        table.add_row(f"{cut.after}|{cut.after + 1}", Text(cut.now), Text(cut.instead or _nowhere(cut)), *_step(cut, found))
+        table.add_row(
+            f"{cut.after}|{cut.after + 1}", Text(cut.now), Text(cut.instead or _nowhere(cut)), *_step(cut, found)
+        )
     return table
 
 
@@ -130,7 +138,9 @@ def _change(seconds: float, before: float) -> str:
 
 def choices_table(plan: Plan, found: Why) -> Table:
     """Other choices beside the plan, the best throughput first; what does not fit last."""
-    table = plain_table("Other choices", "choice", "how known", ">step", ">samples/s", ">against the plan", ">fullest rank")
+    table = plain_table(
+        "Other choices", "choice", "how known", ">step", ">samples/s", ">against the plan", ">fullest rank"
+    )
     samples = plan.mesh.dp * plan.micro_batches * plan.micro_batch
     own = samples / found.step_seconds if found.step_seconds else 0.0
     for choice in sorted(found.choices, key=lambda one: (not one.fits, -_rate(one))):
@@ -144,7 +154,9 @@ def choices_table(plan: Plan, found: Why) -> Table:
             _fullest(choice),
             style="" if choice.fits else "dim",
         )
-    table.caption = f"the plan: {own:.4g} samples/s, {bytes_text(max(plan.rank_bytes))} of {bytes_text(plan.memory_limit)}"
+    table.caption = (
+        f"the plan: {own:.4g} samples/s, {bytes_text(max(plan.rank_bytes))} of {bytes_text(plan.memory_limit)}"
+    )
     table.caption_justify = "left"
     return table
 

@@ -1,9 +1,9 @@
-"""Whether what the ranks of a dry run did fits together: every send its receive, every collective its partners, no hang.
+"""Whether what the ranks of a dry run did fits together: each send with its receive, all collectives, and no hang.
 
 What is asked of the calls that were heard, not of the schedule they came from:
 
 groups       every member makes each group, and any two ranks make those they share in one order
-transfers    on each channel (sender, receiver, group) the sends and the receives have the same shapes and dtypes, in order
+transfers    on each channel (sender, receiver, group) sends and receives have the same shapes and dtypes, in order
 collectives  the members of a group call the same ones, on the same shapes and dtypes, in order
 progress     played back, with a send done only once its receive is posted, every wait of every rank ends
 replicas     a rank of another replica did the same, with the ranks of its own replica
@@ -200,7 +200,8 @@ def _replicas(mesh: Mesh, own: Mapping[int, Did], others: Sequence[Did]) -> Iter
         base = (like.events[0].at if like.events else 0, did.events[0].at if did.events else 0)
         for at, (a, b) in enumerate(zip_longest(like.events, did.events)):
             if a is None or b is None or _moved_event(mesh, a, dp, base[0]) != _moved_event(mesh, b, 0, base[1]):
-                yield f"rank {did.rank} does {_told(b)} as its call {at}, rank {like.rank} of the first replica {_told(a)}"
+                first = f"rank {like.rank} of the first replica {_told(a)}"
+                yield f"rank {did.rank} does {_told(b)} as its call {at}, {first}"
                 break
 
 
@@ -217,9 +218,8 @@ def _moved_event(mesh: Mesh, event: Event, dp: int, base: int) -> Event:
 def _play(acted: Sequence[Did]) -> tuple[int, list[str]]:
     """Let every rank go as far as it can, again and again; how many waits ended, and who is stuck in what."""
     progress = _Progress(acted)
-    moving = True
-    while moving:
-        moving = any([progress.advance(did) for did in acted])
+    while sum(progress.advance(did) for did in acted):  # all of them, not only until one has moved
+        pass
     stuck = [
         f"rank {did.rank} waits for ever in its call {at}: {_told(progress.call(did, did.events[at].of))}"
         for did in acted

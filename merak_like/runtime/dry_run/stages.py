@@ -74,9 +74,7 @@ class OnceStage:
 class OnePrograms:
     """The program of the plan's micro-batch, for every micro-batch."""
 
-    def __init__(
-        self, programs: Programs, example: Any, mode: FakeTensorMode, real: Mapping[int, Real]
-    ) -> None:
+    def __init__(self, programs: Programs, example: Any, mode: FakeTensorMode, real: Mapping[int, Real]) -> None:
         """``real`` are the micro-batches that the stages run."""
         self._programs, self._key = programs, signature(example)
         program = programs.at(example)
