@@ -86,8 +86,8 @@ def told(found: Proof, nbytes: str) -> list[str]:
     return [
         *lines,
         f"groups       {found.groups}, made by every member in one order",
-        f"transfers    {found.transfers} over {found.channels} channels, {nbytes}: each send has its receive, of the same "
-        "shape and dtype, at the same place in the order",
+        f"transfers    {found.transfers} over {found.channels} channels, {nbytes}: each send has its receive, with the "
+        "same shape, dtype and place in the order",
         f"collectives  {found.collectives} calls: all members of a group call the same, in the same order",
         f"progress     all {found.waits} waits end, even where a send is through only once its receive is posted",
         "not proved: values, memory, time",

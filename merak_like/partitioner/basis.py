@@ -3,7 +3,7 @@
 With it a plan file explains itself, and is planned again under other conditions, without the model, torch or a trace.
 It is no part of the plan's digest: it decides nothing.
 
-The graph is packed: JSON rows of the fields that are not at their defaults, compressed, about 20 bytes an op.
+The graph is packed: JSON rows of the fields that are not at their defaults, compressed, some 20 to 40 bytes an op.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ RESOURCES = {
     "bubble": "the pipeline's own waiting (few micro-batches for so many stages)",
     "imbalance": "the uneven cut",
     "recompute": "memory (activations are computed again to fit)",
-    "transfers": "the links",
+    "transfers": "waiting for the links",
     "outside": "the optimizer and the reduction of gradients",
     "work": "computing",
 }

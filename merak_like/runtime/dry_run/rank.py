@@ -123,16 +123,15 @@ class Cast:
         return make_groups(self.plan.mesh, world, self.plan.stage_rank, list(self.plan.shared.values()))
 
     def _batch(self) -> Any:
-        """The global batch: the micro-batch over and over, without data."""
+        """The global batch: the micro-batch over and over, to be split; the stages get the micro-batch itself."""
         size, times = rows(self.micro), self.plan.mesh.dp * self.plan.micro_batches
 
         def larger(item: Any) -> Any:
             if not isinstance(item, Tensor) or not item.dim() or item.shape[0] != size:
                 return item
-            return torch.empty((times * size, *item.shape[1:]), dtype=item.dtype, device=CPU)
+            return torch.empty((times * size, *item.shape[1:]), dtype=item.dtype, device="meta")
 
-        with self.mode:
-            return tree_map(larger, self.micro)
+        return tree_map(larger, self.micro)
 
 
 @contextmanager

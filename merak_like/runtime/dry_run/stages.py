@@ -31,9 +31,9 @@ class OnceStage:
     Its forward is run when the first comes, its backward when the last does.
     """
 
-    def __init__(self, stage: Stage, mode: FakeTensorMode, real: Real) -> None:
+    def __init__(self, stage: Stage, example: Any, mode: FakeTensorMode, real: Real) -> None:
         self.code = stage.code
-        self._stage, self._mode, self._real = stage, mode, real
+        self._stage, self._example, self._mode, self._real = stage, example, mode, real
         self._made: dict[str, Tensor] = {}
         self._returns: dict[str, Tensor] = {}
         """A gradient for each value received that needs one; whether a value gets one the last backward says."""
@@ -45,8 +45,8 @@ class OnceStage:
         if not self._made:
             with self._mode:
                 self._made = self._stage.forward(
-                    self._real.micro_batch, batch, received, put_off=self._real.put_off
-                )  # fmt: skip
+                    self._real.micro_batch, self._example, received, put_off=self._real.put_off
+                )
             live = self._stage.live[self._real.micro_batch]
             self._returns = {name: value.detach() for name, value in live.received.items() if value.requires_grad}
         return dict(self._made)
@@ -78,7 +78,7 @@ class OnePrograms:
         """``real`` are the micro-batches that the stages run."""
         self._programs, self._key = programs, signature(example)
         program = programs.at(example)
-        stages: dict[int, Any] = {at: OnceStage(stage, mode, real[at]) for at, stage in program.stages.items()}
+        stages: dict[int, Any] = {at: OnceStage(stage, example, mode, real[at]) for at, stage in program.stages.items()}
         self._program: Program = replace(program, stages=stages)
 
     def at(self, batch: Any) -> Program:
