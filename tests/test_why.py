@@ -51,7 +51,7 @@ def test_each_cause_is_there_where_it_is_made():
     assert Played.of_judged(Again.of(explained(link=SLOW)).judged).losses.largest == "transfers"
     assert Played.of_judged(Again.of(plan).judged).losses.recompute == 0
     rest = replace(plan, step_seconds=2 * plan.step_seconds, basis=plan.basis)
-    assert why(replace(rest, basis=None)).losses.outside == pytest.approx(plan.step_seconds, rel=0.01)
+    assert why(replace(rest, basis=None)).losses.outside > 0.9 * plan.step_seconds
 
 
 def test_the_stages_of_the_path_make_the_step(tight: Why):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from merak_like.cli.console import console
 from merak_like.cli.files import load_plan, named_hardware, writable
-from merak_like.partitioner.report.text import parse_bytes, parse_rate
+from merak_like.partitioner.report.text import bytes_text, parse_bytes, parse_rate
 
 
 def run(
@@ -65,7 +65,7 @@ def run(
         from merak_like.partitioner.report.differences import render
         from merak_like.partitioner.report.text import seconds_text
 
-        told = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in found.conditions.items())
+        told = ", ".join(f"{name.replace('_', '-')} {_said(name, value)}" for name, value in found.conditions.items())
         typer.echo(f"if {told}:")
         kept = seconds_text(found.kept_seconds) if found.kept_seconds is not None else f"not possible, {found.kept_why}"
         typer.echo(f"the plan's own stages  {kept}")
@@ -73,3 +73,10 @@ def run(
         console().print(render(found.difference, ("the plan", "planned again")))
         if path is not None:
             typer.echo(f"wrote {path}")
+
+
+def _said(name: str, value: Any) -> str:
+    """A condition as people write it."""
+    if name == "memory":
+        return bytes_text(value)
+    return f"{bytes_text(value)}/s" if name.endswith("bandwidth") else str(value)
