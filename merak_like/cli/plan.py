@@ -46,6 +46,7 @@ def run(
     ] = "auto",
     memory: Annotated[str | None, typer.Option(help="Of one rank, such as 40GB; default: the hardware's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan itself; a file only with -o.")] = False,
+    check: Annotated[bool, typer.Option("--verify", help="Then run a step of it without data: `merak verify`.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The plan file; default plan.json.")] = None,
 ) -> None:
     """Decide how to train a model on dp x pp x tp devices; no weight is allocated and no device is needed."""
@@ -73,6 +74,11 @@ def run(
         typer.echo(made.to_json())
     else:
         print_tables(made)
+    if check:
+        from merak_like.cli.verify import report, verify
+
+        report(verify(made), as_json=False, err=as_json)
+    if not as_json:
         typer.echo(f"wrote {path}: look at it with `merak show {path}` or `merak html {path}`")
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from merak_like.cli.console import console
 from merak_like.cli.files import load_plan
 
 if TYPE_CHECKING:
@@ -36,7 +35,11 @@ def run(
 ) -> None:
     """Run a step of the plan without data and prove that transfers and collectives match; exit 1 if they do not."""
     loaded = load_plan(plan, edited)
-    found = verify(loaded, model, seq=seq, task=task, dtype=dtype, all_ranks=all_ranks)
+    report(verify(loaded, model, seq=seq, task=task, dtype=dtype, all_ranks=all_ranks), as_json)
+
+
+def report(found: Proof, as_json: bool, err: bool = False) -> None:
+    """Print what was proved; exit with 1 where something does not fit together."""
     if as_json:
         import json
 
@@ -45,7 +48,7 @@ def run(
         from merak_like.partitioner.report.text import bytes_text
 
         for line in told(found, bytes_text(found.nbytes)):
-            console().print(line)
+            typer.echo(line, err=err)
     if not found.holds:
         raise typer.Exit(1)
 

@@ -14,6 +14,8 @@ from merak_like.runtime.dry_run.rank import Cast
 
 ALL = 64
 """Up to so many ranks, every rank is run."""
+GROUPED = 32
+"""Of other replicas, so many at most have a rank that makes its groups."""
 
 
 def dry_run(
@@ -22,7 +24,7 @@ def dry_run(
     """Run a step of a plan at its full size in this process, and check what the ranks did against each other.
 
     ``example`` is a batch of at least one micro-batch. Every rank of the first replica is run, and of the last replica
-    its first and last; of every other replica one rank makes its groups. ``all_ranks`` runs all of them (up to ``ALL``
+    its first and last; of others (up to ``GROUPED``) one rank makes its groups. ``all_ranks`` runs all of them (up to ``ALL``
     ranks by default). No weight is allocated and nothing is sent.
 
     Raises ValueError where the plan is not one of this model and micro-batch, and for a process that is a rank already.
@@ -33,7 +35,8 @@ def dry_run(
     first = [rank for rank in range(mesh.size) if mesh.coord(rank).dp == 0]
     ends = {mesh.rank(Coord(mesh.dp - 1, pp, mesh.tp - 1 if pp else 0)) for pp in (0, mesh.pp - 1)} - set(first)
     run = range(mesh.size) if every else [*first, *sorted(ends)]
-    between = [] if every else [mesh.rank(Coord(dp, dp % mesh.pp, 0)) for dp in range(1, mesh.dp)]
+    replicas = range(1, mesh.dp)[:: max(1, (mesh.dp - 2) // GROUPED + 1)]
+    between = [] if every else [mesh.rank(Coord(dp, dp % mesh.pp, 0)) for dp in replicas]
     with cast():
         acted = [cast.act(rank) for rank in run]
     grouped = [cast.groups_of(rank) for rank in between if rank not in ends]
