@@ -63,7 +63,7 @@ def test_what_is_damaged_is_told_when_it_is_asked_for():
     data = json.loads(plan.to_json())
     data["basis"]["graph"] = data["basis"]["graph"][:-40]
     loaded = Plan.from_json(json.dumps(data))
-    with pytest.raises(ValueError, match="cannot be read .*: make the plan again"):
+    with pytest.raises(ValueError, match=r"cannot be read .*: make the plan again"):
         _ = basis_of(loaded).graph
     with pytest.raises(ValueError, match="options, source and graph"):
         Plan.from_json(json.dumps(data | {"basis": {"graph": ""}}))

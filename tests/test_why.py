@@ -154,7 +154,11 @@ def test_a_plan_that_does_not_hold_what_it_was_made_from_tells_what_its_stages_d
 
 def test_why_needs_no_torch(tmp_path: Path):
     explained(share=0.85).save(tmp_path / "plan.json")
-    for command in (["why", "plan.json"], ["what-if", "plan.json", "--batch", "32"], ["diff", "plan.json", "plan.json"]):
+    for command in (
+        ["why", "plan.json"],
+        ["what-if", "plan.json", "--batch", "32"],
+        ["diff", "plan.json", "plan.json"],
+    ):
         code = (
             f"import sys; sys.path.insert(0, {str(ROOT)!r}); from merak_like.cli import main\n"
             f"try: main({command!r})\nfinally: assert 'torch' not in sys.modules"

@@ -46,7 +46,9 @@ def run(
     ] = "auto",
     memory: Annotated[str | None, typer.Option(help="Of one rank, such as 40GB; default: the hardware's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan itself; a file only with -o.")] = False,
-    check: Annotated[bool, typer.Option("--verify", help="Then run a step of it without data: `merak verify`.")] = False,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Then run a step of it without data: `merak verify`.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The plan file; default plan.json.")] = None,
 ) -> None:
     """Decide how to train a model on dp x pp x tp devices; no weight is allocated and no device is needed."""

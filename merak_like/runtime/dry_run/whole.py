@@ -24,8 +24,8 @@ def dry_run(
     """Run a step of a plan at its full size in this process, and check what the ranks did against each other.
 
     ``example`` is a batch of at least one micro-batch. Every rank of the first replica is run, and of the last replica
-    its first and last; of others (up to ``GROUPED``) one rank makes its groups. ``all_ranks`` runs all of them (up to ``ALL``
-    ranks by default). No weight is allocated and nothing is sent.
+    its first and last; of others (up to ``GROUPED``) one rank makes its groups. ``all_ranks`` runs all of them, which
+    is the default up to ``ALL``. No weight is allocated and nothing is sent.
 
     Raises ValueError where the plan is not one of this model and micro-batch, and for a process that is a rank already.
     """
