@@ -110,10 +110,10 @@ def torchrun(calls: Sequence[Call], world: int, *, timeout: float = 400.0, nodes
 
 
 def call(scenario: str, *layout: int, **more: Any) -> Call:
-    """A call of a scenario on a layout (dp, pp), named by both."""
-    dp, pp = layout
-    words = [scenario, *(str(v) for k, v in more.items() if k != "folder"), f"{dp}x{pp}"]
-    return Call("-".join(words), f"tests.scenarios:{scenario}", {"dp": dp, "pp": pp, **more})
+    """A call of a scenario on a layout (dp, pp) or (dp, pp, tp), named by both."""
+    axes = dict(zip(("dp", "pp", "tp"), layout, strict=False))
+    words = [scenario, *(str(v) for k, v in more.items() if k != "folder"), "x".join(map(str, layout))]
+    return Call("-".join(words), f"tests.scenarios:{scenario}", {**axes, **more})
 
 
 def selected_calls(request: pytest.FixtureRequest) -> list[Call]:
@@ -130,7 +130,7 @@ def results_of(calls: Sequence[Call], timeout: float = 400.0) -> Callable[[Call]
     jobs: dict[int, Job] = {}
 
     def size(one: Call) -> int:
-        return one.arguments["dp"] * one.arguments["pp"]
+        return one.arguments["dp"] * one.arguments["pp"] * one.arguments.get("tp", 1)
 
     def result(one: Call) -> list[Any]:
         world = size(one)

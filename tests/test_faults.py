@@ -30,7 +30,7 @@ REFUSED = {
     "stages": r"pp = 4 stages, but Small can be cut at \d places only .*: use pp = \d or fewer",
     "batch": r"a batch of 3 samples cannot be cut into 4 micro-batches \(dp x micro_batches\): use a batch of at",
     "seed": r"the ranks do not agree: seed: rank 2 has 4, the others 3",
-    "schedule": r"the ranks do not agree: plan: rank 2 has \w{12}, the others \w{12}$",
+    "schedule": r"the ranks do not agree: plan: rank 2 has \w{12}, the others \w{12}\. If all run",
     "clipping": r"the ranks do not agree: max_grad_norm: rank 2 has 2.0, the others 1.0",
     "model": r"the ranks do not agree: plan: rank 2 has",
     "weights": r"do not start from the same weights: rank 2 has its own layers.0.weight \(\d+ differ\): call",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from merak_like import Engine, auto_parallel
 from merak_like.runtime.batches import rows, split
@@ -52,9 +55,42 @@ def subject(name: str, *, dropout: bool = True, dtype: torch.dtype = torch.float
     model = CASES[name].build().to(dtype)
     if not dropout:
         without_dropout(model)
-    images = name == "vit"
-    batch = (lambda *size: in_dtype(CASES[name].batch(*size), dtype)) if images else CASES[name].batch
-    return Subject(model, batch, None, hf.loss_weight(model) or rows)
+    return Subject(model, lambda *size: in_dtype(CASES[name].batch(*size), dtype), None, hf.loss_weight(model) or rows)
+
+
+def in_one_precision(name: str, *, dropout: bool = True, dtype: torch.dtype = torch.float64) -> Subject:
+    """The same, but a float64 model is float64 throughout: transformers' losses, norms and routers go to float32.
+
+    Where sums are taken in another order, as over shards, a step in float32 would turn the last bit into 1e-8.
+    """
+    one = subject(name, dropout=dropout, dtype=dtype)
+    if dtype == torch.float64:  # each module for itself: a stage calls modules, not the whole model
+        for module in one.model.modules():
+            if not type(module).__module__.startswith("torch."):
+                module.forward = MethodType(_widely(type(module).forward), module)
+    if hasattr(one.model, "set_experts_implementation"):
+        one.model.set_experts_implementation("batched_mm")  # type: ignore[operator]  # the other has no float64
+    return one
+
+
+class Widely(TorchFunctionMode):
+    """Whoever asks for float32 gets float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(item: Any) -> Any:
+            return torch.float64 if item is torch.float32 else item
+
+        func = Tensor.double if func is Tensor.float else func
+        return func(*map(wide, args), **{key: wide(item) for key, item in (kwargs or {}).items()})
+
+
+def _widely(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        with Widely():
+            return forward(*args, **kwargs)
+
+    return wide
 
 
 def toy(one: Toy, dtype: torch.dtype = torch.float64) -> Subject:

@@ -65,8 +65,6 @@ def make_plan(
     Raises ValueError, with what was asked, what was found and the nearest thing that works, for a mesh, batch or
     schedule that cannot be, for more stages than the graph can be cut into, and for stages that do not fit the memory.
     """
-    if mesh.tp > 1:
-        raise ValueError(f"tp = {mesh.tp}: tensor parallelism is not available yet, use tp = 1 and more dp or pp")
     if not graph.ops:
         raise ValueError("the graph has no ops: there is nothing to plan")
     asked = Asked(

@@ -185,9 +185,15 @@ class _Run:
             return False
         if any(use.version in self.flows.ends for use in partial):
             return False
+        if any(self.narrows(use.version, version) for use in partial for version, _ in record.outs):
+            return False  # parts rounded before they are added up are not the rounded sum
         if record.linear == "sum":
             return all(use.version in self.partial or use.version in self.zeros for use in record.uses)
         return record.linear == "product" and len(partial) == 1
+
+    def narrows(self, before: Version, after: Version) -> bool:
+        """Whether a step rounds its operand to a shorter type."""
+        return self.f.known[after[0]].itemsize < self.f.known[before[0]].itemsize
 
     def force(self, version: Version) -> None:
         """Reduce a partial sum where it was smallest on its way."""

@@ -1,0 +1,32 @@
+"""What the ranks do in the tests of tensor parallelism. Each runs on every rank."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from tests.scenarios import PARTS, SAMPLES, TOLERANCE, agree, is_statistics, leads
+from tests.training import Subject, Trained, by_engine, in_one_precision, plainly
+from tests.zoo.case import Batch
+
+
+@lru_cache(maxsize=4)
+def reference(name: str, dropout: bool, dtype: str, steps: int) -> tuple[Subject, list[Batch], Trained | None]:
+    """A model, its batches and, on rank 0, what plain training makes of them."""
+    one = in_one_precision(name, dropout=dropout, dtype=getattr(torch, dtype))
+    batches = [one.batch(SAMPLES)] * steps
+    return one, batches, plainly(one, batches, PARTS) if leads() else None
+
+
+def sharded(
+    name: str, dp: int, pp: int, tp: int, schedule: str = "1f1b", dropout: bool = True, dtype: str = "float64",
+    steps: int = 5, **more: Any,
+) -> float:  # fmt: skip
+    """One cell of the matrix, with micro-batches of two sizes: how far the engine is from plain training."""
+    one, batches, plain = reference(name, dropout, dtype, steps)
+    ours = by_engine(
+        one, batches, dp, pp, PARTS // dp, tp=tp, schedule=schedule, loss_weight=one.weight, **more
+    )  # fmt: skip
+    return agree(ours, lambda: plain, TOLERANCE[dtype], skip=lambda key: dp > 1 and is_statistics(key))  # type: ignore[arg-type,return-value]
