@@ -30,7 +30,8 @@ def check(path: Path) -> None:
 
 
 def random_costs(random: Random, stages: int, edges: Edges) -> Costs:
-    each = tuple(StageCosts(*(random.uniform(0.1, 2) for _ in range(4))) for _ in range(stages))
+    kinds = ("forward", "backward", "recompute", "weight")
+    each = tuple(StageCosts(**{kind: random.uniform(0.1, 2) for kind in kinds}) for _ in range(stages))
     return Costs(each, {edge: random.choice([0.0, random.uniform(0, 3)]) for edge in edges})
 
 
@@ -62,7 +63,10 @@ def test_seconds_on_the_path_are_what_the_step_gains():
         path, little = path_of(schedule, costs, edges), 1e-6
         for stage, seconds in enumerate(path.stage_seconds(4)):
             cost = costs.stages[stage]
-            faster = StageCosts(*(x * (1 - little) for x in (cost.forward, cost.backward, cost.recompute, cost.weight)))
+            share = 1 - little
+            faster = StageCosts(
+                cost.forward * share, cost.backward * share, cost.recompute * share, cost.weight * share
+            )  # fmt: skip
             changed = replace(costs, stages=(*costs.stages[:stage], faster, *costs.stages[stage + 1 :]))
             gained = path.makespan - simulate(schedule, changed, edges).makespan
             assert gained == pytest.approx(little * seconds, abs=2e-9)

@@ -24,6 +24,7 @@ from merak_like.runtime.dry_run.echo import RECEIVE, SEND, WAIT, Event
 from merak_like.runtime.dry_run.proof import prove
 from merak_like.runtime.dry_run.rank import Cast, Did
 from merak_like.runtime.dry_run.whole import dry_run
+from merak_like.runtime.tensor_parallel.sharding import sharding
 from tests import golden
 from tests.commands import refused, run
 from tests.graphs import TOY
@@ -86,6 +87,40 @@ def test_a_thousand_ranks_in_one_process():
     assert found.holds
     assert (found.world, len(found.acted), found.grouped, found.alike) == (1024, 10, 32, 1014)
     assert proved(planned(pp=8, dp=1)).transfers == found.transfers
+
+
+class Block(nn.Module):
+    """A feed-forward that can be shared out, with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def blocks() -> nn.Module:
+    return nn.Sequential(*(Block() for _ in range(4)))
+
+
+@pytest.mark.parametrize(
+    "schedule", ["1f1b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpipe", "zb-h1", "zb-v", "scp"))]
+)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_tensor_parallel_ranks_talk_inside_their_stages(schedule: str, recompute: str):
+    parts = sharding(blocks(), 2, squares)
+    graph = parts.graph(parts.trace(torch.ones(ROWS, WIDTH), "cpu"))
+    plan = make_plan(
+        graph, Mesh(2, 2, 2), hardware=TOY, batch=ROWS * 8, micro_batches=4, schedule=schedule, recompute=recompute
+    )
+    found = dry_run(plan, blocks(), torch.ones(ROWS, WIDTH), squares)
+    assert found.problems == ()
+    assert len(found.acted) == 8
+    inside = 4 * 4 * (2 if recompute == "none" else 3)  # blocks, micro-batches, in F and B, and once more in R
+    assert found.collectives >= 2 * inside
+    one = dry_run(plan, blocks(), torch.ones(ROWS, WIDTH), squares, all_ranks=False)
+    assert (one.problems, one.collectives) == ((), found.collectives)
 
 
 @pytest.mark.parametrize(("dp", "pp"), [(1, 1), (3, 1), (1, 3)])

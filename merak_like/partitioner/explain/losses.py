@@ -77,8 +77,11 @@ class Played:
         """Where the seconds go."""
         stages, m, ranks = self.costs.stages, self.schedule.micro_batches, self.schedule.ranks
         kept = tuple(replace(stage, recompute=0.0) for stage in stages)
-        mean = StageCosts(*(sum(getattr(s, name) for s in stages) / len(stages) for name in ("forward", "backward")))
-        mean = replace(mean, weight=sum(s.weight for s in stages) / len(stages))
+        count = len(stages)
+        mean = StageCosts(
+            sum(s.forward for s in stages) / count, sum(s.backward for s in stages) / count,
+            weight=sum(s.weight for s in stages) / count,
+        )  # fmt: skip
         even = self._seconds(Costs((mean,) * len(stages)))
         uneven = self._seconds(Costs(kept))
         again = self._seconds(Costs(stages))

@@ -104,9 +104,10 @@ def _compared(own: Losses, other: Losses) -> str:
 
 def _read(item: Any) -> RunnerUp | None:
     """One of a plan's alternatives, however it writes them: degrees and seconds are what matters."""
-    data: Mapping[str, Any] = cast(Any, asdict(item)) if is_dataclass(item) and not isinstance(item, type) else item
+    data: Any = asdict(item) if is_dataclass(item) and not isinstance(item, type) else item
     if not isinstance(data, Mapping):
         return None
+    data = cast(Mapping[str, Any], data)
     mesh = data.get("mesh", data)
     seconds = data.get("step_seconds")
     try:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.report import summary
@@ -155,8 +155,8 @@ def _figures(item: Any, name: str = "") -> Iterator[tuple[str, str]]:
     if is_dataclass(item) and not isinstance(item, type):
         for f in fields(item):
             yield from _figures(getattr(item, f.name), f"{name}.{f.name}" if name else f.name)
-    elif isinstance(item, dict) or hasattr(item, "items"):
-        for key, value in item.items():
+    elif isinstance(item, Mapping):
+        for key, value in cast(Mapping[str, Any], item).items():
             yield from _figures(value, f"{name}.{key}")
     elif item is not None:
         yield name, f"{item:.6g}" if isinstance(item, float) else str(item)

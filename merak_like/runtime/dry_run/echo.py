@@ -61,8 +61,10 @@ class Echo(dist.ProcessGroup):
     """One group of one rank."""
 
     def __init__(self, rank: int, size: int) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # pyright: ignore[reportCallIssue]
         self.events: list[tuple[str, int, tuple[Any, ...], int, int]] = []
+        self.over = False
+        """Whether its job has ended: a call now would be one of another rank."""
 
     def getBackendName(self) -> str:
         """For torch.distributed."""
@@ -70,6 +72,7 @@ class Echo(dist.ProcessGroup):
 
     def note(self, what: str, tensors: Sequence[torch.Tensor], peer: int = -1, of: int = -1) -> Work:
         """Write one call down."""
+        assert not self.over, f"{what} in a group of a rank whose step is over"
         at = next(_CLOCK)
         seen = tuple((tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in tensors)
         self.events.append((what, peer, seen, at, of))
@@ -90,6 +93,26 @@ class Echo(dist.ProcessGroup):
             Event(what, (ranks, ordinal), ranks[peer] if peer >= 0 else -1, seen, at, of)
             for what, peer, seen, at, of in self.events
         ]
+
+
+Call = tuple[Echo, tuple[str, int, tuple[Any, ...], int, int]]
+"""A group, and one event in it."""
+
+
+def calls_of(groups: Sequence[Echo], work: Callable[[], Any]) -> tuple[Any, tuple[Call, ...]]:
+    """What some work gives, and the calls that it made in these groups."""
+    before = [len(group.events) for group in groups]
+    given = work()
+    made = [(group, event) for group, at in zip(groups, before, strict=True) for event in group.events[at:]]
+    return given, tuple(sorted(made, key=lambda call: call[1][3]))
+
+
+def call_again(calls: Sequence[Call]) -> None:
+    """Note the same calls once more, now."""
+    number: dict[int, int] = {}
+    for group, (what, peer, seen, at, of) in calls:
+        number[at] = next(_CLOCK)
+        group.events.append((what, peer, seen, number[at], number.get(of, of)))
 
 
 def _collective(name: str) -> Callable[..., Work]:
@@ -121,4 +144,5 @@ def heard(groups: Sequence[Any]) -> tuple[Event, ...]:
         ranks = tuple(dist.get_process_group_ranks(group))
         ordinal = seen[ranks] = seen.get(ranks, -1) + 1
         found += group.heard(ordinal)
+        group.over = True
     return tuple(sorted(found, key=lambda event: event.at))

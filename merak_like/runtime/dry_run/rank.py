@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from merak_like._compat import FakeTensorMode, tree_map
+from merak_like._compat import FakeTensorMode, fake_like, fake_parameter, tree_map
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planned import schedule_of
 from merak_like.partitioner.schedules.action import Kind
-from merak_like.partitioner.tracer import LossFn, Trace, trace
+from merak_like.partitioner.tracer import LossFn, Trace
 from merak_like.partitioner.tracer.fakes import fake_model
 from merak_like.runtime.batches import rows, split
 from merak_like.runtime.data_parallel import Reducer
@@ -28,6 +28,8 @@ from merak_like.runtime.groups import Groups, make_groups
 from merak_like.runtime.initialize import World
 from merak_like.runtime.links import NoLinks
 from merak_like.runtime.programs import Programs
+from merak_like.runtime.tensor_parallel.sharding import sharding
+from merak_like.runtime.tensor_parallel.shards import Shards
 from merak_like.runtime.watch import Watch
 
 CPU = torch.device("cpu")
@@ -54,7 +56,10 @@ class Cast:
         """
         self.plan, self.model, self.example, self.loss_fn = plan, model, example, loss_fn
         self.micro: Any = split(example, max(rows(example) // plan.micro_batch, 1))[0]
-        self.traced: Trace = trace(model, self.micro, loss_fn, device=CPU)
+        self.parts = sharding(model, plan.mesh.tp, loss_fn)
+        self.traced: Trace = self.parts.trace(self.micro, CPU)
+        self.parts.graph(self.traced)  # decides how weights lie
+        self.sums = {n: (plan.shared.get(n, ()), self.parts.partial(n)) for stage in plan.stages for n in stage.params}
         if plan.starts[-1] != len(self.traced.graph.ops):
             raise ValueError(
                 f"the plan cuts {plan.starts[-1]} ops, but {type(model).__name__} runs {len(self.traced.graph.ops)} "
@@ -78,35 +83,39 @@ class Cast:
     def act(self, rank: int) -> Did:
         """One step of a rank, up to the update of the weights."""
         plan, device = self.plan, CPU
-        with _rank(rank, plan.mesh.size) as world:
+        # to divide a trace over ranks puts one rank's groups into it
+        traced = self.traced if plan.mesh.tp == 1 else self.parts.trace(self.micro, CPU)
+        with _rank(rank, plan.mesh.size) as world, ExitStack() as held:
             groups, watch = self._groups(world), Watch(world.rank, world.timeout)
-            try:
-                own = [stage for stage in plan.stages if stage.rank == groups.coord.pp]
-                held = {name for stage in own for name in stage.params}
-                parameters = {n: p for n, p in self.model.named_parameters() if n in held and p.requires_grad}
-                readers = {name: frozenset(s.index for s in own if name in s.params) for name in parameters}
-                shared = {name: groups.shared.get(stages) for name, stages in plan.shared.items()}
-                pending = Counter[int]()
-                programs = Programs(
-                    self.model, plan, self.traced, self.micro, groups.coord.pp, device, self.loss_fn, pending
-                )
-                links = ShapeLinks(groups, watch, device) if plan.mesh.pp > 1 else NoLinks()
-                if isinstance(links, ShapeLinks):
-                    links.mode = self.mode
-                with self.mode:
-                    reducer = Reducer(
-                        parameters, {n: shared.get(n, groups.dp) for n in parameters}, watch, readers, pending
-                    )
-                engine = Engine(
-                    plan=plan, model=self.model, parameters=parameters, owned=[],
-                    programs=cast(Programs, OnePrograms(programs, self.micro, self.mode, self.real)), links=links,
-                    reducer=reducer, optimizer=None, world=world, groups=groups, watch=watch, loss_weight=rows,
-                    max_grad_norm=None, seed=0, save=lambda *_: None,
+            held.callback(watch.close)
+            shards = self.parts.shards(groups.coord.tp)
+            held.enter_context(_cut(self.model, plan, shards, self.mode))
+            own = [stage for stage in plan.stages if stage.rank == groups.coord.pp]
+            names = {name for stage in own for name in stage.params}
+            parameters = {n: p for n, p in self.model.named_parameters() if n in names and p.requires_grad}
+            readers = {name: frozenset(s.index for s in own if name in s.params) for name in parameters}
+            pending = Counter[int]()
+            programs = Programs(
+                self.model, plan, traced, self.micro, groups.coord.pp, device, self.parts,
+                self.parts.rewrite(groups, watch), pending,
+            )  # fmt: skip
+            links = ShapeLinks(groups, watch, device) if plan.mesh.pp > 1 else NoLinks()
+            if isinstance(links, ShapeLinks):
+                links.mode = self.mode
+            with self.mode:
+                reducer = Reducer(
+                    parameters, {name: groups.sums[self.sums[name]] for name in parameters}, watch, readers, pending,
+                    self.parts.copies(parameters, groups, watch),
                 )  # fmt: skip
-                self._step(engine, reducer)
-                return Did(rank, _made(groups), echo.heard(groups.made))
-            finally:
-                watch.close()
+            talks = [group for group in groups.tensor.values() if group is not None]
+            once = OnePrograms(programs, self.micro, self.mode, self.real, talks)
+            engine = Engine(
+                plan=plan, model=self.model, parameters=parameters, owned=[], programs=cast(Programs, once),
+                links=links, reducer=reducer, optimizer=None, world=world, groups=groups, watch=watch,
+                loss_weight=rows, max_grad_norm=None, seed=0, save=lambda *_: None, shards=shards,
+            )  # fmt: skip
+            self._step(engine, reducer)
+            return Did(rank, _made(groups), echo.heard(groups.made))
 
     def _step(self, engine: Engine, reducer: Reducer) -> None:
         """``Engine.step`` without the numbers, which tensors without data do not have."""
@@ -120,7 +129,9 @@ class Cast:
         reducer.close()
 
     def _groups(self, world: World) -> Groups:
-        return make_groups(self.plan.mesh, world, self.plan.stage_rank, list(self.plan.shared.values()))
+        return make_groups(
+            self.plan.mesh, world, self.plan.stage_rank, list(self.sums.values()), self.parts.spans()
+        )  # fmt: skip
 
     def _batch(self) -> Any:
         """The global batch: the micro-batch over and over, to be split; the stages get the micro-batch itself."""
@@ -152,13 +163,41 @@ def _made(groups: Groups) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(dist.get_process_group_ranks(group)) for group in groups.made)
 
 
+@contextmanager
+def _cut(model: nn.Module, plan: Plan, shards: Shards, mode: FakeTensorMode) -> Iterator[None]:
+    """While it is open, weights without data have the size of a rank's parts. Ties stay ties."""
+    first = {alias: names[0] for names in plan.ties for alias in names}
+    made: dict[str, Tensor] = {}
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    for path, module in model.named_modules():
+        for registry in (module._parameters, module._buffers):
+            for key, tensor in registry.items():
+                name = first.get(full := f"{path}.{key}" if path else key, full)
+                if tensor is None or name not in shards.layouts:
+                    continue
+                if name not in made:
+                    whole = torch.empty(shards.shape(name, tensor.shape), dtype=tensor.dtype, device="meta")
+                    if isinstance(tensor, nn.Parameter):
+                        made[name] = fake_parameter(mode, nn.Parameter(whole, tensor.requires_grad), CPU)
+                    else:
+                        made[name] = fake_like(mode, whole, CPU)
+                before.append((registry, key, tensor))
+                registry[key] = made[name]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for registry, key, tensor in before:
+            registry[key] = tensor
+
+
 def _last(plan: Plan) -> Mapping[int, Real]:
-    """The micro-batch of each stage whose backward, or the weights' half of it, is the last."""
+    """The micro-batch of each stage whose backward is first, and whose backward or weights' half of it is last."""
     schedule = schedule_of(plan)
     apart = schedule.apart(Kind.W)
     found: dict[int, Real] = {}
     for order in schedule.orders:
-        for action in order:
-            if action.kind in (Kind.B, Kind.W):
-                found[action.stage] = Real(action.micro_batch, (action.micro_batch, action.stage) in apart)
+        for kind, index, stage, _ in order:
+            if kind in (Kind.B, Kind.W):
+                first = found[stage].first if stage in found else index
+                found[stage] = Real(first, index, (index, stage) in apart)
     return found
