@@ -46,6 +46,16 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
+class Collective:
+    """A sum over a tensor-parallel group that follows a call: its output, or (backward) its output's gradient."""
+
+    degree: int
+    nbytes: int
+    """On one rank."""
+    backward: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Op:
     """One traced call.
 
@@ -77,6 +87,12 @@ class Op:
     """Whether the call draws random numbers (dropout)."""
     keeps: tuple[str, ...] = ()
     """Names of the values among ``saved_bytes``, views of them included."""
+    streamed_bytes: int = 0
+    """Bytes read and written by kernels that multiply nothing, on top of ``moved_bytes`` and of the matmuls' time."""
+    replayed: bool = False
+    """Whether the backward runs the forward first, because that kept less than it needs."""
+    collectives: tuple[Collective, ...] = ()
+    """Sums over tensor-parallel ranks."""
 
 
 @dataclass(frozen=True, slots=True)
