@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from merak_like.partitioner.after import after_seconds
 from merak_like.partitioner.blocks import Piece
 from merak_like.partitioner.cost import Cost
 from merak_like.partitioner.cuts import crossings
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.judge import Judged
 from merak_like.partitioner.locality import held_by, residents
-from merak_like.partitioner.plan import Plan, StagePlan, Unit
+from merak_like.partitioner.plan import Plan, StageMemory, StagePlan, Unit
 from merak_like.partitioner.problem import STAND_IN, Problem
 from merak_like.partitioner.schedules.action import Schedule
+from merak_like.partitioner.software import Software
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class Setting:
     pieces: tuple[Piece, ...]
     scale: float
     """Samples per micro-batch over samples traced."""
+    zero: int = 0
+    sequence_parallel: bool = False
+    software: Software = Software()
 
 
 def assemble(
@@ -58,7 +63,7 @@ def assemble(
                 params=tuple(p.name for p in held if not p.buffer),
                 buffers=tuple(p.name for p in held if p.buffer),
                 param_count=sum(p.numel for p in held if not p.buffer),
-                flops=sum(cost.flops for cost in costs[start:stop]),
+                flops=round(sum(op.flops for op in graph.ops[start:stop]) * setting.scale),
                 forward_seconds=sum(cost.forward_seconds for cost in costs[start:stop]),
                 backward_seconds=sum(cost.backward_seconds for cost in costs[start:stop]),
                 weight_seconds=sum(cost.weight_seconds for cost in costs[start:stop]),
@@ -83,13 +88,36 @@ def assemble(
         hardware=job.hardware.name,
         memory_limit=job.memory_limit,
         rank_activation_bytes=timeline.rank_peak_bytes,
-        step_seconds=timeline.makespan,
+        pipeline_seconds=timeline.makespan,
+        after=after_seconds(
+            job.mesh, job.hardware, _together(judged), _tied_bytes(graph, stages) // job.mesh.tp, zero=setting.zero,
+            hidden=min(stage.backward for stage in judged.stages),
+        ),
         bubble=timeline.bubble,
+        zero=setting.zero,
+        sequence_parallel=setting.sequence_parallel,
+        software=str(setting.software),
         signature=dict(signature),
         notes=tuple(notes),
     )
     check_plan(plan, graph)
     return plan
+
+
+def _together(judged: Judged) -> list[StageMemory]:
+    """What each pipeline rank holds throughout a step."""
+    totals = [StageMemory()] * judged.schedule.ranks
+    for index, rank in enumerate(judged.schedule.stage_rank):
+        held, own = totals[rank], judged.memory(index)
+        totals[rank] = StageMemory(
+            held.weights + own.weights, held.gradients + own.gradients, held.optimizer + own.optimizer
+        )
+    return totals
+
+
+def _tied_bytes(graph: ProxyGraph, stages: Sequence[StagePlan]) -> int:
+    """Bytes of gradients that are summed over stages."""
+    return sum(graph.parameter(name).nbytes for name in shared_parameters(stages) if graph.parameter(name).trainable)
 
 
 def written(schedule: Schedule) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ for each live micro-batch
     bare          those of them that no op of the graph saves
     received_saved, sent_saved   those of them that are in ``saved`` as well
     inputs        of the batch: to run the ops again, these are kept instead of ``saved``
+    logits        of ``saved``, by and after the output layer
     put_off       inputs and output gradients of the ops whose weight gradients wait for a W
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from math import ceil
 
@@ -38,6 +39,18 @@ class StateBytes:
     name: str
     gradients: float
     optimizer: float
+    weights: float = 1.0
+    """Less than 1 where replicas share them (ZeRO-3)."""
+
+    def sharded(self, zero: int, dp: int) -> StateBytes:
+        """The same where ``dp`` replicas share it: the optimizer's state from ZeRO level 1, gradients 2, weights 3.
+
+        Rajbhandari et al. 2020, sec. 5.
+        """
+        parts = [1.0, self.gradients, self.optimizer]
+        for level, place in ((1, 2), (2, 1), (3, 0)):
+            parts[place] /= dp if zero >= level else 1
+        return replace(self, weights=parts[0], gradients=parts[1], optimizer=parts[2])
 
 
 STATES: Mapping[str, StateBytes] = {
@@ -45,6 +58,7 @@ STATES: Mapping[str, StateBytes] = {
     for s in (
         StateBytes("adamw", 1, 2),  # fp32: weights 4 + gradients 4 + two moments 8 bytes per element
         StateBytes("adamw-mixed", 1, 6),  # bf16: weights 2 + gradients 2 + fp32 master and moments 12 bytes per element
+        StateBytes("adamw-megatron", 2, 6),  # the same with fp32 gradients, 18 bytes (Narayanan et al. 2021)
         StateBytes("momentum", 1, 1),
         StateBytes("sgd", 1, 0),
     )
@@ -80,6 +94,7 @@ class Parts:
     put_off: int
     received_saved: int
     sent_saved: int
+    logits: int = 0
 
     @property
     def fixed(self) -> int:
@@ -97,9 +112,12 @@ class MemoryModel:
         self._bytes: dict[str, tuple[int, int, int]] = {}
         for p in graph.parameters:
             trained = p.nbytes if p.trainable and not p.buffer and p.name not in idle else 0
-            self._bytes[p.name] = (p.nbytes, ceil(trained * states.gradients), ceil(trained * states.optimizer))
+            weights = ceil(trained * states.weights) if trained else p.nbytes
+            self._bytes[p.name] = (weights, ceil(trained * states.gradients), ceil(trained * states.optimizer))
         self._saved = _running(ceil(op.saved_bytes * scale) for op in graph.ops)
         self._put_off = _running(_waiting(graph, scale))
+        matrices = (i for i, op in enumerate(graph.ops) if any(len(graph.parameter(n).shape) > 1 for n in op.params))
+        self._output = max(matrices, default=size) + 1
         largest = (sum(ceil(v.nbytes * scale) * (1 + v.requires_grad) for v in op.outputs) for op in graph.ops)
         self._largest = np.fromiter(largest, np.int64, size)
         values = graph.values
@@ -148,6 +166,7 @@ class MemoryModel:
             put_off=int(self._put_off[stop] - self._put_off[start]),
             received_saved=received_saved,
             sent_saved=sent_saved,
+            logits=int(self._saved[stop] - self._saved[min(max(start, self._output), stop)]),
         )
 
     def kept_by(self, borders: Sequence[int]) -> tuple[list[int], list[int], int]:

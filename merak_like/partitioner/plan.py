@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from merak_like.partitioner.mesh import Mesh
 
-VERSION = 2
+VERSION = 3
 """Version of the JSON; a plan of another version is refused, not guessed at."""
 
 
@@ -39,13 +39,15 @@ class StageMemory:
     """Kept for the backward, or for what is put off, by all live micro-batches."""
     boundary: int = 0
     """Values received from and sent to other stages, for all live micro-batches."""
+    logits: int = 0
+    """Of ``activations`` apart: what is kept of and after the last product with a weight matrix, the output layer."""
     workspace: int = 0
     """For a moment: what one op needs, and the gradients of one micro-batch's boundary."""
 
     @property
     def live(self) -> int:
         """What comes and goes with the micro-batches."""
-        return self.activations + self.boundary
+        return self.activations + self.boundary + self.logits
 
     @property
     def total(self) -> int:
@@ -129,14 +131,32 @@ class Plan:
     """Bytes a rank may use."""
     rank_activation_bytes: tuple[int, ...]
     """Bytes of all live micro-batches on each pipeline rank at its fullest moment, by simulation."""
-    step_seconds: float
-    """Simulated seconds of one step, optimizer and gradient reduction excluded."""
+    pipeline_seconds: float
+    """Simulated seconds from the first forward to the last backward."""
+    after: Mapping[str, float]
+    """Estimated seconds after that: ``reduction`` over replicas, of ``ties``, the ``optimizer``, the ``host``."""
     bubble: float
-    """Idle fraction of the simulated step."""
+    """Idle fraction of ``pipeline_seconds``."""
+    zero: int = 0
+    """ZeRO level: replicas share the optimizer's state (1), gradients (2), weights (3)."""
+    sequence_parallel: bool = False
+    """Whether what every tensor-parallel rank would have is divided along the sequence."""
+    software: str = "torch"
+    """Kernels that the costs are for: ``torch``, or ``fused`` with ``flash`` or ``math`` attention; see ``software``."""
     signature: Mapping[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
     """Why: what was compared, what binds, what was assumed."""
     version: int = VERSION
+
+    @property
+    def step_seconds(self) -> float:
+        """Estimated seconds of one step."""
+        return self.pipeline_seconds + sum(self.after.values())
+
+    @property
+    def step_flops(self) -> float:
+        """Floating-point operations of one step, a backward taken for two forwards; recompute does not count."""
+        return 3.0 * sum(stage.flops for stage in self.stages) * self.micro_batches * self.mesh.dp
 
     @property
     def starts(self) -> tuple[int, ...]:

@@ -46,6 +46,14 @@ class Software:
     def __post_init__(self) -> None:
         known(self.kernels, "kernels", KERNELS)
         known(self.attention, "attention", ATTENTION)
+        if self.selective and self.kernels != "fused":
+            raise ValueError("recompute = 'selective' is a way of fused kernels: use 'auto', 'full' or 'none' here")
+
+    def __str__(self) -> str:
+        """For plans and people."""
+        if self.kernels == "torch":
+            return "torch"
+        return f"fused, {self.attention} attention{', computed again' * self.selective}"
 
 
 class Sizes:
