@@ -210,7 +210,10 @@ def test_no_layer_is_lost_or_doubled(layers: int, ranks: int, micro_batches: int
     assert {p.name for p in graph.parameters} == set(placed)
     assert {name for name in placed if placed.count(name) > 1} == set(made.shared) <= {"wte.weight"}
     assert sum(s.flops for s in made.stages) == sum(u.flops for u in made.units) == sum(op.flops for op in graph.ops)
-    assert made.pipeline_seconds >= max(s.forward_seconds + s.backward_seconds for s in made.stages) * micro_batches * 0.999
+    assert (
+        made.pipeline_seconds
+        >= max(s.forward_seconds + s.backward_seconds for s in made.stages) * micro_batches * 0.999
+    )
     if schedule in ("gpipe", "1f1b"):
         assert [s.live_micro_batches for s in made.stages] == [
             micro_batches if schedule == "gpipe" else min(micro_batches, ranks - s) for s in range(ranks)
@@ -244,7 +247,10 @@ def test_notes_say_what_was_compared_and_assumed():
 
 
 REFUSED: list[tuple[Callable[[], Plan], str]] = [
-    (lambda: make_plan(gpt(1), Mesh(1, 1, 2), hardware=TOY, batch=2), "tp = 2 with torch kernels is planned from the fine trace"),
+    (
+        lambda: make_plan(gpt(1), Mesh(1, 1, 2), hardware=TOY, batch=2),
+        "tp = 2 with torch kernels is planned from the fine trace",
+    ),
     (lambda: plan(gpt(1), schedule="1f2b"), "unknown schedule '1f2b': did you mean '1f1b'"),
     (lambda: plan(gpt(1), recompute="ful"), "unknown recompute 'ful': did you mean 'full'"),
     (lambda: plan(gpt(1), chunks=3), "chunks = 3 has no meaning for schedule '1f1b': only 'interleaved'"),

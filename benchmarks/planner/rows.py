@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from merak_like.partitioner.hardware import Hardware, Link, hardware_named
-from merak_like.partitioner.memory import STATES
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.one_rank import Sources
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.software import Software
+from merak_like.partitioner.states import STATES
 
 DATA = Path(__file__).parent / "data"
 GB200 = 12.5e9

@@ -1,9 +1,9 @@
 """What a step costs after its last backward: gradients over replicas and over tied stages, the optimizer, the host.
 
-Unless the software reduces behind the last backward, nothing of it is hidden. A ring all-reduce over d replicas moves ``2 (d-1)/d`` of the
-gradients (Thakur et al. 2005); with ZeRO (Rajbhandari et al. 2020, sec. 7) it is a reduce-scatter of the gradients and
-an all-gather of the weights, from level 3 one more gather in the forward. The optimizer streams its state twice, the
-gradients and the weights once.
+A ring all-reduce over d replicas moves ``2 (d-1)/d`` of the gradients, which travel in the dtype of the weights (Thakur
+et al. 2005); with ZeRO (Rajbhandari et al. 2020, sec. 7) it is a reduce-scatter of the gradients and an all-gather of
+the weights, from level 3 one more gather in the forward. Unless the software reduces behind the last backward, nothing
+is hidden. The optimizer streams its state twice, the gradients and the weights once.
 """
 
 from __future__ import annotations
@@ -25,16 +25,12 @@ def after_seconds(
     dp, stride = mesh.dp, mesh.pp * mesh.tp
     reduction = optimizer = 0.0
     for held in ranks:
+        weights = held.weights * (dp if zero >= 3 else 1) * bool(held.gradients)
         gradients = held.gradients * (dp if zero >= 2 else 1)
-        weights = held.weights * (dp if zero >= 3 else 1)
-        if zero:
-            moved = (gradients + weights * (2 if zero >= 3 else 1)) / 2
-            reduction = max(reduction, hardware.all_reduce_seconds(moved, dp, stride))
-        else:
-            reduction = max(reduction, hardware.all_reduce_seconds(gradients, dp, stride))
-        trained = held.weights * bool(held.gradients)
+        moved = weights * (1.5 if zero >= 3 else 1.0)
+        reduction = max(reduction, hardware.all_reduce_seconds(moved, dp, stride))
         share = dp if zero else 1
-        streamed = 2 * held.optimizer + gradients / share + trained / (share if zero < 3 else 1)
+        streamed = 2 * held.optimizer + (gradients + weights) / share
         optimizer = max(optimizer, hardware.streaming_seconds(streamed))
     return {
         "reduction": max(reduction - hidden * hardware.overlap, 0.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +18,7 @@ from merak_like.partitioner.locality import held_by, residents
 from merak_like.partitioner.plan import Plan, StageMemory, StagePlan, Unit
 from merak_like.partitioner.problem import STAND_IN, Problem
 from merak_like.partitioner.schedules.action import Schedule
-from merak_like.partitioner.software import Software
+from merak_like.partitioner.software import TORCH, Software
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Setting:
     """Samples per micro-batch over samples traced."""
     zero: int = 0
     sequence_parallel: bool = False
-    software: Software = Software()
+    software: Software = TORCH
 
 
 def assemble(
@@ -90,12 +91,17 @@ def assemble(
         rank_activation_bytes=timeline.rank_peak_bytes,
         pipeline_seconds=timeline.makespan,
         after=after_seconds(
-            job.mesh, job.hardware, _together(judged), _tied_bytes(graph, stages) // job.mesh.tp, zero=setting.zero,
-            hidden=min(stage.backward for stage in judged.stages),
+            job.mesh,
+            job.hardware,
+            _together(judged),
+            _tied_bytes(graph, stages) // job.mesh.tp,
+            zero=setting.zero,
+            hidden=min(s.backward + s.forward * bool(setting.zero) for s in judged.stages),
         ),
         bubble=timeline.bubble,
         zero=setting.zero,
         sequence_parallel=setting.sequence_parallel,
+        peak_flops=job.hardware.peak(_dtype(graph)),
         software=str(setting.software),
         signature=dict(signature),
         notes=tuple(notes),
@@ -113,6 +119,14 @@ def _together(judged: Judged) -> list[StageMemory]:
             held.weights + own.weights, held.gradients + own.gradients, held.optimizer + own.optimizer
         )
     return totals
+
+
+def _dtype(graph: ProxyGraph) -> str:
+    """That of most weights."""
+    elements = Counter[str]()
+    for parameter in graph.parameters:
+        elements[parameter.dtype] += parameter.numel * (not parameter.buffer)
+    return elements.most_common(1)[0][0] if elements else "float32"
 
 
 def _tied_bytes(graph: ProxyGraph, stages: Sequence[StagePlan]) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,10 +68,11 @@ def op_cost(op: Op, graph: ProxyGraph, hardware: Hardware, *, scale: float = 1.0
     memory_seconds = hardware.streaming_seconds(moved)
     streaming = hardware.streaming_seconds(op.streamed_bytes * scale)
     compute_seconds = hardware.matmul_seconds(flops, dtype) if flops > moved else 0.0
-    alone = max(compute_seconds, memory_seconds) + streaming + launch
+    started = max if hardware.queued else add
+    alone = started(max(compute_seconds, memory_seconds) + streaming, launch)
     reduced = [0.0, 0.0]
     for sum_ in op.collectives:
-        reduced[sum_.backward] += hardware.all_reduce_seconds(sum_.nbytes * scale, sum_.degree)
+        reduced[sum_.backward] += hardware.exposed_seconds(sum_, scale)
     forward = alone + reduced[False]
     backward = weight = 0.0
     if any(value.requires_grad for value in op.outputs):
@@ -78,7 +80,8 @@ def op_cost(op: Op, graph: ProxyGraph, hardware: Hardware, *, scale: float = 1.0
         inputs = sum(values[name].requires_grad for name in op.inputs)
         most = min(2, inputs + any(p.trainable for p in read))
         gradients = most if compute_seconds else 1
-        backward = max(gradients * compute_seconds, 2 * memory_seconds) + 2 * streaming + gradients * launch
+        run = max(gradients * compute_seconds, 2 * memory_seconds) + 2 * streaming
+        backward = started(run, gradients * launch)
         weight = backward / most if puts_off(op, graph) else 0.0
         backward += alone * op.replayed + reduced[True]
     return Cost(forward, backward, weight, round(flops), param_bytes, round(op.saved_bytes * scale))

@@ -53,6 +53,8 @@ class Collective:
     nbytes: int
     """On one rank."""
     backward: bool = False
+    parted: bool = False
+    """Whether it is a reduce-scatter and an all-gather, of the sequence-parallel form."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ figures, twice the dense). RTX 3090, 4090: NVIDIA Ampere GA102 and NVIDIA Ada GP
 with FP32 accumulation). float32 is without TF32, which torch leaves off by default.
 "80 GB" is taken as 80e9 bytes: devices have a few percent more, which the driver's context uses up.
 
-Not from datasheets, but assumed: ``efficiency``, ``half_flops``, ``launch_seconds``, latencies, and the network between
+Not from datasheets: the constants that are fitted (below), and, assumed, latencies and the network between
 nodes (one 200 or 400 Gb/s adapter for each data-centre GPU, 25 Gb/s Ethernet for a workstation). Measure your own with
 ``this_machine``.
 """
@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from math import ceil, log2
 from typing import Any, cast
 
+from merak_like.partitioner.graph import Collective
 from merak_like.partitioner.schedules.action import unknown
 
 
@@ -64,11 +65,14 @@ class Hardware:
     """Shares of the links' bandwidths that collectives reach."""
     step_seconds: float = 0.0
     """What each step costs besides: reading the batch, the host, stragglers."""
+    queued: bool = False
+    """Whether kernels are started while others run: then a call takes the longer of the two, not the sum."""
     kernels: str = "torch"
     attention: str = "flash"
     """The software that is taken to run on it; see ``software``."""
     overlap: bool = False
-    """Whether gradients are reduced over replicas while the last backward of a step runs."""
+    """Whether it hides communication: gradients are reduced over replicas behind the last backward (and with ZeRO
+    weights gathered behind the first forward), sequence-parallel gathers and scatters run in parts behind matmuls."""
     usable_memory: float = 0.92
     """Share of the memory that tensors may fill; the rest goes to the allocator's holes and communication buffers."""
     source: str = ""
@@ -92,8 +96,11 @@ class Hardware:
 
         The efficiency saturates: ``efficiency * flops / (flops + half_flops)``.
         """
-        peak = self.peak_flops.get(dtype, self.peak_flops["float32"])
-        return (flops + self.half_flops) / (peak * self.efficiency) if flops > 0 else 0.0
+        return (flops + self.half_flops) / (self.peak(dtype) * self.efficiency) if flops > 0 else 0.0
+
+    def peak(self, dtype: str) -> float:
+        """Floating-point operations per second; a dtype without a figure of its own runs as float32."""
+        return self.peak_flops.get(dtype, self.peak_flops["float32"])
 
     def link(self, first_rank: int, second_rank: int) -> Link:
         """The link between two global ranks: nodes hold ``devices_per_node`` consecutive ranks."""
@@ -111,6 +118,11 @@ class Hardware:
         if inside == ranks:
             return Link(within, self.intra.latency)
         return Link(min(self.inter.bandwidth * inside * self.inter_efficiency, within), self.inter.latency)
+
+    def exposed_seconds(self, sum_: Collective, scale: float) -> float:
+        """Seconds that a sum over tensor-parallel ranks adds to a call; of one that is hidden, its first two parts."""
+        seconds = self.all_reduce_seconds(sum_.nbytes * scale, sum_.degree)
+        return seconds * min(1.0, 2 / sum_.degree) if self.overlap and sum_.parted else seconds
 
     def all_reduce_seconds(self, nbytes: float, ranks: int, stride: int = 1) -> float:
         """Seconds of a ring all-reduce of so many bytes on each rank (alpha-beta: Thakur et al. 2005, sec. 4.5)."""
@@ -149,13 +161,15 @@ def _checked(kind: Any, data: Any, where: str) -> dict[str, Any]:
     return dict(found)
 
 
-MATMUL_EFFICIENCY = 0.75
-MATMUL_SECONDS = 3e-6
-MEMORY_EFFICIENCY = 0.85
-LAUNCH_SECONDS = 4e-6
-INTRA_EFFICIENCY = 0.75
-INTER_EFFICIENCY = 0.7
-STEP_SECONDS = 0.05
+MATMUL_EFFICIENCY = 0.68
+MATMUL_SECONDS = 4e-5
+MEMORY_EFFICIENCY = 0.9
+LAUNCH_SECONDS = 5.5e-5
+INTRA_EFFICIENCY = 0.9
+INTER_EFFICIENCY = 0.9
+"""Fitted together, for all GPUs alike, to every other row of the published times in ``benchmarks/planner``; its README
+has the errors on the other half. A matmul takes ``MATMUL_SECONDS`` longer than its flops do (half of the best speed is
+reached at that much work); the host needs ``LAUNCH_SECONDS`` to start a kernel, while others run."""
 
 
 def _gpu(
@@ -167,7 +181,7 @@ def _gpu(
         name, peaks, int(memory), bandwidth, intra, inter, 8,
         efficiency=MATMUL_EFFICIENCY, half_flops=MATMUL_SECONDS * peaks["bfloat16"], launch_seconds=LAUNCH_SECONDS,
         memory_efficiency=MEMORY_EFFICIENCY, intra_efficiency=INTRA_EFFICIENCY, inter_efficiency=INTER_EFFICIENCY,
-        step_seconds=STEP_SECONDS, kernels="fused", attention="flash" if newer else "math", overlap=newer,
+        queued=True, kernels="fused", attention="flash" if newer else "math", overlap=newer,
         source=source,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from merak_like.partitioner.graph import Collective, Op, Parameter, ProxyGraph, Value
-from merak_like.partitioner.software import MATMULS, Sizes, Software, run_with, word
+from merak_like.partitioner.software import Sizes, Software, run_with
 from merak_like.partitioner.tensor_parallel.derived import Derived
 from merak_like.partitioner.tensor_parallel.layout import Layout, local_size
 
@@ -49,23 +49,17 @@ class Sources:
             self._derived[tp] = derive(self.fine, self.steps, tp, constants=self.constants)
         return self._derived[tp]
 
-    def degree(self, most: int, least: int = 2) -> int:
-        """The largest number of ranks up to ``most`` that divides the model as well as the smallest does."""
-        best = max((self.derived(tp).share for tp in range(least, most + 1)), default=0.0)
-        good = [tp for tp in range(least, most + 1) if self.derived(tp).share > max(best - SURE, 0)]
-        return max(good, default=1)
-
     def divides(self, tp: int) -> bool:
-        """Whether that many ranks divide the model's weights as well as two or three do."""
+        """Whether that many ranks divide the weights as well as the degree's least factor does."""
         if tp == 1:
             return True
-        share = self.derived(tp).share
-        return share > 0 and share > max(self.derived(few).share for few in (2, 3)) - SURE
+        share, few = self.derived(tp).share, next(d for d in range(2, tp + 1) if tp % d == 0)
+        return share > 0 and share > self.derived(few).share - SURE
 
     def check(self, tp: int) -> None:
         """Raise ValueError for a degree that does not divide the model, with the nearest one that does."""
         if not self.divides(tp):
-            share, lower = self.derived(tp).share, self.degree(tp - 1)
+            share, lower = self.derived(tp).share, next(few for few in range(tp - 1, 0, -1) if self.divides(few))
             raise ValueError(
                 f"tp = {tp}: {tp} ranks divide {share:.0%} of the weights of {self.graph.model}'s blocks, because its "
                 f"heads or widths are no multiples of it; use tp = {lower}"
@@ -88,7 +82,7 @@ def one_rank(sources: Sources, tp: int, software: Software, *, sequence_parallel
     layouts = _layouts(sources.derived(tp)) if tp > 1 else {}
     sizes = Sizes(sources.fine, _shares(sources.fine, layouts, tp if sequence_parallel else 1))
     fine = run_with(sizes, software)
-    talk = _collectives(sources, tp) if tp > 1 else {}
+    talk = _collectives(sources, tp, sequence_parallel) if tp > 1 else {}
     graph, ops, names = sources.graph, list[Op](), dict[str, str]()
     for op, (first, stop) in zip(graph.ops, sources.places, strict=True):
         inside = fine.ops[first:stop]
@@ -160,8 +154,7 @@ def _shares(fine: ProxyGraph, layouts: Mapping[str, Layout], sequence: int) -> d
     return shares
 
 
-
-def _collectives(sources: Sources, tp: int) -> dict[str, list[Collective]]:
+def _collectives(sources: Sources, tp: int, parted: bool) -> dict[str, list[Collective]]:
     """The sums after (or, backward, before) each fine op, by the name of the op."""
     fine, found = sources.fine, dict[str, list[Collective]]()
     for block in sources.derived(tp).blocks:
@@ -169,9 +162,9 @@ def _collectives(sources: Sources, tp: int) -> dict[str, list[Collective]]:
             if group.degree == 1:
                 continue
             for name, nbytes in group.reduced.items():
-                found.setdefault(_maker(fine, name), []).append(Collective(group.degree, nbytes))
+                found.setdefault(_maker(fine, name), []).append(Collective(group.degree, nbytes, parted=parted))
             for name, nbytes in group.entered_bytes.items():
-                found.setdefault(_maker(fine, name), []).append(Collective(group.degree, nbytes, True))
+                found.setdefault(_maker(fine, name), []).append(Collective(group.degree, nbytes, True, parted))
             forms = [step for step, form in group.forms.items() if form in ("cross_entropy", "layer_norm", "rms_norm")]
             for backward, nbytes in enumerate(group.inside_bytes):
                 if nbytes and forms:

@@ -14,6 +14,11 @@ from merak_like.partitioner.mesh import Mesh
 VERSION = 3
 """Version of the JSON; a plan of another version is refused, not guessed at."""
 
+DERIVED = ("digest", "step_seconds", "mfu", "memory_bytes")
+"""In the JSON for whoever reads it; they follow from the rest."""
+LIVE = ("activations", "boundary", "logits")
+"""Kinds of memory that come and go with the micro-batches."""
+
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
@@ -141,8 +146,10 @@ class Plan:
     """ZeRO level: replicas share the optimizer's state (1), gradients (2), weights (3)."""
     sequence_parallel: bool = False
     """Whether what every tensor-parallel rank would have is divided along the sequence."""
+    peak_flops: float = 0.0
+    """Floating-point operations per second of one device, in the dtype of most weights."""
     software: str = "torch"
-    """Kernels that the costs are for: ``torch``, or ``fused`` with ``flash`` or ``math`` attention; see ``software``."""
+    """Kernels that the costs are for: ``torch``, or ``fused`` with ``flash`` or ``math`` attention."""
     signature: Mapping[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
     """Why: what was compared, what binds, what was assumed."""
@@ -159,6 +166,26 @@ class Plan:
         return 3.0 * sum(stage.flops for stage in self.stages) * self.micro_batches * self.mesh.dp
 
     @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation: the share of all devices' peak that ``step_flops`` take (Chowdhery et al. 2022)."""
+        able = self.peak_flops * self.mesh.size * self.step_seconds
+        return self.step_flops / able if able else 0.0
+
+    @property
+    def memory_bytes(self) -> tuple[dict[str, int], ...]:
+        """Bytes of each pipeline rank at its fullest moment, by kind, and their ``total``."""
+        kinds = [f.name for f in fields(StageMemory)]
+        made = [dict.fromkeys(kinds, 0) for _ in range(self.mesh.pp)]
+        for stage in self.stages:
+            for kind in kinds:
+                made[stage.rank][kind] += getattr(stage.memory, kind)
+        for rank, live in enumerate(self.rank_activation_bytes):  # its stages need not be fullest together
+            apart = sum(made[rank][kind] for kind in LIVE)
+            made[rank] |= {kind: made[rank][kind] * live // max(apart, 1) for kind in LIVE}
+            made[rank]["total"] = sum(made[rank].values())
+        return tuple(made)
+
+    @property
     def starts(self) -> tuple[int, ...]:
         """First op of each stage, and the end: stage s owns ``ops[starts[s]:starts[s + 1]]``."""
         return (*(s.start for s in self.stages), self.stages[-1].stop)
@@ -170,7 +197,8 @@ class Plan:
 
     def to_json(self, *, indent: int | None = 1) -> str:
         """The plan as JSON, with its digest."""
-        return json.dumps({"digest": self.digest, **asdict(self)}, indent=indent)
+        said = {name: getattr(self, name) for name in DERIVED}
+        return json.dumps({**said, **asdict(self)}, indent=indent)
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file."""
@@ -192,7 +220,7 @@ class Plan:
         data = cast(dict[str, Any], data)
         if data["version"] != VERSION:
             raise ValueError(f"plan version {data['version']} cannot be read, only {VERSION}: make the plan again")
-        digest = data.pop("digest", None)
+        digest = [data.pop(name, None) for name in DERIVED][0]
         plan = _build(cls, data, "plan")
         if not edited and digest != plan.digest:
             raise ValueError(

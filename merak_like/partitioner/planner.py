@@ -21,7 +21,7 @@ from merak_like.partitioner.cost import CostTable, Hardware, hardware_named, op_
 from merak_like.partitioner.cuts import find_cuts
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.infeasible import too_little_memory
-from merak_like.partitioner.memory import ADAMW, MemoryModel, StateBytes
+from merak_like.partitioner.memory import MemoryModel
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.notes import notes
 from merak_like.partitioner.one_rank import Sources
@@ -31,7 +31,8 @@ from merak_like.partitioner.problem import RECOMPUTE, Job, Problem
 from merak_like.partitioner.schedules import AS_DATA, AUTO, AUTO_V
 from merak_like.partitioner.schedules.action import known
 from merak_like.partitioner.search import quick, search
-from merak_like.partitioner.software import Software
+from merak_like.partitioner.software import TORCH, Software
+from merak_like.partitioner.states import ADAMW, StateBytes
 from merak_like.partitioner.traffic import Traffic
 
 CHUNKS = 2
@@ -104,14 +105,15 @@ def ask(
     """The arguments of ``make_plan``, checked."""
     if not graph.ops:
         raise ValueError("the graph has no ops: there is nothing to plan")
-    software = software or Software()
+    software = software or TORCH
     if zero not in range(4):
         raise ValueError(f"zero = {zero} is no ZeRO level: use 0, 1, 2 or 3")
     if sequence_parallel and mesh.tp == 1:
         raise ValueError("sequence_parallel divides what tensor-parallel ranks share, but tp is 1: use tp = 2 or more")
     if sources is None and (mesh.tp > 1 or software.kernels != "torch"):
         raise ValueError(
-            f"tp = {mesh.tp} with {software.kernels} kernels is planned from the fine trace: pass sources=, or use tp = 1"
+            f"tp = {mesh.tp} with {software.kernels} kernels is planned from the fine trace: "
+            "pass sources=, or use tp = 1"
         )
     of_rank = sources.rank(mesh.tp, software, sequence_parallel=sequence_parallel) if sources is not None else graph
     return Asked(

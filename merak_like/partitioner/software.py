@@ -5,7 +5,7 @@ published measurements were made with: neighbouring element-wise calls, norms an
 its inputs and writes its outputs once, and keeps for the backward what cannot be computed again from what is kept
 anyway (as the hand-written kernels of Megatron-LM do: of a GELU its input, of a dropout one byte for each element).
 
-Fused attention is ``flash`` (Dao et al. 2022: nothing as large as the scores is ever written) or ``math``: scores, their
+Fused attention is ``flash`` (Dao et al. 2022: nothing as large as the scores is written) or ``math``: scores, their
 softmax and its dropout are tensors in memory, 5 bytes for each score with dropout (Korthikanti et al. 2022, eq. 1).
 ``selective`` recompute (the same, sec. 5) keeps only queries, keys and values of such an attention.
 """
@@ -54,6 +54,10 @@ class Software:
         if self.kernels == "torch":
             return "torch"
         return f"fused, {self.attention} attention{', computed again' * self.selective}"
+
+
+TORCH = Software()
+"""What the engine runs."""
 
 
 class Sizes:

@@ -31,6 +31,7 @@ MEMORY_HEADS = {
     "optimizer": "optim",
     "activations": "activ",
     "boundary": "cuts",
+    "logits": "logits",
     "workspace": "work",
 }
 MAX_ACTIONS = 30
