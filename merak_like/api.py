@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from merak_like import __version__
+from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.hardware import Hardware
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.this_machine import this_machine
-from merak_like.partitioner.tracer import LossFn, Trace, trace
+from merak_like.partitioner.tracer import LossFn
 from merak_like.runtime import collect
 from merak_like.runtime.batches import LossWeight, rows, signature, split, to_device
 from merak_like.runtime.data_parallel import Reducer
@@ -27,6 +28,7 @@ from merak_like.runtime.initialize import join
 from merak_like.runtime.links import DistLinks, NoLinks
 from merak_like.runtime.materialize import Initialiser, materialize
 from merak_like.runtime.programs import Programs
+from merak_like.runtime.tensor_parallel.sharding import sharding
 from merak_like.runtime.watch import Watch
 
 Degree = int | str
@@ -73,8 +75,6 @@ def auto_parallel(
     traced or cut, memory that does not suffice, and ranks that do not agree.
     """
     mesh = Mesh(*(_degree(axis, degree) for axis, degree in (("dp", dp), ("pp", pp), ("tp", tp))))
-    if mesh.tp > 1:
-        raise ValueError(f"tp={mesh.tp}: tensor parallelism is not available yet, use tp=1 and more dp or pp")
     world = join(mesh, timeout=timeout, device=device)
     if not model.training:
         model.train()
@@ -88,50 +88,57 @@ def auto_parallel(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
             )
         micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
-        rough: Trace | None = None
-        if plan is None:  # on the CPU whatever the device, so that a plan does not depend on where it was made
-            rough = trace(model, micro, loss_fn, device="cpu")
+        parts = sharding(model, mesh.tp, loss_fn)
+        # on the CPU whatever the device, so that a plan does not depend on where it was made
+        rough = parts.trace(micro, "cpu")
+        graph = parts.graph(rough)
+        if plan is None:
             decide = partial(
                 _plan, mesh=mesh, samples=rows(example), schedule=schedule, chunks=chunks, recompute=recompute,
                 hardware=hardware or "a100-80gb", memory_limit=memory_limit,
             )  # fmt: skip
-            plan = decide(rough, micro_batches)
+            plan = decide(graph, micro_batches)
             if signature(chosen := _micro_batch(example, mesh, plan.micro_batches)) != signature(micro):
                 # again for the micro-batches it chose: one sample may run fewer ops than many
-                micro, rough = chosen, trace(model, chosen, loss_fn, device="cpu")
+                micro, rough = chosen, parts.trace(chosen, "cpu")
                 compared = [note for note in plan.notes if note.startswith("numbers of micro-batches")]
-                plan = decide(rough, plan.micro_batches).with_notes(compared)
+                plan = decide(parts.graph(rough), plan.micro_batches).with_notes(compared)
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
         collect.agree(facts | {"seed": str(seed), "max_grad_norm": str(max_grad_norm)}, world, watch)
-        if rough is None or world.device.type != "cpu":
-            rough = trace(model, micro, loss_fn, device=world.device)
+        if world.device.type != "cpu":
+            rough = parts.trace(micro, world.device)
         if plan.starts[-1] != len(rough.graph.ops):
             raise ValueError(
                 f"the plan cuts {plan.starts[-1]} ops, but {type(model).__name__} runs {len(rough.graph.ops)} for "
                 f"micro-batches of {rows(micro)} samples: make the plan from this model and an example of that size"
             )
-        groups = make_groups(mesh, world, plan.stage_rank, list(plan.shared.values()))
+        sums = {name: (plan.shared.get(name, ()), parts.partial(name)) for s in plan.stages for name in s.params}
+        groups = make_groups(mesh, world, plan.stage_rank, list(sums.values()), parts.spans())
+        shards = parts.shards(groups.coord.tp)
         own = [stage for stage in plan.stages if stage.rank == groups.coord.pp]
         initialise, counted, save = _habits(model)
         parameters = materialize(
-            model, plan, [s.index for s in own], world.device, seed=seed, initialise=initialise, weights=weights
+            model, plan, [s.index for s in own], world.device, seed=seed, initialise=initialise, weights=weights,
+            shards=shards,
         )  # fmt: skip
-        collect.agree_on_weights(parameters, world, watch)
+        collect.agree_on_weights({shards.label(name): p for name, p in parameters.items()}, world, watch)
         trainable = {name: p for name, p in parameters.items() if p.requires_grad}
         holders = collect.holders(plan)
         readers = {name: frozenset(s.index for s in own if name in s.params) for name in trainable}
         pending = Counter[int]()
-        shared = {name: groups.shared.get(stages) for name, stages in plan.shared.items()}
         return Engine(
             plan=plan,
             model=model,
             parameters=trainable,
             owned=[name for name in trainable if holders[name] == groups.coord.pp],
-            programs=Programs(model, plan, rough, micro, groups.coord.pp, world.device, loss_fn, pending),
+            programs=Programs(
+                model, plan, rough, micro, groups.coord.pp, world.device, parts, parts.rewrite(groups, watch), pending
+            ),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
             reducer=Reducer(
-                trainable, {name: shared.get(name, groups.dp) for name in trainable}, watch, readers, pending
-            ),
+                trainable, {name: groups.sums[sums[name]] for name in trainable}, watch, readers, pending,
+                parts.copies(trainable, groups, watch),
+            ),  # fmt: skip
             optimizer=optimizer(trainable.values()) if optimizer and trainable else None,
             world=world,
             groups=groups,
@@ -140,6 +147,7 @@ def auto_parallel(
             max_grad_norm=max_grad_norm,
             seed=seed,
             save=save,
+            shards=shards,
         )
 
 
@@ -155,11 +163,11 @@ def _micro_batch(example: Any, mesh: Mesh, micro_batches: int) -> Any:
     return to_device(split(example, mesh.dp * micro_batches)[0], torch.device("cpu"))
 
 
-def _plan(traced: Trace, micro_batches: int | None, *, mesh: Mesh, samples: int, **choices: Any) -> Plan:
+def _plan(graph: ProxyGraph, micro_batches: int | None, *, mesh: Mesh, samples: int, **choices: Any) -> Plan:
     """Plan for the example's batch, rounded up to whole micro-batches."""
     parts = mesh.dp * (micro_batches or 1)
     return make_plan(
-        traced.graph, mesh, batch=-(-samples // parts) * parts, micro_batches=micro_batches, **choices
+        graph, mesh, batch=-(-samples // parts) * parts, micro_batches=micro_batches, **choices
     )  # fmt: skip
 
 

@@ -247,10 +247,6 @@ def test_notes_say_what_was_compared_and_assumed():
 
 
 REFUSED: list[tuple[Callable[[], Plan], str]] = [
-    (
-        lambda: make_plan(gpt(1), Mesh(1, 1, 2), hardware=TOY, batch=2),
-        "tp = 2 with torch kernels is planned from the fine trace",
-    ),
     (lambda: plan(gpt(1), schedule="1f2b"), "unknown schedule '1f2b': did you mean '1f1b'"),
     (lambda: plan(gpt(1), recompute="ful"), "unknown recompute 'ful': did you mean 'full'"),
     (lambda: plan(gpt(1), chunks=3), "chunks = 3 has no meaning for schedule '1f1b': only 'interleaved'"),

@@ -17,6 +17,7 @@ from merak_like.partitioner.tracer import Trace
 from merak_like.runtime.batches import rows
 from merak_like.runtime.orders import Orders
 from merak_like.runtime.programs import KEPT, Programs
+from merak_like.runtime.tensor_parallel.sharding import sharding
 from merak_like.runtime.stage_code import build_stage, foldable
 from tests.faults import Small, items, mean_square
 from tests.scenarios import PARTS, Patchy, patchy
@@ -95,7 +96,8 @@ def test_orders_send_what_this_step_needs_and_nothing_else() -> None:
 def test_programs_keep_a_trace_for_each_shape_and_not_without_end() -> None:
     model = Small(2).double().train()
     plan, planned = plan_of(model, items(2), mean_square, 1)
-    programs = Programs(model, plan, planned, items(2), 0, CPU, mean_square)
+    whole = sharding(model, 1, mean_square)
+    programs = Programs(model, plan, planned, items(2), 0, CPU, whole, lambda traced, starts: traced)
     first = programs.at(items(2))
     assert first.traced is planned, "the planning trace is used again"
     assert programs.at(items(2, seed=5)) is first

@@ -57,6 +57,20 @@ def test_an_operation_without_a_rule_is_counted_and_pins() -> None:
     assert made.probe().worst < EXACT
 
 
+def put(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[True] = x * 2
+    return x
+
+
+@pytest.mark.parametrize("function", [lambda x: x[True].squeeze(0), put])
+def test_an_index_that_cannot_be_followed_keeps_what_it_meets_whole(function: Callable[[Tensor], Tensor]) -> None:
+    made = toy(lambda: Mlp(function))
+    assert made.derived.share == 0.0
+    assert "it is indexed by True" in made.derived.blocks[0].whole["blocks.0.up.weight"]
+    assert made.probe().worst < EXACT
+
+
 def test_a_row_more_in_the_table_is_all_it_takes() -> None:
     made = toy(lambda: Mlp(torch.sinc))
     rules = {**RULES, "sinc": elementwise}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 from merak_like.partitioner.graph import Collective, Op, Parameter, ProxyGraph, Value
@@ -36,10 +35,13 @@ class Sources:
     _derived: dict[int, Derived] = field(default_factory=dict[int, Derived])
     _made: dict[Any, ProxyGraph] = field(default_factory=dict[Any, ProxyGraph])
 
-    @cached_property
-    def places(self) -> tuple[tuple[int, int], ...]:
-        """For each op of the graph its ops in the fine trace."""
-        return aligned(self.graph, self.fine)
+    def base(self, tp: int) -> ProxyGraph:
+        """The whole model's ops, which a plan for so many ranks is about: the engine runs the fine ones on several."""
+        return self.graph if tp == 1 else self.fine
+
+    def places(self, tp: int) -> tuple[tuple[int, int], ...]:
+        """For each op of that graph its ops in the fine trace."""
+        return aligned(self.graph, self.fine) if tp == 1 else tuple((i, i + 1) for i in range(len(self.fine.ops)))
 
     def derived(self, tp: int) -> Derived:
         """How the weights lie on so many ranks."""
@@ -83,8 +85,8 @@ def one_rank(sources: Sources, tp: int, software: Software, *, sequence_parallel
     sizes = Sizes(sources.fine, _shares(sources.fine, layouts, tp if sequence_parallel else 1))
     fine = run_with(sizes, software)
     talk = _collectives(sources, tp, sequence_parallel) if tp > 1 else {}
-    graph, ops, names = sources.graph, list[Op](), dict[str, str]()
-    for op, (first, stop) in zip(graph.ops, sources.places, strict=True):
+    graph, ops, names = sources.base(tp), list[Op](), dict[str, str]()
+    for op, (first, stop) in zip(graph.ops, sources.places(tp), strict=True):
         inside = fine.ops[first:stop]
         outputs = _outputs(op, inside)
         names.update({sizes.root[f.name]: v.name for v, f in zip(op.outputs, outputs, strict=True) if f is not None})

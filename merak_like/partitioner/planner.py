@@ -69,7 +69,8 @@ def make_plan(
     little again as the memory asks for, ``none`` nothing, ``full`` all that the schedule lets be computed again,
     ``blocks`` the same a block at a time.
 
-    ``tp`` above 1 and ``software`` other than torch's own kernels need ``sources``, the graph with its fine trace.
+    For ``tp`` above 1 the graph is that of one rank, or ``sources`` has the trace it is made of, which ``software`` other
+    than torch's own kernels needs as well.
     ``zero`` is the ZeRO level; ``sequence_parallel`` divides along the sequence what tp ranks would all have.
 
     Raises ValueError, with what was asked, what was found and the nearest thing that works, for a mesh, batch or
@@ -90,10 +91,10 @@ def make_plan(
     compared = {s.problem.job.micro_batches: step for s, step in zip(tried, steps, strict=True)} if tried[1:] else {}
     judged, order = in_order(setting.problem, found)
     return assemble(
-        graph, setting, found.starts, judged,
+        asked.graph, setting, found.starts, judged,
         micro_batch=batch // mesh.dp // setting.problem.job.micro_batches,
         signature=dict(signature or {}),
-        notes=notes(graph, setting, found, judged, order, compared),
+        notes=notes(asked.graph, setting, found, judged, order, compared),
     )  # fmt: skip
 
 
@@ -110,11 +111,10 @@ def ask(
         raise ValueError(f"zero = {zero} is no ZeRO level: use 0, 1, 2 or 3")
     if sequence_parallel and mesh.tp == 1:
         raise ValueError("sequence_parallel divides what tensor-parallel ranks share, but tp is 1: use tp = 2 or more")
-    if sources is None and (mesh.tp > 1 or software.kernels != "torch"):
-        raise ValueError(
-            f"tp = {mesh.tp} with {software.kernels} kernels is planned from the fine trace: "
-            "pass sources=, or use tp = 1"
-        )
+    if sources is None and software != TORCH:
+        raise ValueError(f"{software.kernels} kernels are planned from the fine trace: pass sources=")
+    if sources is not None:
+        graph = sources.base(mesh.tp)
     of_rank = sources.rank(mesh.tp, software, sequence_parallel=sequence_parallel) if sources is not None else graph
     return Asked(
         graph, of_rank, mesh, hardware_named(hardware) if isinstance(hardware, str) else hardware, batch, schedule,

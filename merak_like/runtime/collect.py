@@ -13,21 +13,24 @@ from merak_like.partitioner.mesh import Coord
 from merak_like.partitioner.plan import Plan
 from merak_like.runtime.groups import Groups
 from merak_like.runtime.initialize import World
+from merak_like.runtime.tensor_parallel.shards import Shards
 from merak_like.runtime.watch import Watch
 
 
-def state_dict(model: nn.Module, plan: Plan, groups: Groups, world: World, watch: Watch) -> dict[str, Tensor]:
+def state_dict(
+    model: nn.Module, plan: Plan, shards: Shards, groups: Groups, world: World, watch: Watch
+) -> dict[str, Tensor]:
     """Every entry of the model's state_dict, full, on rank 0; {} elsewhere."""
     own = model.state_dict(keep_vars=True)
     first = {alias: names[0] for names in plan.ties for alias in names}
     entries = {first.get(name, name): tensor for name, tensor in own.items()}
     rank_of = {name: rank for name, rank in holders(plan).items() if name in entries}
-    gathered = _gather(entries, rank_of, groups, world, watch)
+    gathered = _gather(entries, rank_of, shards, groups, world, watch)
     return {name: gathered[first.get(name, name)] for name in own} if world.rank == 0 else {}
 
 
 def gradients(
-    parameters: Mapping[str, nn.Parameter], plan: Plan, groups: Groups, world: World, watch: Watch
+    parameters: Mapping[str, nn.Parameter], plan: Plan, shards: Shards, groups: Groups, world: World, watch: Watch
 ) -> dict[str, Tensor]:
     """The gradient of every trainable parameter that has one, by first name, on rank 0; {} elsewhere."""
     rank_of = holders(plan)
@@ -38,7 +41,7 @@ def gradients(
     everyone = _everyones(have, world, watch)
     found = {name: grad for name, grad in mine.items() if grad is not None}
     trained = dict.fromkeys(n for stage in plan.stages for n in stage.params if n in everyone)
-    return _gather(found, {n: rank_of[n] for n in trained}, groups, world, watch)
+    return _gather(found, {n: rank_of[n] for n in trained}, shards, groups, world, watch)
 
 
 def holders(plan: Plan) -> dict[str, int]:
@@ -60,33 +63,49 @@ def _everyones(names: Sequence[str], world: World, watch: Watch) -> set[str]:
 
 
 def _gather(
-    own: Mapping[str, Tensor], rank_of: Mapping[str, int], groups: Groups, world: World, watch: Watch
+    own: Mapping[str, Tensor], rank_of: Mapping[str, int], shards: Shards, groups: Groups, world: World, watch: Watch
 ) -> dict[str, Tensor]:
-    """Send each tensor from its pipeline rank in the first replica to rank 0, one after the other."""
+    """Send each tensor, or each part of one, from its ranks in the first replica to rank 0, one after the other."""
     out: dict[str, Tensor] = {}
     for pp in sorted(set(rank_of.values())):
-        owner = groups.mesh.rank(Coord(0, pp, 0))
-        if world.rank not in (0, owner):
-            continue
         names = [name for name, on in rank_of.items() if on == pp]
-        if owner == 0:
-            out.update((name, own[name].detach().cpu().clone()) for name in names)
-        elif world.rank == owner:
-            meta: list[Any] = [[(name, tuple(own[name].shape), own[name].dtype) for name in names]]
-            with watch.waiting("rank 0 to take the names of tensors"):
-                dist.send_object_list(meta, 0)
+        divided = [name for name in names if name in shards.layouts]
+        parts = {
+            tp: _bring(own, names if tp == 0 else divided, groups.mesh.rank(Coord(0, pp, tp)), world, watch)
+            for tp in range(groups.mesh.tp)
+        }
+        if world.rank == 0:
             for name in names:
-                work = dist.isend(own[name].detach().contiguous(), 0)
-                watch.wait(work, f"the end of sending {name}", "to rank 0")
-        else:
-            received: list[Any] = [None]
-            with watch.waiting(f"the names of tensors from rank {owner}"):
-                dist.recv_object_list(received, owner)
-            for name, shape, dtype in received[0]:
-                buffer = torch.empty(shape, dtype=dtype, device=world.device)
-                watch.wait(dist.irecv(buffer, owner), name, f"from rank {owner}")
-                out[name] = buffer.cpu()
-    return out if world.rank == 0 else {}
+                holders = groups.mesh.tp if name in divided else 1
+                out[name] = shards.assemble(name, [parts[tp][name] for tp in range(holders)])
+    return out
+
+
+def _bring(
+    own: Mapping[str, Tensor], names: Sequence[str], owner: int, world: World, watch: Watch
+) -> dict[str, Tensor]:
+    """Tensors of one rank as CPU tensors on rank 0; {} elsewhere."""
+    out: dict[str, Tensor] = {}
+    if world.rank not in (0, owner):
+        return out
+    if owner == 0:
+        return {name: own[name].detach().cpu().clone() for name in names}
+    if world.rank == owner:
+        meta: list[Any] = [[(name, tuple(own[name].shape), own[name].dtype) for name in names]]
+        with watch.waiting("rank 0 to take the names of tensors"):
+            dist.send_object_list(meta, 0)
+        for name in names:
+            work = dist.isend(own[name].detach().contiguous(), 0)
+            watch.wait(work, f"the end of sending {name}", "to rank 0")
+        return out
+    received: list[Any] = [None]
+    with watch.waiting(f"the names of tensors from rank {owner}"):
+        dist.recv_object_list(received, owner)
+    for name, shape, dtype in received[0]:
+        buffer = torch.empty(shape, dtype=dtype, device=world.device)
+        watch.wait(dist.irecv(buffer, owner), name, f"from rank {owner}")
+        out[name] = buffer.cpu()
+    return out
 
 
 def barrier(world: World, watch: Watch) -> None:

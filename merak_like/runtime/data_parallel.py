@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from merak_like.runtime.tensor_parallel.copies import Copies
 from merak_like.runtime.watch import Watch
 
 BUCKET_BYTES = 25 * 2**20
@@ -51,13 +52,16 @@ class Reducer:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Any], watch: Watch,
         readers: Mapping[str, Set[int]] | None = None, pending: Counter[int] | None = None,
+        copies: Copies | None = None,
     ) -> None:  # fmt: skip
         """``groups`` gives the process group of each parameter by name; parameters without one are left alone.
 
         ``readers`` are the stages of this rank that read each parameter (stage 0, if not told), ``pending`` counts the
-        gradients that wait for a W by the ``id`` of the parameter.
+        gradients that wait for a W by the ``id`` of the parameter. ``copies`` are parts of parameters that some ranks
+        have beside their own; they are added up last.
         """
         self.watch = watch
+        self._copies = copies
         self._readers = {id(p): readers[name] if readers else {0} for name, p in parameters.items()}
         self._pending: Counter[int] = Counter() if pending is None else pending
         self._passed: set[int] = set()
@@ -98,6 +102,8 @@ class Reducer:
             for parameter, count in zip(bucket.parameters, bucket.counts.tolist(), strict=True):
                 if not count:
                     parameter.grad = None
+        if self._copies is not None:
+            self._copies.add_up()
 
     def close(self) -> None:
         """Leave the parameters alone, and let go of the groups."""

@@ -26,6 +26,7 @@ from merak_like.runtime.optimizer import StepResult, agree_on, check_finite, cli
 from merak_like.runtime.orders import Orders
 from merak_like.runtime.programs import Program, Programs
 from merak_like.runtime.recording import Profile, Recorder
+from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 from merak_like.runtime.watch import Watch
 
 
@@ -36,7 +37,7 @@ class Engine:
         self, *, plan: Plan, model: nn.Module, parameters: Mapping[str, nn.Parameter], owned: Sequence[str],
         programs: Programs, links: Links, reducer: Reducer, optimizer: torch.optim.Optimizer | None,
         world: World, groups: Groups, watch: Watch, loss_weight: LossWeight, max_grad_norm: float | None, seed: int,
-        save: Callable[[nn.Module, Path, Mapping[str, Tensor]], None],
+        save: Callable[[nn.Module, Path, Mapping[str, Tensor]], None], shards: Shards = WHOLE,
     ) -> None:  # fmt: skip
         self.plan, self.model, self.optimizer = plan, model, optimizer
         self.world, self.groups = world, groups
@@ -45,7 +46,7 @@ class Engine:
         self._parameters, self._owned = parameters, owned
         self._programs, self._links, self._reducer, self._watch = programs, links, reducer, watch
         self._loss_weight, self._max_grad_norm, self._seed = loss_weight, max_grad_norm, seed
-        self._save = save
+        self._save, self._shards = save, shards
         self._orders = Orders(plan, groups.coord.pp)
         self._work = self._orders.at(programs.edges(), training=True)
         self._do: Mapping[Kind, Callable[[Action], None]] = {
@@ -76,8 +77,7 @@ class Engine:
             self._clear_gradients()
             total = self._run(batch, batch_is_global, training=True)
             self._reducer.finish()
-            own = [self._parameters[name] for name in self._owned] if self.groups.coord.dp == 0 else []
-            loss, norm = self._numbers(squared_norm(own))
+            loss, norm = self._numbers(squared_norm(self._own_gradients()))
             result = StepResult(loss, norm, total)
             check_finite(result, self.steps, [i for i, x in self._losses.items() if not torch.isfinite(x)])
             if self._max_grad_norm is not None:
@@ -112,7 +112,7 @@ class Engine:
         own = weights[first : first + count] if batch_is_global else weights
         counts = {"items": sum(weights), "empty": weights.count(0)}
         if not batch_is_global:
-            alone = self.groups.coord.pp == 0
+            alone = self.groups.coord.pp == self.groups.coord.tp == 0
             counts = agree_on({k: n if alone else 0 for k, n in counts.items()}, self.world, self._watch)
         if counts["empty"]:
             raise ValueError(
@@ -203,9 +203,15 @@ class Engine:
 
     def _numbers(self, squares: float) -> tuple[float, float]:
         """The step's loss and gradient norm, the same on every rank."""
-        loss = sum(float(x) * self._shares[i] for i, x in self._losses.items())
+        told = self._losses.items() if self.groups.coord.tp == 0 else ()  # all tensor-parallel ranks have the same
+        loss = sum(float(x) * self._shares[i] for i, x in told)
         agreed = agree_on({"loss": loss, "squares": squares}, self.world, self._watch)
         return agreed["loss"], agreed["squares"] ** 0.5
+
+    def _own_gradients(self) -> list[Tensor]:
+        """Those that this rank counts for the norm: each element of a gradient is counted by one rank."""
+        found = [(name, self._parameters[name].grad) for name in self._owned] if self.groups.coord.dp == 0 else []
+        return [part for name, grad in found if grad is not None for part in self._shards.answers(name, grad)]
 
     def _clear_gradients(self) -> None:
         for parameter in self._parameters.values():
@@ -251,12 +257,12 @@ class Engine:
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer by its name in the user's model, as CPU tensors: on rank 0, else {}."""
         self._open()
-        return collect.state_dict(self.model, self.plan, self.groups, self.world, self._watch)
+        return collect.state_dict(self.model, self.plan, self._shards, self.groups, self.world, self._watch)
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The last step's gradients by name, as CPU tensors: on rank 0, else {}. Parameters without one are absent."""
         self._open()
-        return collect.gradients(self._parameters, self.plan, self.groups, self.world, self._watch)
+        return collect.gradients(self._parameters, self.plan, self._shards, self.groups, self.world, self._watch)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the whole model to a folder: safetensors, and for a Hugging Face model what ``from_pretrained`` needs.

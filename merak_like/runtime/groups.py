@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,10 @@ from merak_like.runtime.initialize import World
 
 Group = Any
 """A process group of torch.distributed; None where this rank would be alone in it."""
+Span = tuple[int, int]
+"""(degree, repeat): tensor-parallel ranks that differ in ``tp // repeat % degree`` only."""
+Sum = tuple[tuple[int, ...], tuple[Span, ...]]
+"""Over which ranks a gradient is summed, replicas apart: these stages (none: the rank's own), these spans of tp."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +27,14 @@ class Groups:
     coord: Coord
     stage_rank: tuple[int, ...]
     """The pipeline rank that runs each stage."""
-    dp: Group = None
-    """The replicas of this stage."""
+    sums: Mapping[Sum, Group] = field(default_factory=dict["Sum", Group])
+    """The ranks that hold the same parameters and add up their gradients."""
+    tensor: Mapping[Span, Group] = field(default_factory=dict["Span", Group])
+    """The tensor-parallel ranks of this stage and replica, or some of them."""
     up: Group = None
     """For transfers to a higher rank: NCCL orders a pair of ranks per communicator, so each direction has its own."""
     down: Group = None
     """For transfers to a lower rank."""
-    shared: Mapping[tuple[int, ...], Group] = field(default_factory=dict[tuple[int, ...], Group])
-    """Stages that hold the same parameters, over all replicas."""
     made: tuple[Group, ...] = ()
 
     def rank_of(self, stage: int) -> int:
@@ -51,40 +55,56 @@ class Groups:
             dist.destroy_process_group(group)
 
 
-def make_groups(mesh: Mesh, world: World, stage_rank: tuple[int, ...], shared: Collection[tuple[int, ...]]) -> Groups:
+def make_groups(
+    mesh: Mesh, world: World, stage_rank: tuple[int, ...], sums: Collection[Sum], spans: Collection[Span]
+) -> Groups:
     """Make every group of the mesh, in the same order on every rank, and keep this rank's.
 
-    ``stage_rank`` is the pipeline rank of each stage; ``shared`` are the sets of stages that hold the same parameters.
+    ``stage_rank`` is the pipeline rank of each stage; ``sums`` tells which gradients are added up over which ranks,
+    ``spans`` which tensor-parallel ranks talk.
     """
     coord = mesh.coord(world.rank)
     made: list[Group] = []
 
-    def group(ranks: list[int]) -> Group:
+    def group(ranks: Collection[int]) -> Group:
         if len(ranks) < 2:
             return None
-        new = dist.new_group(ranks, timeout=world.timeout)
+        new = dist.new_group(sorted(ranks), timeout=world.timeout)
         if world.rank not in ranks:
             return None
         made.append(new)
         return new
 
-    def replicas(pp: int, tp: int) -> list[int]:
-        return [mesh.rank(Coord(dp, pp, tp)) for dp in range(mesh.dp)]
+    def each(sets: Iterable[frozenset[int]]) -> Group:
+        """This rank's of disjoint sets of ranks."""
+        found = [group(ranks) for ranks in dict.fromkeys(sets)]
+        return next((one for one in found if one is not None), None)
 
-    own_dp = own_up = own_down = None
-    for pp in range(mesh.pp):
-        for tp in range(mesh.tp):
-            found = group(replicas(pp, tp))
-            own_dp = found or own_dp
-    for dp in range(mesh.dp):
-        for tp in range(mesh.tp):
-            line = [mesh.rank(Coord(dp, pp, tp)) for pp in range(mesh.pp)]
-            up, down = group(line), group(line)
-            own_up, own_down = up or own_up, down or own_down
-    own_shared: dict[tuple[int, ...], Group] = {}
-    for stages in sorted(set(shared)):
-        for tp in range(mesh.tp):
-            found = group(sorted({rank for stage in stages for rank in replicas(stage_rank[stage], tp)}))
-            if found is not None:
-                own_shared[stages] = found
-    return Groups(mesh, coord, stage_rank, own_dp, own_up, own_down, own_shared, tuple(made))
+    def line(at: Coord) -> frozenset[int]:
+        return frozenset(mesh.rank(at._replace(pp=pp)) for pp in range(mesh.pp))
+
+    def adding(at: Coord, stages: tuple[int, ...], over: tuple[Span, ...]) -> frozenset[int]:
+        places = {stage_rank[stage] for stage in stages} or {at.pp}
+        shards = spanned(at.tp, over)
+        return frozenset(mesh.rank(Coord(dp, pp, tp)) for dp in range(mesh.dp) for pp in places for tp in shards)
+
+    everywhere = [mesh.coord(rank) for rank in range(mesh.size)]
+    own_sums = dict[Sum, Group]()
+    for stages, over in sorted(set(sums)):
+        concerned = [at for at in everywhere if not stages or at.pp in {stage_rank[s] for s in stages}]
+        own_sums[stages, over] = each(adding(at, stages, over) for at in concerned)
+    up = each(line(at) for at in everywhere)
+    down = each(line(at) for at in everywhere)
+    own_tensor = {
+        span: each(frozenset(mesh.rank(at._replace(tp=tp)) for tp in spanned(at.tp, (span,))) for at in everywhere)
+        for span in sorted(set(spans))
+    }
+    return Groups(mesh, coord, stage_rank, own_sums, own_tensor, up, down, tuple(made))
+
+
+def spanned(tp: int, spans: Iterable[Span]) -> frozenset[int]:
+    """The tensor-parallel ranks that one reaches along some spans."""
+    found = {tp}
+    for degree, repeat in spans:
+        found = {t - (t // repeat % degree - i) * repeat for t in found for i in range(degree)}
+    return frozenset(found)

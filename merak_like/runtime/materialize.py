@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from merak_like.partitioner.plan import Plan
+from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 
 Initialiser = Callable[[nn.Module], None]
 """Fills the parameters and buffers of a module, those of its inner modules too where they are its own business."""
@@ -30,8 +31,12 @@ def materialize(
     seed: int,
     initialise: Initialiser | None = None,
     weights: str | Path | None = None,
+    shards: Shards = WHOLE,
 ) -> dict[str, nn.Parameter]:
     """Put the tensors of some stages on the device, all else on meta, in place; the stages' parameters by name.
+
+    With ``shards`` each tensor becomes this rank's part of it. From ``weights`` only that part is read; to initialise
+    one the whole of it is made, so that all ranks draw the same numbers, and then cut.
 
     Tensors that have data keep it. Tensors on meta are read from ``weights`` (a safetensors file or a folder of them)
     or initialised as the model itself would. Raises ValueError for a tensor that neither can fill, and, before anything
@@ -41,12 +46,14 @@ def materialize(
     first = {alias: names[0] for names in plan.ties for alias in names}
     if weights is None:
         _refuse_given_up(model, keep, first)
-    empty = _place(model, keep, first, device)
+    saved = {first.get(n, n) for n in model.state_dict()} & keep if weights is not None else set[str]()
+    empty = _place(model, keep, first, device, shards, saved)
     if weights is not None:
-        found = _read(model, {n: t for n, t in _named(model) if first.get(n, n) in keep}, Path(weights), first)
-        empty -= {first.get(name, name) for name in found}
+        there = {n: t for n, t in _named(model) if first.get(n, n) in saved}
+        empty -= {first.get(name, name) for name in _read(model, there, Path(weights), first, shards)}
     if empty:  # with a checkpoint too: buffers that are not saved are computed, as when the model is built
         _initialise(model, empty, seed, initialise or reset_parameters)
+        _cut(model, empty, first, shards)
     return {name: p for name, p in model.named_parameters() if name in keep}
 
 
@@ -68,8 +75,14 @@ def _named(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _place(model: nn.Module, keep: Collection[str], first: Mapping[str, str], device: torch.device) -> set[str]:
-    """Move or drop every tensor; the names (first ones) of those that have memory but no data yet. Ties stay ties."""
+def _place(
+    model: nn.Module, keep: Collection[str], first: Mapping[str, str], device: torch.device, shards: Shards,
+    read: Collection[str],
+) -> set[str]:  # fmt: skip
+    """Move or drop every tensor; the names (first ones) of those that have memory but no data yet. Ties stay ties.
+
+    What has data, and what is to be ``read``, gets the size of this rank's part.
+    """
     made: dict[str, Tensor] = {}
     empty: set[str] = set()
     for path, module in model.named_modules():
@@ -83,18 +96,32 @@ def _place(model: nn.Module, keep: Collection[str], first: Mapping[str, str], de
                     where = device if name in keep else torch.device("meta")
                     if tensor.is_meta and name in keep:
                         empty.add(name)
-                    made[name] = _moved(tensor, where)
+                    here = name in keep and (name in read or not tensor.is_meta)
+                    made[name] = _moved(tensor, where, shards.cut(name, tensor.detach()) if here else tensor.detach())
                     if name not in keep:
                         setattr(made[name], GIVEN_UP, True)
                 registry[key] = made[name]  # type: ignore[assignment]
     return empty
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    data = tensor.detach()
+def _moved(tensor: Tensor, device: torch.device, data: Tensor) -> Tensor:
+    """These numbers on the device, and what else the tensor is."""
     if data.device != device:
         data = torch.empty_like(data, device=device) if device.type == "meta" or data.is_meta else data.to(device)
     return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+
+
+def _cut(model: nn.Module, names: Collection[str], first: Mapping[str, str], shards: Shards) -> None:
+    """Put this rank's part in the place of whole tensors. Ties stay ties."""
+    made: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for registry in (module._parameters, module._buffers):
+            for key, tensor in registry.items():
+                name = first.get(full := f"{path}.{key}" if path else key, full)
+                if tensor is not None and name in names and name in shards.layouts:
+                    if name not in made:
+                        made[name] = _moved(tensor, tensor.device, shards.cut(name, tensor.detach()))
+                    registry[key] = made[name]  # type: ignore[assignment]
 
 
 def reset_parameters(module: nn.Module) -> None:
@@ -153,8 +180,10 @@ class Streams(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _read(model: nn.Module, wanted: Mapping[str, Tensor], path: Path, first: Mapping[str, str]) -> set[str]:
-    """Read the wanted tensors, and no others, from safetensors files; the names of those that were there.
+def _read(
+    model: nn.Module, wanted: Mapping[str, Tensor], path: Path, first: Mapping[str, str], shards: Shards
+) -> set[str]:
+    """Read this rank's part of the wanted tensors, and no others, from safetensors files; the names of those there.
 
     A tied tensor may be there under any of its names.
     """
@@ -168,14 +197,17 @@ def _read(model: nn.Module, wanted: Mapping[str, Tensor], path: Path, first: Map
         if known is None:
             continue
         with safe_open(index[known], "pt") as file, torch.no_grad():
-            found = file.get_tensor(known)
-            if found.shape != tensor.shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, in {index[known]} {tuple(found.shape)}")
-            tensor.copy_(found)
+            found, own = file.get_slice(known), first.get(name, name)
+            expected = shards.whole_shape(own, tensor.shape)
+            if tuple(found.get_shape()) != expected:
+                raise ValueError(f"{name} has shape {expected}, in {index[known]} {tuple(found.get_shape())}")
+            if own in shards.layouts:
+                shards.read(own, found, tensor)
+            else:
+                tensor.copy_(file.get_tensor(known))
         read.add(name)
     there = {first.get(name, name) for name in read}
-    saved = wanted.keys() & model.state_dict().keys()
-    missing = sorted({first.get(name, name) for name in saved} - there)
+    missing = sorted({first.get(name, name) for name in wanted} - there)
     if missing:
         raise ValueError(f"{path} has no {missing[:5]} ({len(missing)} missing): is it the checkpoint of this model?")
     return read

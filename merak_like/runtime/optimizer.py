@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +26,9 @@ class StepResult:
     """Items the loss is the mean of."""
 
 
-def squared_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """Sum of squares of the gradients of these parameters."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients).double().square().item() if gradients else 0.0
+def squared_norm(gradients: Sequence[Tensor]) -> float:
+    """Sum of squares of all their elements."""
+    return torch.nn.utils.get_total_norm(list(gradients)).double().square().item() if gradients else 0.0
 
 
 def clip(parameters: Iterable[nn.Parameter], norm: float, limit: float) -> None:

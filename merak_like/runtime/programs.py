@@ -14,12 +14,13 @@ from merak_like.partitioner.cuts import crossings
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.realign import realign, recomputed_ranges
 from merak_like.partitioner.schedules.action import Edges
-from merak_like.partitioner.tracer import LossFn, Trace, trace
+from merak_like.partitioner.tracer import Trace
 from merak_like.runtime import rng
 from merak_like.runtime.batches import signature
 from merak_like.runtime.links import Spec
 from merak_like.runtime.stage import Stage
 from merak_like.runtime.stage_code import build_stage
+from merak_like.runtime.tensor_parallel.sharding import Rewrite, Sharding
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,15 @@ class Programs:
 
     def __init__(
         self, model: nn.Module, plan: Plan, planned: Trace, example: Any, rank: int, device: torch.device,
-        loss_fn: LossFn | None, pending: Counter[int] | None = None,
+        sharding: Sharding, rewrite: Rewrite, pending: Counter[int] | None = None,
     ) -> None:  # fmt: skip
         """``planned`` is the trace of ``example``, a micro-batch, in the model's present mode.
 
         ``rank`` is the pipeline rank; ``pending`` counts gradients that wait for a W by the ``id`` of the parameter.
         """
         self.model, self.plan, self.planned = model, plan, planned
-        self.rank, self.device, self.loss_fn, self.pending = rank, device, loss_fn, pending
+        self.rank, self.device, self.pending = rank, device, pending
+        self.sharding, self.rewrite = sharding, rewrite
         self._known: dict[Any, list[Program]] = {self._key(example): [self._program(planned)]}
 
     def at(self, batch: Any) -> Program:
@@ -68,7 +70,7 @@ class Programs:
         for program in self._known.get(key, ()):
             if program.traced.fits(batch):
                 return program
-        made = self._program(trace(self.model, batch, self.loss_fn, device=self.device))
+        made = self._program(self.sharding.trace(batch, self.device))
         if sum(map(len, self._known.values())) >= KEPT:
             self._forget_one()
         self._known.setdefault(key, []).append(made)
@@ -87,6 +89,7 @@ class Programs:
 
     def _program(self, traced: Trace) -> Program:
         starts = realign(self.plan, self.planned.graph, traced.graph)
+        traced = self.rewrite(traced, starts)
         stages = {stage.index: self._stage(traced, starts, stage.index) for stage in self.plan.stages
                   if stage.rank == self.rank}  # fmt: skip
         drawing = any(op.random for op in traced.graph.ops)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from merak_like.partitioner.tensor_parallel.axes import Axes, Dim, Dims
@@ -30,19 +30,10 @@ class Operand:
     """Takes the dimensions of the others if it can, and is sliced otherwise."""
 
 
-@dataclass
-class Call:
-    """One step while its rule runs. The rule unifies and pins axes, and sets ``outs``."""
+@dataclass(kw_only=True)
+class Said:
+    """What a rule says about a step, besides the axes."""
 
-    step: Step
-    axes: Axes
-    operands: dict[Path, Operand]
-    shape: tuple[int, ...] | None
-    """Of the result; None for several or none."""
-    booleans: frozenset[Name] = frozenset()
-    """The operands that are masks."""
-    outs: list[Dims] = field(default_factory=list)
-    """Dimensions of the results."""
     contracted: list[Dim] = field(default_factory=list)
     """Dimensions summed over: the result is a partial sum if one is sharded."""
     addends: tuple[Path, ...] = ()
@@ -55,6 +46,25 @@ class Call:
     """Constants that are sizes of dimensions."""
     zero: bool = False
     """The result is all zeros."""
+
+
+@dataclass
+class Call(Said):
+    """One step while its rule runs. The rule unifies and pins axes, and sets ``outs``."""
+
+    step: Step
+    axes: Axes
+    operands: dict[Path, Operand]
+    shape: tuple[int, ...] | None
+    """Of the result; None for several or none."""
+    booleans: frozenset[Name] = frozenset()
+    """The operands that are masks."""
+    outs: list[Dims] = field(default_factory=list)
+    """Dimensions of the results."""
+
+    def said(self) -> dict[str, Any]:
+        """The fields of ``Said``."""
+        return {each.name: getattr(self, each.name) for each in fields(Said)}
 
     @property
     def first(self) -> Operand:
@@ -113,6 +123,13 @@ class Call:
         """Forbid sharding dimensions."""
         for dim in dims:
             self.axes.pin(dim, why or f"{self.step.word} needs it whole")
+
+    def keep_whole(self, why: str) -> None:
+        """Forbid sharding anything that goes in or comes out."""
+        for operand in self.operands.values():
+            self.pin(*operand.dims, why=why)
+        if self.shape is not None:
+            self.out(self.fresh(self.shape, why))
 
     def follow(self, operand: Operand, dims: Sequence[Dim]) -> None:
         """This operand is to have these dimensions: at once, or for a side operand if it can."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from merak_like.partitioner.tensor_parallel.axes import Axes, Dim, Dims
-from merak_like.partitioner.tensor_parallel.call import Call, Operand, Path, flatten
+from merak_like.partitioner.tensor_parallel.call import Call, Operand, Path, Said, flatten
 from merak_like.partitioner.tensor_parallel.rules import RULES, Rule
 from merak_like.partitioner.tensor_parallel.rules.elementwise import broadcast
 from merak_like.partitioner.tensor_parallel.trying import commutes
@@ -33,18 +33,12 @@ class Use:
 
 
 @dataclass
-class Record:
-    """What a rule said about a step."""
+class Record(Said):
+    """A step, what its rule said, and the axes of what goes in and comes out."""
 
     step: Step
     uses: list[Use]
     outs: list[tuple[Version, Dims]]
-    contracted: list[Dim] = field(default_factory=list)
-    addends: tuple[Path, ...] = ()
-    linear: str = ""
-    form: str = ""
-    sizes: list[tuple[Path, Dim]] = field(default_factory=list)
-    zero: bool = False
 
 
 @dataclass
@@ -149,8 +143,7 @@ class _Follower:
             Use(path, o.name, self.version(o.name.name), own[path], o.dims, o.grad, o.side, o.soft)
             for path, o in call.operands.items()
         ]
-        record = Record(step, uses, [], call.contracted, call.addends, call.linear, call.form, call.sizes, call.zero)
-        self.give(record, call.outs)
+        self.give(Record(step, uses, [], **call.said()), call.outs)
 
     def give(self, record: Record, outs: list[Dims]) -> None:
         step = record.step
@@ -244,7 +237,4 @@ def tried(call: Call) -> None:
 
 def no_row(call: Call) -> None:
     """An operation that the table does not know."""
-    for operand in call.operands.values():
-        call.pin(*operand.dims, why=f"{call.step.word} has no rule")
-    if call.shape is not None:
-        call.out(call.fresh(call.shape, f"{call.step.word} has no rule"))
+    call.keep_whole(f"{call.step.word} has no rule")

@@ -220,7 +220,8 @@ def _record(
     for path, leaf in leaves(outputs).items():
         node = recorder.writer.nodes.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None
         if node is not None and leaf is not loss:
-            names[name_of(path).removeprefix("batch_") if path else "output"] = node.name
+            key = name_of(path).removeprefix("batch_") if path else "output"
+            names["model_loss" if key == "loss" else key] = node.name  # a loss_fn's loss is the one that counts
     return recorder, calls, names
 
 

@@ -112,10 +112,7 @@ def created(call: Call) -> None:
 @register(*PINNED.split())
 def pinned(call: Call) -> None:
     """A tensor whose elements are told apart by their place."""
-    for operand in call.operands.values():
-        call.pin(*operand.dims)
-    if call.shape is not None:
-        call.out(call.fresh(call.shape, f"{call.step.word} makes it whole"))
+    call.keep_whole(f"{call.step.word} needs it whole")
 
 
 @register("expand_as")

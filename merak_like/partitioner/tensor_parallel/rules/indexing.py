@@ -13,8 +13,19 @@ from merak_like.partitioner.tracer.fine import Name
 @register("getitem")
 def getitem(call: Call) -> None:
     """``x[...]``: whole dimensions pass, ranges are segments, tensors pick from whole dimensions."""
+    key = call.step.args[1]
+    if odd := _odd(key):
+        call.keep_whole(f"it is indexed by {odd}")
+        return
     call.linear = "sum"
-    call.out(_picked(call, call.first.dims, call.step.args[1], (1,)))
+    call.out(_picked(call, call.first.dims, key, (1,)))
+
+
+def _odd(key: Any) -> str:
+    """The index of no kind that ``_picked`` can follow; empty if there is none."""
+    keys = key if isinstance(key, tuple) else (key,)
+    kinds = (Name, slice, list, int, type(None), type(Ellipsis))
+    return next((repr(k) for k in keys if isinstance(k, bool) or not isinstance(k, kinds)), "")
 
 
 def _picked(call: Call, dims: Dims, key: Any, path: Path) -> list[Dim]:
@@ -38,7 +49,7 @@ def _picked(call: Call, dims: Dims, key: Any, path: Path) -> list[Dim]:
         elif isinstance(k, slice):
             out.append(_range(call, dims[place], k, where))
             place += 1
-        elif isinstance(k, (Name, list)) or (advanced and isinstance(k, int) and not isinstance(k, bool)):
+        elif isinstance(k, (Name, list)) or advanced:
             width = _rank(call, k, {id(k): where})
             call.pin(*dims[place : place + width], why="elements are picked from it")
             place += width
@@ -47,12 +58,10 @@ def _picked(call: Call, dims: Dims, key: Any, path: Path) -> list[Dim]:
             if isinstance(k, Name):
                 indexed.append(call.operands[where])
                 call.pin(*call.operands[where].dims, why="it tells which elements are picked")
-        elif isinstance(k, int):
+        else:
             dim = call.axes.resolve(dims[place])
             call.pin(dim, why="one element of it is picked")
             place += 1
-        else:
-            raise NotImplementedError(f"index {k!r}")
     if advanced:
         assert call.shape is not None or call.step.word == "setitem"
         rank = (len(call.shape) if call.shape is not None else len(out) + _width(indexed)) - len(out)
@@ -129,6 +138,9 @@ def setitem(call: Call) -> None:
     if isinstance(key, Name) and _boolean(call, key) and value is None:  # a mask and a number: element by element
         mask = call.operands[1,]
         call.follow(mask, call.first.dims[: len(mask.dims)])
+        return
+    if odd := _odd(key):
+        call.keep_whole(f"it is indexed by {odd}")
         return
     call.linear = "sum"
     target = _picked(call, call.first.dims, key, (1,))
@@ -224,7 +236,4 @@ def topk(call: Call) -> None:
           "searchsorted", "bucketize", "argwhere", "multinomial")  # fmt: skip
 def whole(call: Call) -> None:
     """Everything is needed whole."""
-    for operand in call.operands.values():
-        call.pin(*operand.dims)
-    if call.shape is not None:
-        call.out(call.fresh(call.shape, f"{call.step.word} makes it whole"))
+    call.keep_whole(f"{call.step.word} needs it whole")

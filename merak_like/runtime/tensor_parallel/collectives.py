@@ -1,0 +1,123 @@
+"""Sums over tensor-parallel ranks as nodes of a graph, each with its own backward (Shoeybi et al., arXiv 1909.08053).
+
+::
+
+    x ──► Enter ──► linear (columns) ──► ... ──► linear (rows) ──► Reduce ──► y
+          backward: sum                                            forward: sum
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from merak_like.runtime.watch import Watch
+
+PEER = "with the tensor-parallel ranks"
+
+
+@dataclass(frozen=True, eq=False)
+class TensorGroup:
+    """The ranks that divide some axes among them, seen from one of them."""
+
+    group: Any
+    """Process group of torch.distributed."""
+    degree: int
+    watch: Watch
+
+    def begin(self, tensor: Tensor, what: str, op: Any = dist.ReduceOp.SUM) -> Any:
+        """Start to reduce a contiguous tensor in place."""
+        with self.watch.waiting(f"the start of {what}"):
+            return dist.all_reduce(tensor, op, group=self.group, async_op=True)
+
+    def reduce(self, tensor: Tensor, what: str, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Reduce a contiguous tensor in place."""
+        self.watch.wait(self.begin(tensor, what, op), what, PEER)
+        return tensor
+
+
+class Target:
+    """What a node of a generated graph calls: an object with the name that the code shows."""
+
+    __module__ = "merak_like.runtime.tensor_parallel"
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = self.__qualname__ = name
+
+
+class Reduce(Target):
+    """A partial sum of each rank to the whole sum on all; a gradient passes as it is."""
+
+    def __init__(self, group: TensorGroup, what: str, own: bool) -> None:
+        """``own``: nothing else reads the partial sum, so it may be overwritten."""
+        super().__init__("reduce")
+        self.group, self.what, self.own = group, what, own
+
+    def __call__(self, partial: Tensor) -> Tensor:
+        return _Reduce.apply(partial, self)  # type: ignore[return-value]
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, node: Reduce) -> Tensor:
+        ctx.set_materialize_grads(False)
+        if node.own and partial.is_contiguous():
+            ctx.mark_dirty(partial)
+            return node.group.reduce(partial, node.what)
+        return node.group.reduce(partial.clone(memory_format=torch.contiguous_format), node.what)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return grads[0], None
+
+
+class Enter(Target):
+    """A whole value where each rank goes its own way: the gradient is the sum over ranks."""
+
+    def __init__(self, group: TensorGroup, what: str, own: bool = False) -> None:
+        """``own``: the gradient that comes back is nobody else's, so it may be overwritten."""
+        super().__init__("enter")
+        self.group, self.what, self.own = group, what, own
+
+    def __call__(self, whole: Tensor) -> Tensor:
+        return _Enter.apply(whole, self) if whole.requires_grad else whole  # type: ignore[return-value]
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, node: Enter) -> Tensor:
+        ctx.node = node
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        node, grad = ctx.node, grads[0]
+        if not node.own or not grad.is_contiguous():
+            grad = grad.clone(memory_format=torch.contiguous_format)
+        return node.group.reduce(grad, node.what), None
+
+
+class Scale(Target):
+    """Divide by the ranks in one direction only."""
+
+    def __init__(self, forward: int, backward: int) -> None:
+        super().__init__("share" if forward > 1 else "even")
+        self.forward, self.backward = forward, backward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _Scale.apply(x, self)  # type: ignore[return-value]
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, node: Scale) -> Tensor:
+        ctx.by = node.backward
+        return x / node.forward if node.forward > 1 else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return grads[0] / ctx.by if ctx.by > 1 else grads[0], None

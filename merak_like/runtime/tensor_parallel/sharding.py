@@ -1,0 +1,167 @@
+"""A model over tensor-parallel ranks, or whole: how it is traced, which weights a rank has, what its code becomes."""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from merak_like.partitioner.graph import ProxyGraph
+from merak_like.partitioner.tensor_parallel import Derived, derive
+from merak_like.partitioner.tensor_parallel.layout import same_parts
+from merak_like.partitioner.tensor_parallel.local import local_graph
+from merak_like.partitioner.tracer import LossFn, Trace, trace
+from merak_like.partitioner.tracer.fine import fine_trace, steps
+from merak_like.runtime.groups import Groups, Span
+from merak_like.runtime.tensor_parallel.collectives import TensorGroup
+from merak_like.runtime.tensor_parallel.copies import Copies, Copy
+from merak_like.runtime.tensor_parallel.rewrite import shard
+from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
+from merak_like.runtime.watch import Watch
+
+Rewrite = Callable[[Trace, Sequence[int]], Trace]
+"""From a trace and its stage starts to the code of this rank."""
+
+
+class Sharding(Protocol):
+    """What the engine asks of a model before and while it runs."""
+
+    def trace(self, batch: Any, device: torch.device | str) -> Trace:
+        """Record a micro-batch, with the whole model's shapes, in the model's present mode."""
+        ...
+
+    def graph(self, traced: Trace) -> ProxyGraph:
+        """What one rank computes, for the planner; the first one decides how weights lie."""
+        ...
+
+    def shards(self, rank: int) -> Shards:
+        """The weights of a tensor-parallel rank."""
+        ...
+
+    def spans(self) -> tuple[Span, ...]:
+        """The spans of tensor-parallel ranks that talk."""
+        ...
+
+    def partial(self, name: str) -> tuple[Span, ...]:
+        """Over which spans the gradients of a weight add up though all ranks have the weight."""
+        ...
+
+    def rewrite(self, groups: Groups, watch: Watch) -> Rewrite:
+        """What makes a trace this rank's own."""
+        ...
+
+    def copies(self, parameters: Mapping[str, nn.Parameter], groups: Groups, watch: Watch) -> Copies:
+        """The parts of sharded weights that several ranks have."""
+        ...
+
+
+def sharding(model: nn.Module, tp: int, loss_fn: LossFn | None) -> Sharding:
+    """How a model lies over ``tp`` ranks."""
+    return Sharded(model, tp, loss_fn) if tp > 1 else Unsharded(model, loss_fn)
+
+
+class Unsharded:
+    """One tensor-parallel rank: everything is as it is."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn | None) -> None:
+        self.model, self.loss_fn = model, loss_fn
+
+    def trace(self, batch: Any, device: torch.device | str) -> Trace:
+        return trace(self.model, batch, self.loss_fn, device=device)
+
+    def graph(self, traced: Trace) -> ProxyGraph:
+        return traced.graph
+
+    def shards(self, rank: int) -> Shards:
+        return WHOLE
+
+    def spans(self) -> tuple[Span, ...]:
+        return ()
+
+    def partial(self, name: str) -> tuple[Span, ...]:
+        return ()
+
+    def rewrite(self, groups: Groups, watch: Watch) -> Rewrite:
+        return lambda traced, starts: traced
+
+    def copies(self, parameters: Mapping[str, nn.Parameter], groups: Groups, watch: Watch) -> Copies:
+        return Copies(())
+
+
+class Sharded:
+    """Several ranks. The trace goes down to torch functions and is made of a copy of the model without memory, since
+    the model itself will have parts of weights only."""
+
+    def __init__(self, model: nn.Module, tp: int, loss_fn: LossFn | None) -> None:
+        self.model, self.tp, self.loss_fn = model, tp, loss_fn
+        self.blueprint = on_meta(model)
+        self._derived: Derived | None = None
+        self._of: ProxyGraph | None = None
+
+    @property
+    def derived(self) -> Derived:
+        assert self._derived is not None, "the graph for the planner comes first"
+        return self._derived
+
+    def trace(self, batch: Any, device: torch.device | str) -> Trace:
+        for ours, theirs in zip(self.model.modules(), self.blueprint.modules(), strict=True):
+            theirs.training = ours.training
+        return fine_trace(self.blueprint, batch, self.loss_fn, device=device)
+
+    def graph(self, traced: Trace) -> ProxyGraph:
+        found = self._derive(traced)
+        if self._derived is None:
+            self._derived, self._of = found, traced.graph
+        return local_graph(traced.graph, steps(traced), found)
+
+    def _derive(self, traced: Trace) -> Derived:
+        return derive(traced.graph, steps(traced), self.tp, constants=traced.constants)
+
+    def shards(self, rank: int) -> Shards:
+        return Shards(self.derived.weights, rank, self.tp)
+
+    def spans(self) -> tuple[Span, ...]:
+        return tuple(sorted({(g.degree, g.repeat) for block in self.derived.blocks for g in block.groups}))
+
+    def partial(self, name: str) -> tuple[Span, ...]:
+        groups = [group for block in self.derived.blocks for group in block.groups]
+        return tuple(sorted({(g.degree, g.repeat) for g in groups if name in g.partial_gradients}))
+
+    def rewrite(self, groups: Groups, watch: Watch) -> Rewrite:
+        ranks = {span: TensorGroup(group, span[0], watch) for span, group in groups.tensor.items()}
+
+        def own(traced: Trace, starts: Sequence[int]) -> Trace:
+            found = self.derived if traced.graph is self._of else self._derive(traced)
+            if odd := sorted(n for n, layout in found.weights.items() if self.derived.weights.get(n) != layout):
+                raise ValueError(
+                    f"with these input shapes {odd[:3]} ({len(odd)} weights) would lie on the tensor-parallel ranks in "
+                    "another way than with the example's: use an example of this shape, or batches of one shape"
+                )
+            return shard(traced, found, ranks, groups.coord.tp, lambda op: bisect_right(starts, op))
+
+        return own
+
+    def copies(self, parameters: Mapping[str, nn.Parameter], groups: Groups, watch: Watch) -> Copies:
+        found = list[Copy]()
+        for block in self.derived.blocks:
+            for name, layout in block.weights.items():
+                for group in block.groups if name in parameters else ():
+                    for dim, factors in enumerate(layout):
+                        ranks = TensorGroup(groups.tensor[group.degree, group.repeat], group.degree, watch)
+                        for start, stop in same_parts(factors, group.degree, group.repeat, self.tp):
+                            found.append(Copy(parameters[name], dim, start, stop, ranks))
+        return Copies(tuple(dict.fromkeys(found)))
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of a model with tensors of the same shapes and no memory. Ties stay ties."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        data = torch.empty_like(tensor, device="meta", requires_grad=False)
+        whole = nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+        memo[id(tensor)] = whole
+    return copy.deepcopy(model, memo)
