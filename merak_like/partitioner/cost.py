@@ -145,5 +145,7 @@ class CostTable:
 
 
 def op_costs(graph: ProxyGraph, hardware: Hardware, *, scale: float = 1.0) -> tuple[Cost, ...]:
-    """The cost of every op; see ``op_cost``."""
-    return tuple(op_cost(op, graph, hardware, scale=scale) for op in graph.ops)
+    """The cost of every op; see ``op_cost``. Ops that are alike are looked at once."""
+    kinds, alike = graph.alike
+    known = [op_cost(graph.ops[index], graph, hardware, scale=scale) for index in kinds]
+    return tuple(known[kind] for kind in alike)

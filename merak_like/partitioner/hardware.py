@@ -212,7 +212,7 @@ PRESETS: Mapping[str, Hardware] = {
 }
 """Known devices by name."""
 ALIASES: Mapping[str, str] = {
-    "a100": "a100-80gb", "a100-80g": "a100-80gb", "a100-40g": "a100-40gb", "h100-80g": "h100", "h100-80gb": "h100",
+    "a100-80g": "a100-80gb", "a100-40g": "a100-40gb", "h100-80g": "h100", "h100-80gb": "h100",
 }  # fmt: skip
 
 
