@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -32,6 +33,16 @@ class FromConfig:
     seq: int | None
     task: str | None
     dtype: str | None
+
+    @property
+    def says_dtype(self) -> bool:
+        """Whether the config names the dtype of its weights."""
+        file = self.folder / "config.json" if self.folder.is_dir() else self.folder
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # whoever reads it next says what is wrong
+            return True
+        return any(data.get(name) for name in ("dtype", "torch_dtype"))
 
     def load(self, samples: int) -> Loaded:
         """The model with a batch of so many samples."""

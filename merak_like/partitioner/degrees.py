@@ -37,7 +37,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 """Samples of a micro-batch that are tried."""
 CHUNKS = (2, 3, 4, 6)
 """Stages per rank that are tried."""
-JUDGED = 4
+JUDGED = 3
 """Layouts that the whole planner looks at, when nobody says."""
 SLACK = 0.97
 """Share of the memory that an estimate may fill."""
@@ -92,7 +92,7 @@ def choose(
     sources: Sources, wanted: Wanted, hardware: Hardware, software: Software, *, states: StateBytes = ADAMW,
     judged: int = JUDGED, listed: int = 12,
 ) -> list[Ranked]:  # fmt: skip
-    """The best layouts, fastest first; those with a plan stand before those with an estimate only.
+    """The best layouts: first the one whose plan is fastest, then others, some of which are estimated only.
 
     Raises ValueError where no layout is possible, or none fits the memory.
     """
@@ -122,12 +122,16 @@ def choose(
         if len(planned) >= judged and len(rest) + len(planned) >= listed:
             break
     planned.sort(key=lambda r: r.step_seconds)
-    return [*planned, *rest][: max(listed, len(planned))]
+    if planned and (best := _plan(planned[0].layout, sources, wanted, hardware, software, states, True)) is not None:
+        planned[0] = replace(planned[0], step_seconds=best.step_seconds, rank_bytes=max(best.rank_bytes), plan=best)
+    others = sorted([*planned[1:], *rest], key=lambda r: r.step_seconds)
+    return [*planned[:1], *others][:listed]
 
 
 def _plan(
-    layout: Layout, sources: Sources, wanted: Wanted, hardware: Hardware, software: Software, states: StateBytes
-) -> Plan | None:
+    layout: Layout, sources: Sources, wanted: Wanted, hardware: Hardware, software: Software, states: StateBytes,
+    thorough: bool = False,
+) -> Plan | None:  # fmt: skip
     selective = layout.recompute == "selective"
     try:
         return make_plan(
@@ -136,7 +140,7 @@ def _plan(
             chunks=layout.chunks if layout.schedule == "interleaved" else None,
             recompute="none" if selective else layout.recompute, memory_limit=wanted.memory_limit, states=states,
             zero=layout.zero, sequence_parallel=layout.sequence_parallel, sources=sources,
-            software=replace(software, selective=selective),
+            software=replace(software, selective=selective), thorough=thorough,
         )  # fmt: skip
     except ValueError:  # it does not fit after all, or cannot be cut as finely
         return None
@@ -218,9 +222,7 @@ class _Tables:
     hardware: Hardware
     software: Software
     _borders: dict[bool, Ints] = field(default_factory=dict[bool, Ints])
-    _made: dict[tuple[int, bool, bool, int], _Table] = field(
-        default_factory=dict[tuple[int, bool, bool, int], _Table]
-    )
+    _made: dict[tuple[int, bool, bool, int], _Table] = field(default_factory=dict[tuple[int, bool, bool, int], _Table])
 
     def of(self, layout: Layout) -> _Table:
         tp, selective = layout.mesh.tp, layout.recompute == "selective"
@@ -272,8 +274,8 @@ def find_live(graph: ProxyGraph, borders: Ints) -> Floats:
 
 def _cut(work: Floats, stages: int) -> Ints:
     """Borders of the partition whose largest stage is least, to a thousandth: bisection over greedy fillings."""
-    low, high = float(np.diff(work).max()), float(work[-1])
-    low = max(low, high / stages)
+    largest, whole = float(np.diff(work).max()), float(work[-1])
+    low, high = max(largest, whole / stages), whole / stages + largest
     starts = np.zeros(0, np.int64)
     while True:
         middle = low if not len(starts) else (low + high) / 2
@@ -282,7 +284,7 @@ def _cut(work: Floats, stages: int) -> Ints:
             made.append(int(np.searchsorted(work, work[made[-1]] + middle * (1 + 1e-9), side="right")) - 1)
         if made[-1] == len(work) - 1:
             high, starts = middle, np.array(made, np.int64)
-            if middle == low or high - low < 1e-3 * high:
+            if middle == low or high - low < 3e-3 * high:
                 return starts
         else:
             low = middle

@@ -56,6 +56,7 @@ def make_plan(
     sequence_parallel: bool = False,
     sources: Sources | None = None,
     software: Software | None = None,
+    thorough: bool = True,
     signature: Mapping[str, str] | None = None,
 ) -> Plan:
     """Decide how to train a graph on a mesh, ``batch`` samples a step.
@@ -71,6 +72,7 @@ def make_plan(
 
     For ``tp`` above 1 the graph is that of one rank, or ``sources`` has the trace it is made of, which ``software`` other
     than torch's own kernels needs as well.
+    Unless ``thorough``, the partition is the best of a few seeds of the search.
     ``zero`` is the ZeRO level; ``sequence_parallel`` divides along the sequence what tp ranks would all have.
 
     Raises ValueError, with what was asked, what was found and the nearest thing that works, for a mesh, batch or
@@ -85,7 +87,7 @@ def make_plan(
     quickest = [quick(setting.problem) for setting in tried] if len(tried) > 1 else [None]
     steps = [found.judged.timeline.makespan if found else float("inf") for found in quickest]
     setting = tried[int(np.argmin(steps))] if min(steps) < float("inf") else tried[-1]
-    found = search(setting.problem)
+    found = search(setting.problem) if thorough else quick(setting.problem)
     if found is None:
         raise too_little_memory(setting.problem, partial(asked.problem, setting), batch // mesh.dp)
     compared = {s.problem.job.micro_batches: step for s, step in zip(tried, steps, strict=True)} if tried[1:] else {}

@@ -20,9 +20,9 @@ adds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
+from functools import cache, cached_property, reduce
 
 import numpy as np
 
@@ -91,7 +91,13 @@ class Job:
 
     def link(self, source: int, target: int) -> Link | None:
         """The slowest link between two stages over all replicas; none on the same rank."""
-        ends = self.order.stage_rank[source], self.order.stage_rank[target]
+        return self._link(self.order.stage_rank[source], self.order.stage_rank[target])
+
+    @cached_property
+    def _link(self) -> Callable[[int, int], Link | None]:
+        return cache(self._slowest)
+
+    def _slowest(self, *ends: int) -> Link | None:
         if ends[0] == ends[1]:
             return None
         ranks = [[self.mesh.rank(Coord(dp, rank, 0)) for rank in ends] for dp in range(self.mesh.dp)]
