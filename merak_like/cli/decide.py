@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from merak_like.cli.models import FromConfig, Source
-from merak_like.partitioner.degrees import Ranked, Wanted, choose
+from merak_like.partitioner.degrees import Ranked, choose
 from merak_like.partitioner.hardware import Hardware
+from merak_like.partitioner.layouts import Wanted
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.one_rank import Sources
 from merak_like.partitioner.plan import Plan
@@ -92,13 +93,8 @@ class Question:
     @cached_property
     def loaded_source(self) -> Source:
         """The model's source; where the config names no dtype, in that which fused trainers use."""
-        source = self.source
-        if (
-            isinstance(source, FromConfig)
-            and source.dtype is None
-            and self.kernels == "fused"
-            and not source.says_dtype
-        ):
+        source, fused = self.source, self.kernels == "fused"
+        if isinstance(source, FromConfig) and source.dtype is None and fused and not source.says_dtype:
             return replace(source, dtype="bfloat16")
         return source
 
@@ -116,21 +112,29 @@ def decide(asked: Question) -> tuple[Plan, Sequence[Ranked]]:
         )
     if mesh is not None and mesh.tp == 1 and asked.kernels == "torch":
         return _as_written(asked, mesh), ()
-    loaded, sources = _sources(asked)
     if mesh is None:
-        return _searched(asked, loaded, sources)
+        return _searched(asked, *_sources(asked, 1))
     batch = STEP * mesh.dp * mesh.pp if asked.batch is None else asked.batch
-    options: dict[str, Any] = dict(
-        hardware=asked.hardware, batch=batch, micro_batches=asked.micro_batches, micro_batch=asked.micro_batch,
-        schedule=asked.schedule or "1f1b", chunks=asked.chunks, recompute=asked.again, states=asked.states,
-        zero=asked.zero or 0, sequence_parallel=bool(asked.sequence_parallel), sources=sources,
-        software=asked.software, signature=_signature(loaded.example),
+    size = asked.micro_batch or (batch // mesh.dp // asked.micro_batches if asked.micro_batches else 1)
+    made = _planned(asked, mesh, batch, size)
+    if made.micro_batch == size or not isinstance(asked.source, FromConfig):
+        return made, ()
+    again = _planned(replace(asked, micro_batch=made.micro_batch), mesh, batch, made.micro_batch)
+    return again.with_notes([note for note in made.notes if note.startswith("numbers of micro-batches")]), ()
+
+
+def _planned(asked: Question, mesh: Mesh, batch: int, samples: int) -> Plan:
+    """One mesh, traced with so many samples."""
+    loaded, sources = _sources(asked, max(samples, 1))
+    shown = asked.decided and asked.memory_limit is None
+    made = make_plan(
+        sources.base(mesh.tp), mesh, hardware=asked.hardware, batch=batch, micro_batches=asked.micro_batches,
+        micro_batch=asked.micro_batch, schedule=asked.schedule or "1f1b", chunks=asked.chunks, recompute=asked.again,
+        memory_limit=ROOM if shown else asked.memory_limit, states=asked.states, zero=asked.zero or 0,
+        sequence_parallel=bool(asked.sequence_parallel), sources=sources, software=asked.software,
+        signature=_signature(loaded.example),
     )  # fmt: skip
-    graph = sources.base(mesh.tp)
-    if not asked.decided or asked.memory_limit is not None:
-        return make_plan(graph, mesh, memory_limit=asked.memory_limit, **options), ()
-    made = replace(make_plan(graph, mesh, memory_limit=ROOM, **options), memory_limit=asked.hardware.memory_limit)
-    return _with_room(made), ()
+    return _with_room(replace(made, memory_limit=asked.hardware.memory_limit)) if shown else made
 
 
 def _with_room(made: Plan) -> Plan:
@@ -158,11 +162,11 @@ def _searched(asked: Question, loaded: Loaded, sources: Sources) -> tuple[Plan, 
     return replace(plan, signature=_signature(loaded.example)), ranked
 
 
-def _sources(asked: Question) -> tuple[Loaded, Sources]:
+def _sources(asked: Question, samples: int) -> tuple[Loaded, Sources]:
     from merak_like.partitioner.tracer import trace
     from merak_like.partitioner.tracer.fine import fine_trace, steps
 
-    loaded = asked.loaded_source.load(1)
+    loaded = asked.loaded_source.load(samples)
     example = (loaded.model, loaded.example, loaded.loss_fn)
     fine = fine_trace(*example)
     return loaded, Sources(trace(*example).graph, fine.graph, steps(fine), fine.constants)

@@ -22,9 +22,7 @@ def run(
     world: Annotated[int | None, typer.Option(help="Devices; the degrees that are not given are then chosen.")] = None,
     dp: Annotated[str | None, typer.Option(help="Replicas (data parallelism): a number, or auto.")] = None,
     pp: Annotated[str | None, typer.Option(help="Pipeline ranks: a number, or auto.")] = None,
-    tp: Annotated[
-        str | None, typer.Option(help="Shards of each layer (tensor parallelism): a number, or auto.")
-    ] = None,
+    tp: Annotated[str | None, typer.Option(help="Shards of layers (tensor parallelism): a number, or auto.")] = None,
     batch: Annotated[
         int | None, typer.Option(help="Samples of one step, all replicas; default 4 for each dp * pp, or device.")
     ] = None,
@@ -116,7 +114,7 @@ def _degree(name: str, text: str | None, world: int | None) -> int | None:
             raise ValueError(f"--{name} auto: give --world, the number of devices to choose for")
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--{name} {text}: give a whole number of at least 1, or auto")
+        raise ValueError(f"{name}={text} is not a degree of parallelism: give a whole number of at least 1, or auto")
     return int(text)
 
 

@@ -220,7 +220,7 @@ class Plan:
         data = cast(dict[str, Any], data)
         if data["version"] != VERSION:
             raise ValueError(f"plan version {data['version']} cannot be read, only {VERSION}: make the plan again")
-        digest = [data.pop(name, None) for name in DERIVED][0]
+        digest, *_ = (data.pop(name, None) for name in DERIVED)
         plan = _build(cls, data, "plan")
         if not edited and digest != plan.digest:
             raise ValueError(
