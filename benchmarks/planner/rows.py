@@ -134,6 +134,16 @@ def h100() -> Iterator[Row]:
         )  # fmt: skip
 
 
+def zero_bubble() -> Iterator[Row]:
+    """Qi et al. 2024, Table 4: 1F1B. Their profiles count two layers fewer than the models have."""
+    for r in read("zero_bubble_iclr24.csv"):
+        ranks, samples = r["p=GPUs"], r["mbs"] * r["m"]
+        yield Row(
+            "Zero Bubble", f"{r['model']} m={r['m']}", samples / ranks / r["thr_1f1b"],
+            (r["h"], r["L"] + 2, r["heads"], 51200, 1024), Mesh(1, ranks, 1), r["mbs"], samples, "none", "a100-80gb",
+        )  # fmt: skip
+
+
 def vtrain() -> Iterator[Row]:
     """Bang et al. 2024 (vTrain), ground truth."""
     for r in read("vtrain_multi_node.csv"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from merak_like.partitioner.after import after_seconds
@@ -51,6 +51,7 @@ def assemble(
     made = _units(graph, costs, setting.pieces, starts)
     name_of = {(unit.first, unit.stop): unit.name for unit in made}
     needs = residents(graph)
+    memories, rank_activations = _opened(judged)
     stages: list[StagePlan] = []
     for index, (start, stop) in enumerate(pairwise(starts)):
         held = [graph.parameter(name) for name in held_by(needs, start, stop)]
@@ -71,7 +72,7 @@ def assemble(
                 recompute_seconds=judged.costs.stages[index].recompute,
                 live_micro_batches=timeline.peak_live[index],
                 recompute=tuple(name_of[unit] for unit in judged.recompute[index]),
-                memory=judged.memory(index),
+                memory=memories[index],
             )
         )
     plan = Plan(
@@ -88,7 +89,7 @@ def assemble(
         shared=shared_parameters(stages),
         hardware=job.hardware.name,
         memory_limit=job.memory_limit,
-        rank_activation_bytes=timeline.rank_peak_bytes,
+        rank_activation_bytes=rank_activations,
         pipeline_seconds=timeline.makespan,
         after=after_seconds(
             job.mesh,
@@ -108,6 +109,25 @@ def assemble(
     )
     check_plan(plan, graph)
     return plan
+
+
+def _opened(judged: Judged) -> tuple[list[StageMemory], tuple[int, ...]]:
+    """What each stage and the micro-batches of each rank hold, where the one block that is computed again is workspace."""
+    memories = [judged.memory(index) for index in range(len(judged.stages))]
+    peaks = list(judged.timeline.rank_peak_bytes)
+    for rank in range(judged.schedule.ranks):
+        own = [index for index, of in enumerate(judged.schedule.stage_rank) if of == rank]
+        opened = {i: judged.stages[i].by_block[1] - judged.stages[i].by_block[0] for i in own if judged.recompute[i]}
+        largest = max(opened, key=lambda i: opened[i], default=-1)
+        for index, nbytes in opened.items():
+            held = memories[index]
+            memories[index] = replace(
+                held,
+                activations=held.activations - nbytes,
+                workspace=held.workspace + nbytes * (index == largest),
+            )
+        peaks[rank] -= max(opened.values(), default=0)
+    return memories, tuple(peaks)
 
 
 def _together(judged: Judged) -> list[StageMemory]:
