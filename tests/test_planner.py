@@ -106,6 +106,17 @@ def test_the_choice_equals_exhaustive_simulation(
         assert found.proven
 
 
+@pytest.mark.slow
+def test_the_choice_equals_exhaustive_simulation_on_a_thousand_instances():
+    every = test_the_choice_equals_exhaustive_simulation.hypothesis.inner_test
+    settings(max_examples=1000, deadline=None)(
+        given(
+            flops_strategy, st.integers(2, 4), st.integers(1, 9), st.sampled_from(ALONE), links_strategy,
+            st.sampled_from(["none", "full", "auto"]), st.data(),
+        )(every)
+    )()  # fmt: skip
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     flops_strategy, st.integers(1, 2), st.integers(1, 6), st.sampled_from(["interleaved", "zb-v", "dualpipe-v"]),

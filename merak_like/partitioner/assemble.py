@@ -112,7 +112,7 @@ def assemble(
 
 
 def _opened(judged: Judged) -> tuple[list[StageMemory], tuple[int, ...]]:
-    """What each stage and the micro-batches of each rank hold, where the one block that is computed again is workspace."""
+    """What stages, and the micro-batches of ranks, hold; a block that is computed again is workspace."""
     memories = [judged.memory(index) for index in range(len(judged.stages))]
     peaks = list(judged.timeline.rank_peak_bytes)
     for rank in range(judged.schedule.ranks):

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from merak_like.partitioner.assemble import Setting, assemble
 from merak_like.partitioner.batches import divide, traced_samples
-from merak_like.partitioner.blocks import units
+from merak_like.partitioner.blocks import repeated, units
 from merak_like.partitioner.candidates import candidates
 from merak_like.partitioner.cost import CostTable, Hardware, hardware_named, op_costs
 from merak_like.partitioner.cuts import find_cuts
@@ -187,7 +186,7 @@ class Asked:
             MemoryModel(graph, self.states.sharded(self.zero, mesh.dp), scale=scale),
             Traffic(graph, positions, scale=scale),
             np.array([*(piece.first for piece in pieces), len(graph.ops)], np.int64),
-            np.array([b.first for a, b in pairwise(pieces) if a.block != b.block], np.int64),
+            repeated(graph, pieces),
         )
         return Setting(problem, costs, pieces, scale, self.zero, self.sequence_parallel, self.software)
 
