@@ -38,7 +38,7 @@ def test_a_plan_file_makes_the_same_plan_again(tmp_path: Path):
     assert basis_of(loaded).graph == basis_of(plan).graph
     assert basis_of(loaded).hardware == basis_of(plan).hardware
     assert plan_again(loaded) == plan
-    assert Again.of(loaded).judged.timeline.makespan == plan.step_seconds
+    assert Again.of(loaded).judged.timeline.makespan == plan.pipeline_seconds
     assert Again.of(loaded).judged.rank_bytes == plan.rank_bytes
 
 

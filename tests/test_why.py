@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from merak_like.partitioner.explain.again import Again, plan_again
-from merak_like.partitioner.explain.losses import CAUSES, Played
+from merak_like.partitioner.explain.losses import CAUSES, Played, losses_of
 from merak_like.partitioner.explain.runners_up import runners_up
 from merak_like.partitioner.explain.why import Why, next_cut, why
 from merak_like.partitioner.hardware import Link
@@ -37,8 +37,9 @@ def tight() -> Why:
 def test_the_causes_add_up_to_the_step(schedule: str):
     plan = explained(schedule=schedule)
     judged = Again.of(plan).judged
-    assert judged.timeline.makespan == pytest.approx(plan.step_seconds, rel=1e-12)
-    losses = Played.of_judged(judged).losses
+    assert judged.timeline.makespan == pytest.approx(plan.pipeline_seconds, rel=1e-12)
+    losses = losses_of(plan)
+    assert losses.outside == pytest.approx(sum(plan.after.values()))
     assert losses.step == pytest.approx(plan.step_seconds)
     assert losses.work > 0
     assert losses.bubble > 0
@@ -50,13 +51,14 @@ def test_each_cause_is_there_where_it_is_made():
     assert Played.of_judged(Again.of(explained(share=0.85)).judged).losses.recompute > 0
     assert Played.of_judged(Again.of(explained(link=SLOW)).judged).losses.largest == "transfers"
     assert Played.of_judged(Again.of(plan).judged).losses.recompute == 0
-    rest = replace(plan, step_seconds=2 * plan.step_seconds, basis=plan.basis)
-    assert why(replace(rest, basis=None)).losses.outside > 0.9 * plan.step_seconds
+    late = replace(plan, after={"optimizer": 1.0}, basis=None)
+    assert why(late).losses.outside == pytest.approx(1.0, abs=plan.pipeline_seconds)
+    assert why(late).resource == "outside"
 
 
 def test_the_stages_of_the_path_make_the_step(tight: Why):
     path = sum(one.seconds for one in tight.path) + sum(seconds for *_, seconds in tight.links)
-    assert path == pytest.approx(tight.step_seconds)
+    assert path == pytest.approx(tight.step_seconds - tight.losses.outside)
     assert tight.path[tight.binding_stage].seconds == max(one.seconds for one in tight.path)
 
 
@@ -69,7 +71,7 @@ def test_the_next_best_cut_is_the_best_of_all_others(border: int, share: float):
     for place in range(starts[border - 1] + 1, starts[border + 1]):
         judged = again.judge((*starts[:border], place, *starts[border + 1 :]))
         if place != starts[border] and judged is not None:
-            steps[place] = judged.timeline.makespan
+            steps[place] = judged.timeline.makespan + sum(again.plan.after.values())
     found = next_cut(again, border)
     assert found.step_seconds == pytest.approx(min(steps.values()))
     assert steps[starts[border] + found.moved] == pytest.approx(min(steps.values()))
@@ -83,7 +85,7 @@ def test_a_hand_made_cut_is_told_what_it_costs():
     moved = int(again.problem.positions[other]) - 1  # an op in the middle of something
     stages = (replace(plan.stages[0], stop=moved), replace(plan.stages[1], start=moved), *plan.stages[2:])
     edited = Again.of(replace(plan, stages=stages))
-    assert edited.judged.timeline.makespan >= plan.step_seconds
+    assert edited.judged.timeline.makespan >= plan.pipeline_seconds
     assert next_cut(edited, 1).step_seconds is not None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -38,6 +39,16 @@ class FromConfig:
         """How the model is named on a command line: MODEL, and the options that were given."""
         given = {"seq": self.seq, "task": self.task, "dtype": self.dtype}
         return {"model": str(self.folder), **{name: value for name, value in given.items() if value is not None}}
+
+    @property
+    def says_dtype(self) -> bool:
+        """Whether the config names the dtype of its weights."""
+        file = self.folder / "config.json" if self.folder.is_dir() else self.folder
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # whoever reads it next says what is wrong
+            return True
+        return any(data.get(name) for name in ("dtype", "torch_dtype"))
 
     def load(self, samples: int) -> Loaded:
         """The model with a batch of so many samples."""

@@ -87,7 +87,14 @@ def remembered(make: Callable[P, Plan]) -> Callable[P, Plan]:
     @wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> Plan:
         options = dict(names.bind(*args, **kwargs).arguments)
-        graph = options.pop("graph")
+        graph, sources = options.pop("graph"), options.pop("sources", None)
+        options.pop("thorough", None)
+        if sources is not None:  # what one rank runs is enough to plan the same degree of tensor parallelism again
+            from merak_like.partitioner.software import TORCH
+
+            together = options.get("sequence_parallel", False)
+            software = options.get("software") or TORCH
+            graph = sources.rank(options["mesh"].tp, software, sequence_parallel=together)
         return replace(make(*args, **kwargs), basis=Basis(options, graph))
 
     return made

@@ -15,11 +15,10 @@ import numpy as np
 from merak_like.partitioner.assemble import Setting
 from merak_like.partitioner.basis import Basis
 from merak_like.partitioner.judge import Judge, Judged
-from merak_like.partitioner.memory import ADAMW
 from merak_like.partitioner.ordering import in_order
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planned import recomputing, schedule_of
-from merak_like.partitioner.planner import Asked, make_plan, stages_per_rank
+from merak_like.partitioner.planner import Asked, ask, make_plan, stages_per_rank
 from merak_like.partitioner.problem import STAND_IN, Problem
 from merak_like.partitioner.search import Found, quick
 from merak_like.partitioner.traffic import Traffic
@@ -37,8 +36,17 @@ def basis_of(plan: Plan) -> Basis:
 def plan_again(plan: Plan, **changes: Any) -> Plan:
     """The plan for the same graph with some arguments of ``make_plan`` changed."""
     basis = basis_of(plan)
-    made = make_plan(basis.graph, **{"signature": plan.signature, **basis.options, **changes})
-    return made if made.basis is None else replace(made, basis=made.basis.remembering(basis.source))
+    options = {"signature": plan.signature, **basis.options, **changes}
+    software = options.pop("software", None)  # the graph is that of one rank, and of that software's kernels
+    if options["mesh"].tp != plan.mesh.tp:
+        raise ValueError(
+            f"tp = {options['mesh'].tp}: the plan holds what one of tp = {plan.mesh.tp} ranks runs; plan the model "
+            f"again with `merak plan {basis.source.get('model', 'MODEL')} --tp {options['mesh'].tp}`"
+        )
+    made = make_plan(basis.graph, **options)
+    source = {name: word for name, word in basis.source.items() if name != "alternatives"}
+    kept = {} if software is None else {"software": software}
+    return made if made.basis is None else replace(made, basis=made.basis.remembering(source, **kept))
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,14 @@ class Again:
     def of(cls, plan: Plan) -> Again:
         """State it again. Raises ValueError where the plan does not hold what it was made from."""
         basis = basis_of(plan)
-        options = basis.options
-        asked = Asked(
-            basis.graph, plan.mesh, basis.hardware, plan.mesh.dp * plan.micro_batches * plan.micro_batch, plan.schedule,
-            stages_per_rank(plan.schedule, options.get("chunks")), options.get("recompute", "auto"), plan.memory_limit,
-            options.get("states", ADAMW),
+        options = {n: o for n, o in basis.options.items() if n in ("recompute", "states", "zero", "sequence_parallel")}
+        asked = ask(
+            basis.graph, plan.mesh, hardware=basis.hardware, schedule=plan.schedule,
+            batch=plan.mesh.dp * plan.micro_batches * plan.micro_batch, memory_limit=plan.memory_limit,
+            chunks=basis.options.get("chunks") if plan.schedule == "interleaved" else None, **options,
         )  # fmt: skip
+        software = basis.options.get("software")
+        asked = asked if software is None else replace(asked, software=software)
         setting = asked.setting(plan.micro_batches)
         problem = _cut_at(setting.problem, basis, plan.starts, setting.scale)
         place = {position: index for index, position in enumerate(problem.positions.tolist())}

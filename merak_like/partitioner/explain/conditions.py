@@ -135,14 +135,15 @@ def _kept(plan: Plan, conditions: Conditions, made: Plan) -> tuple[float | None,
         basis=basis.remembering(basis.source, **(made.basis or basis).options),
     )  # fmt: skip
     try:
-        return Again.of(changed).judged.timeline.makespan, ""
+        after = made.step_seconds - Again.of(made).judged.timeline.makespan
+        return Again.of(changed).judged.timeline.makespan + after, ""
     except ValueError as error:
         return None, "they do not fit the memory" if "memory" in str(error) else str(error)
 
 
 def trace_again(plan: Plan, **options: Any) -> str:
     """The command that makes the plan from a new trace, for what cannot be known from the old one."""
-    source, mesh = dict(basis_of(plan).source), plan.mesh
+    source, mesh = {n: w for n, w in basis_of(plan).source.items() if n != "alternatives"}, plan.mesh
     words = {**source, "dp": mesh.dp, "pp": mesh.pp, "tp": mesh.tp, "batch": samples(plan), "schedule": plan.schedule}
     words |= {"micro-batch": plan.micro_batch, "hardware": plan.hardware, **options}
     model = words.pop("model", "MODEL")

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from merak_like.partitioner.explain.again import Again
-from merak_like.partitioner.explain.losses import CAUSES, Losses, Played
+from merak_like.partitioner.explain.losses import CAUSES, Losses, losses_of
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.report.summary import MEMORY_KINDS, samples, tight_rank
 from merak_like.partitioner.report.text import bytes_text, percent_text, ranges, seconds_text
@@ -63,20 +63,13 @@ def difference(first: Plan, second: Plan) -> Difference:
         samples_per_second=(_rate(first), _rate(second)),
         rank_bytes=(max(first.rank_bytes), max(second.rank_bytes)),
         decided=tuple(_decided(first, second)),
-        losses=(_losses(first), _losses(second)),
+        losses=(losses_of(first), losses_of(second)),
         memory=tuple((kind, *(_held(plan, kind) for plan in plans)) for kind in MEMORY_KINDS),  # pyright: ignore
     )
 
 
 def _rate(plan: Plan) -> float:
     return samples(plan) / plan.step_seconds if plan.step_seconds else 0.0
-
-
-def _losses(plan: Plan) -> Losses:
-    if plan.basis is None:
-        return Played.of_plan(plan).losses
-    judged = Again.of(plan).judged
-    return Played.of_judged(judged, plan.step_seconds - judged.timeline.makespan).losses
 
 
 def _held(plan: Plan, kind: str) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from merak_like.partitioner.explain.again import Again
 from merak_like.partitioner.judge import Judged
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planned import costs_of, edges_of, schedule_of
@@ -42,6 +43,14 @@ class Losses:
     def largest(self) -> str:
         """The cause that costs most beside the work itself."""
         return max((f.name for f in fields(self)[1:]), key=lambda name: getattr(self, name))
+
+
+def losses_of(plan: Plan) -> Losses:
+    """Where the seconds of a plan go, as the planner played it where the plan holds what it was made from."""
+    if plan.basis is None:
+        return Played.of_plan(plan).losses
+    judged = Again.of(plan).judged
+    return Played.of_judged(judged, plan.step_seconds - judged.timeline.makespan).losses
 
 
 CAUSES: tuple[str, ...] = tuple(f.name for f in fields(Losses))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
-from itertools import pairwise
 from typing import Any, cast
 
 from merak_like.partitioner.batches import divisors
-from merak_like.partitioner.explain.again import Again
-from merak_like.partitioner.explain.losses import CAUSES, Losses, Played
-from merak_like.partitioner.judge import Judged
-from merak_like.partitioner.mesh import Coord, Mesh
+from merak_like.partitioner.explain.again import Again, plan_again
+from merak_like.partitioner.explain.losses import CAUSES, Losses, losses_of
+from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
-from merak_like.partitioner.report.text import seconds_text
 
 MOST = 4
 """Other degrees that are looked at, the nearest first."""
@@ -39,14 +36,15 @@ class RunnerUp:
 
 def runners_up(plan: Plan, again: Again | None) -> tuple[RunnerUp, ...]:
     """The plan's own list where it has one."""
-    carried = [_read(item) for item in getattr(plan, "alternatives", ()) or ()]
+    held = plan.basis.source.get("alternatives", ()) if getattr(plan, "basis", None) is not None else ()
+    carried = [_read(item) for item in (*(getattr(plan, "alternatives", ()) or ()), *held)]
     known = tuple(item for item in carried if item is not None and (item.dp, item.pp, item.tp) != _degrees(plan.mesh))
     if known or again is None:
         return known
     mesh = plan.mesh
     world = mesh.dp * mesh.pp
     near = sorted((pp for pp in divisors(world) if pp != mesh.pp), key=lambda pp: max(pp / mesh.pp, mesh.pp / pp))
-    found = [_tried(plan, again, Mesh(world // pp, pp, mesh.tp)) for pp in near[:MOST]]
+    found = [_tried(plan, Mesh(world // pp, pp, mesh.tp)) for pp in near[:MOST]]
     return tuple(sorted(found, key=lambda one: one.step_seconds or float("inf")))
 
 
@@ -54,7 +52,7 @@ def _degrees(mesh: Mesh) -> tuple[int, int, int]:
     return mesh.dp, mesh.pp, mesh.tp
 
 
-def _tried(plan: Plan, again: Again, mesh: Mesh) -> RunnerUp:
+def _tried(plan: Plan, mesh: Mesh) -> RunnerUp:
     """Micro-batches of the plan's size where that divides, else of the nearest."""
     batch = plan.mesh.dp * plan.micro_batches * plan.micro_batch
     if batch % mesh.dp:
@@ -62,37 +60,15 @@ def _tried(plan: Plan, again: Again, mesh: Mesh) -> RunnerUp:
     each = batch // mesh.dp
     m = min(divisors(each), key=lambda n: (abs(each / n - plan.micro_batch), n))
     try:
-        judged = again.other_stages(mesh=mesh, micro_batches=m)
+        made = plan_again(plan, mesh=mesh, micro_batches=m, micro_batch=None, thorough=False)
     except ValueError as error:
-        return RunnerUp(*_degrees(mesh), m, None, str(error))
-    if judged is None:
-        return RunnerUp(*_degrees(mesh), m, None, "too little memory")
-    outside = plan.step_seconds - again.judged.timeline.makespan
-    losses, own = Played.of_judged(judged, outside).losses, Played.of_judged(again.judged, outside).losses
+        short = "too little memory" if "fits the memory" in str(error) else str(error)
+        return RunnerUp(*_degrees(mesh), m, None, short)
+    losses, own = losses_of(made), losses_of(plan)
     if losses.step >= own.step:
         return RunnerUp(*_degrees(mesh), m, losses.step, _compared(own, losses))
     told = "faster by this estimate: its cut was searched quickly, make the plan to be sure"
-    more = reduction(again, judged, mesh) - reduction(again, again.judged, plan.mesh)
-    if outside == 0 and more > 0:
-        told = f"faster by this estimate, which leaves out the sum of gradients: up to {seconds_text(more)} more"
     return RunnerUp(*_degrees(mesh), m, losses.step, told)
-
-
-def reduction(again: Again, judged: Judged, mesh: Mesh) -> float:
-    """Seconds of summing gradients over replicas in a ring, none of it hidden: ``2 (d - 1) / d`` times their bytes.
-
-    Over the slowest link between neighbours of a ring.
-    """
-    if mesh.dp == 1:
-        return 0.0
-    hardware, seconds = again.asked.hardware, 0.0
-    for pp in range(mesh.pp):
-        own = (s for s, rank in zip(judged.stages, judged.schedule.stage_rank, strict=True) if rank == pp)
-        nbytes = sum(stage.parts.gradients for stage in own)
-        ranks = [mesh.rank(Coord(dp, pp, 0)) for dp in range(mesh.dp)]
-        slowest = min(hardware.link(a, b).bandwidth for a, b in pairwise(ranks))
-        seconds = max(seconds, 2 * (mesh.dp - 1) / mesh.dp * nbytes / slowest)
-    return seconds
 
 
 def _compared(own: Losses, other: Losses) -> str:
