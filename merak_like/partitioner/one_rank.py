@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merak_like.partitioner.graph import Collective, Op, Parameter, ProxyGraph, Value
 from merak_like.partitioner.software import Sizes, Software, run_with
-from merak_like.partitioner.tensor_parallel.derived import Derived
-from merak_like.partitioner.tensor_parallel.layout import Layout, local_size
+
+if TYPE_CHECKING:
+    from merak_like.partitioner.tensor_parallel.derived import Derived
+    from merak_like.partitioner.tensor_parallel.layout import Layout
 
 SURE = 0.05
 """Share of the weights that a degree may divide less than the smallest one does, before it is refused."""
@@ -32,7 +34,7 @@ class Sources:
     fine: ProxyGraph
     steps: Sequence[Any]
     constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    _derived: dict[int, Derived] = field(default_factory=dict[int, Derived])
+    _derived: dict[int, Derived] = field(default_factory=lambda: dict[int, "Derived"]())
     _made: dict[Any, ProxyGraph] = field(default_factory=dict[Any, ProxyGraph])
 
     def base(self, tp: int) -> ProxyGraph:
@@ -137,6 +139,8 @@ def _layouts(derived: Derived) -> dict[str, Layout]:
 
 
 def _shape(layout: Layout) -> tuple[int, ...]:
+    from merak_like.partitioner.tensor_parallel.layout import local_size  # its package needs torch; a plan's reader not
+
     return tuple(map(local_size, layout))
 
 
