@@ -227,6 +227,8 @@ def _recompute(again: Again) -> Iterator[Choice]:
 
 def _schedules(again: Again) -> Iterator[Choice]:
     """The same stages where a schedule has as many, else cut again for it."""
+    if again.plan.mesh.pp == 1:  # there is nothing to order
+        return
     recomputes = any(stage.recompute for stage in again.plan.stages)
     for name in (*AS_DATA, AUTO):  # to build an order for a V is a search of seconds
         if name == again.plan.schedule or (name in LADDER and not recomputes):
