@@ -30,8 +30,10 @@ def check(path: Path) -> None:
 
 
 def random_costs(random: Random, stages: int, edges: Edges) -> Costs:
-    kinds = ("forward", "backward", "recompute", "weight")
-    each = tuple(StageCosts(**{kind: random.uniform(0.1, 2) for kind in kinds}) for _ in range(stages))
+    def some() -> float:
+        return random.uniform(0.1, 2)
+
+    each = tuple(StageCosts(some(), some(), some(), some()) for _ in range(stages))
     return Costs(each, {edge: random.choice([0.0, random.uniform(0, 3)]) for edge in edges})
 
 
