@@ -39,6 +39,7 @@ __all__ = [
     "converting_modules",
     "fake_like",
     "fake_parameter",
+    "fake_store",
     "fake_tensor",
     "fake_view",
     "has_step_hooks",
@@ -126,6 +127,13 @@ def fake_parameter(mode: FakeTensorMode, parameter: torch.nn.Parameter, device: 
     fake = fake_like(mode, parameter, device).requires_grad_(parameter.requires_grad)
     fake._is_param = True  # type: ignore[attr-defined]
     return fake
+
+
+def fake_store() -> Any:
+    """A store that says yes to everything: for a process that plays one rank of a job of many."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # here: it is of no use to training
+
+    return FakeStore()
 
 
 def is_functorch_tensor(tensor: torch.Tensor) -> bool:

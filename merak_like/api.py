@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,25 +14,31 @@ import torch
 from torch import Tensor, nn
 
 from merak_like import __version__
+from merak_like.partitioner.degrees import choose
+from merak_like.partitioner.executable import ENGINE
 from merak_like.partitioner.graph import ProxyGraph
-from merak_like.partitioner.hardware import Hardware
+from merak_like.partitioner.hardware import Hardware, hardware_named
+from merak_like.partitioner.layouts import Layout, Wanted
 from merak_like.partitioner.mesh import Mesh
+from merak_like.partitioner.one_rank import Sources
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planner import make_plan
+from merak_like.partitioner.software import TORCH
 from merak_like.partitioner.this_machine import this_machine
-from merak_like.partitioner.tracer import LossFn
+from merak_like.partitioner.tracer import LossFn, trace
+from merak_like.partitioner.tracer.fine import fine_trace, steps
 from merak_like.runtime import collect
 from merak_like.runtime.batches import LossWeight, rows, signature, split, to_device
 from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.groups import make_groups
-from merak_like.runtime.initialize import join
+from merak_like.runtime.initialize import join, world_size
 from merak_like.runtime.links import DistLinks, NoLinks
 from merak_like.runtime.materialize import Initialiser, materialize
 from merak_like.runtime.optimizer import Slot, Update
 from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.programs import Programs
-from merak_like.runtime.tensor_parallel.sharding import sharding
+from merak_like.runtime.tensor_parallel.sharding import on_meta, sharding
 from merak_like.runtime.watch import Watch
 from merak_like.runtime.zero import FlatReducer, refuse_unsuited, retarget
 
@@ -77,18 +84,19 @@ def auto_parallel(
     with this rank's parameters. ``loss_weight(micro_batch)`` counts the items that a micro-batch's loss is the mean of:
     by default target tokens for Hugging Face language models, else samples. ``schedule``, ``chunks`` (stages per rank,
     for "interleaved") and ``recompute`` ("auto": what memory asks for, "none", "full") are those of ``make_plan``.
-    ``tp_shares`` of 2 or more runs each micro-batch in so many parts, the sums over tensor-parallel ranks of one part
-    under the compute of another. ``plan`` obeys a plan made before. ``timeout`` in seconds limits every wait for
-    another rank.
+    A degree ``"auto"`` is chosen, with the number of micro-batches, for the ranks that torchrun started, the example's
+    batch and the memory; degrees that are given stay. ``tp_shares`` of 2 or more runs each micro-batch in so many
+    parts, the sums over tensor-parallel ranks of one part under the compute of another. ``plan`` obeys a plan made
+    before. ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
     traced or cut, memory that does not suffice, and ranks that do not agree.
     """
-    mesh = Mesh(*(_degree(axis, degree) for axis, degree in (("dp", dp), ("pp", pp), ("tp", tp))))
+    degrees = {axis: _degree(axis, degree) for axis, degree in (("dp", dp), ("pp", pp), ("tp", tp))}
+    chosen = None in degrees.values()
+    mesh = Mesh(world_size()) if chosen else Mesh(*(degree or 1 for degree in degrees.values()))
     if zero not in (0, 1, 2):
         raise ValueError(f"zero={zero}: it is 0, 1 (spread the optimizer's state) or 2 (gradients too)")
-    if zero and mesh.tp > 1:
-        raise ValueError(f"zero={zero} does not go with tp={mesh.tp} yet: use zero=0, or more dp or pp instead of tp")
     precise = precision_of(precision)
     world = join(mesh, timeout=timeout, device=device)
     if not model.training:
@@ -100,6 +108,15 @@ def auto_parallel(
         if plan is None and hardware is None:  # one measurement for all, or each rank would plan for itself
             measure = partial(this_machine, device=world.device.type) if world.rank == 0 else None
             hardware = collect.from_first(measure, world, watch)
+        if chosen and plan is not None:
+            mesh = plan.mesh
+        elif chosen:
+            wanted = Wanted(
+                world.size, rows(example), **degrees, micro_batches=micro_batches, schedule=schedule, chunks=chunks,
+                recompute=None if recompute == "auto" else recompute, memory_limit=memory_limit, executable=ENGINE,
+            )  # fmt: skip
+            layout = _chosen(model, example, loss_fn, wanted, hardware)
+            mesh, micro_batches, recompute = layout.mesh, layout.micro_batches, layout.recompute
         if plan is not None and plan.mesh != mesh:
             raise ValueError(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
@@ -192,12 +209,30 @@ def auto_parallel(
         )
 
 
-def _degree(axis: str, degree: Degree) -> int:
+def _degree(axis: str, degree: Degree) -> int | None:
+    """The degree, or None where it is to be chosen."""
     if degree == "auto":
-        raise ValueError(f"{axis}='auto' is not available yet: give a number")
+        return None
     if not isinstance(degree, int):
-        raise ValueError(f"{axis}={degree!r} is not a degree of parallelism: give a whole number of at least 1")
+        raise ValueError(f"{axis}={degree!r} is not a degree of parallelism: a whole number, or 'auto'")
     return degree
+
+
+def _chosen(
+    model: nn.Module, example: Any, loss_fn: LossFn | None, wanted: Wanted, hardware: Hardware | str | None
+) -> Layout:
+    """The fastest layout that the engine can run. It depends on the arguments alone, so every rank finds the same."""
+    named = hardware or "a100-80gb"
+    device = hardware_named(named) if isinstance(named, str) else named
+    device = replace(device, kernels=TORCH.kernels)
+    sample = split(example, rows(example))[0]
+    graph = trace(model, sample, loss_fn, device="cpu").graph
+    try:
+        fine = fine_trace(on_meta(model), sample, loss_fn, device="cpu")
+        sources = Sources(graph, fine.graph, steps(fine), fine.constants)
+    except ValueError:  # it cannot be looked into so finely: then it is not sharded either
+        sources, wanted = Sources(graph, graph, ()), replace(wanted, executable=replace(ENGINE, tp=1))
+    return choose(sources, wanted, device, TORCH)[0].layout
 
 
 def _micro_batch(example: Any, mesh: Mesh, micro_batches: int) -> Any:

@@ -198,7 +198,7 @@ def test_plan_a_function_of_ones_own(gpt2: Path, capsys: pytest.CaptureFixture[s
         (["meta-llama/Llama-3-8B"], "nothing is downloaded"),
         (["."], "in its folders gpt2"),
         (["gpt2", "--dp", "0"], "dp=0 is not a degree"),
-        (["gpt2", "--pp", "two"], "valid integer"),
+        (["gpt2", "--pp", "two"], "pp=two is not a degree"),
         (["gpt2", "--memory", "lots"], "such as 40GB"),
         (["gpt2", "--hardware", "a100"], "a100-80gb"),
         (["gpt2", "--hardware", "mine.json"], "there is no hardware file"),

@@ -94,6 +94,14 @@ def test_fake_parameter(mode: Any) -> None:
     assert _compat.fake_parameter(mode, nn.Parameter(torch.ones(2)), CPU).requires_grad
 
 
+def test_fake_store() -> None:
+    torch.distributed.init_process_group("fake", store=_compat.fake_store(), rank=3, world_size=1024)
+    try:
+        assert torch.distributed.get_world_size(torch.distributed.new_group([1, 3, 700])) == 3
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_storage_key(mode: Any) -> None:
     for one, two in (
         (torch.ones(4), torch.ones(4)),

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from merak_like.partitioner.cuts import live_values
 from merak_like.partitioner.graph import ProxyGraph
-from merak_like.partitioner.memory import ADAMW, STATES, MemoryModel, Parts
+from merak_like.partitioner.memory import MemoryModel, Parts
+from merak_like.partitioner.states import ADAMW, STATES
 from tests.graphs import GraphBuilder, encoder_decoder, gpt, norm, skips, two_towers
 from tests.test_cuts import draw_starts, random_graphs
 

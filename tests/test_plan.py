@@ -35,7 +35,7 @@ def test_the_digest_names_the_content():
     ), "planning is deterministic"
     others = [
         replace(PLAN, micro_batches=5),
-        replace(PLAN, step_seconds=PLAN.step_seconds * (1 + 1e-15)),
+        replace(PLAN, pipeline_seconds=PLAN.pipeline_seconds * (1 + 1e-15)),
         PLAN.with_notes(["why not"]),
         replace(PLAN, stages=(replace(PLAN.stages[0], flops=1), *PLAN.stages[1:])),
         replace(PLAN, signature={}),

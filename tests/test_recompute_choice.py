@@ -247,7 +247,7 @@ def test_stages_of_one_rank_send_nothing() -> None:
     assert made.stage_rank == (0, 1, 1, 0)
     slow = plan(gpt(8, d=64, s=64), 1, schedule="interleaved", chunks=4)
     assert slow.stage_rank == (0, 0, 0, 0)
-    assert slow.step_seconds == pytest.approx(8 * sum(s.forward_seconds + s.backward_seconds for s in slow.stages))
+    assert slow.pipeline_seconds == pytest.approx(8 * sum(s.forward_seconds + s.backward_seconds for s in slow.stages))
     assert slow.bubble == pytest.approx(0, abs=1e-9)
 
 
@@ -257,7 +257,7 @@ def test_the_step_of_a_plan_is_its_schedule_simulated_with_its_costs(schedule: s
     made = plan(gpt(6, d=64, s=64), 3, schedule=schedule, recompute=recompute, hardware="a100-80gb", micro_batches=8)
     order, edges = schedule_of(made), edges_of(made)
     timeline = simulate(add_transfers(order, edges), costs_of(made), edges)
-    assert timeline.makespan == pytest.approx(made.step_seconds, rel=1e-9)
+    assert timeline.makespan == pytest.approx(made.pipeline_seconds, rel=1e-9)
     assert timeline.bubble == pytest.approx(made.bubble, abs=1e-9)
     halves = {AUTO, AUTO_V, "zb-h1", "zb-h2", "zb-v", "dualpipe-v"}
     assert bool(order.apart(Kind.W)) == (schedule in halves)

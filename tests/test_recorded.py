@@ -88,7 +88,7 @@ def test_the_planned_step_takes_what_the_plan_says(schedule: str) -> None:
     made = planner.make_plan(
         gpt(6), Mesh(1, 3), hardware="a100-80gb", batch=12, micro_batches=6, schedule=schedule
     )  # fmt: skip
-    assert planned_step(made, schedule_of(made)).makespan == pytest.approx(made.step_seconds)
+    assert planned_step(made, schedule_of(made)).makespan == pytest.approx(made.pipeline_seconds)
 
 
 # The file.

@@ -16,6 +16,11 @@ import typer.core
 COMMANDS = {
     "plan": "merak_like.cli.plan",
     "show": "merak_like.cli.show",
+    "why": "merak_like.cli.why",
+    "diff": "merak_like.cli.diff",
+    "what-if": "merak_like.cli.what_if",
+    "verify": "merak_like.cli.verify",
+    "calibrate": "merak_like.cli.calibrate",
     "html": "merak_like.cli.html_page",
     "simulate": "merak_like.cli.simulate",
     "timeline": "merak_like.cli.timeline",

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merak_like.partitioner.plan import Plan
+
+if TYPE_CHECKING:
+    from merak_like.partitioner.hardware import Hardware
 
 
 def load_plan(path: Path, edited: bool = False) -> Plan:
@@ -41,3 +45,22 @@ def _beside(path: Path) -> str:
         return ""
     near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1)
     return f", but there is {str(path.parent / near[0])!r}" if near else ""
+
+
+def named_hardware(text: str) -> Hardware:
+    """A preset, a JSON file of figures, or ``this`` machine, measured; ValueError where it is none of them."""
+    from merak_like.partitioner.hardware import Hardware, hardware_named
+
+    if text == "this":
+        from merak_like.partitioner.this_machine import this_machine
+
+        return this_machine()
+    if text.endswith(".json"):
+        file = Path(text).expanduser()
+        if not file.is_file():
+            raise ValueError(f"there is no hardware file {text!r}: name a preset, `this`, or a JSON file of figures")
+        try:
+            return Hardware.from_json(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{text}: {error}") from None
+    return hardware_named(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -33,6 +34,22 @@ class FromConfig:
     task: str | None
     dtype: str | None
 
+    @property
+    def words(self) -> dict[str, Any]:
+        """How the model is named on a command line: MODEL, and the options that were given."""
+        given = {"seq": self.seq, "task": self.task, "dtype": self.dtype}
+        return {"model": str(self.folder), **{name: value for name, value in given.items() if value is not None}}
+
+    @property
+    def says_dtype(self) -> bool:
+        """Whether the config names the dtype of its weights."""
+        file = self.folder / "config.json" if self.folder.is_dir() else self.folder
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # whoever reads it next says what is wrong
+            return True
+        return any(data.get(name) for name in ("dtype", "torch_dtype"))
+
     def load(self, samples: int) -> Loaded:
         """The model with a batch of so many samples."""
         from merak_like.hf import from_config
@@ -47,6 +64,11 @@ class FromFunction:
 
     module: str
     function: str
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """How the model is named on a command line."""
+        return {"model": f"{self.module}:{self.function}"}
 
     def load(self, samples: int) -> Loaded:
         """What the function returns; ``samples`` is its own business."""

@@ -2,143 +2,139 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merak_like.cli.files import writable
+from merak_like.cli.files import named_hardware, writable
 from merak_like.cli.show import print_tables
-from merak_like.partitioner.mesh import Mesh
-from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.report.text import parse_bytes
 
 if TYPE_CHECKING:
-    from merak_like.cli.models import Source
     from merak_like.partitioner.cost import Hardware
-
-STEP = 4
-"""Samples of a step for each pipeline rank, when nobody says."""
 
 
 def run(
     model: Annotated[
         str, typer.Argument(help="A folder with a config.json, or module:function returning (model, example).")
     ],
-    dp: Annotated[int, typer.Option(help="Replicas (data parallelism).")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline ranks.")] = 1,
-    tp: Annotated[int, typer.Option(help="Shards of each layer (tensor parallelism).")] = 1,
-    batch: Annotated[int | None, typer.Option(help="Samples of one step, all replicas; default 4 * dp * pp.")] = None,
+    world: Annotated[int | None, typer.Option(help="Devices; the degrees that are not given are then chosen.")] = None,
+    dp: Annotated[str | None, typer.Option(help="Replicas (data parallelism): a number, or auto.")] = None,
+    pp: Annotated[str | None, typer.Option(help="Pipeline ranks: a number, or auto.")] = None,
+    tp: Annotated[str | None, typer.Option(help="Shards of layers (tensor parallelism): a number, or auto.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Samples of one step, all replicas; default 4 for each dp * pp, or device.")
+    ] = None,
     micro_batches: Annotated[int | None, typer.Option(help="Micro-batches of a step; default: the fastest.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Samples of a micro-batch, instead of their number.")] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option("--micro-batch", "--micro-batch-size", help="Samples of a micro-batch, instead of their number."),
+    ] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens of a sample; default 1024, or what the model can.")] = None,
     task: Annotated[
         str | None, typer.Option(help="causal-lm, masked-lm, ...; default: the config's architecture.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights; default: the config's.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights; default: the config's, else what the hardware is used with.")
+    ] = None,
     hardware: Annotated[str, typer.Option(help="A preset, a JSON file of figures, or `this` machine.")] = "a100-80gb",
+    devices_per_node: Annotated[int | None, typer.Option(help="Devices of a node; default: the hardware's.")] = None,
+    inter_bandwidth: Annotated[
+        str | None, typer.Option(help="Between nodes, for each device and second, such as 12.5GB.")
+    ] = None,
     schedule: Annotated[
-        str, typer.Option(help="1f1b, scp, zb-v, ... or auto, auto-v: `merak simulate` has all of them.")
-    ] = "1f1b",
+        str | None,
+        typer.Option(help="1f1b (default), interleaved, scp, zb-v, ... or auto, auto-v: see `merak simulate`."),
+    ] = None,
     chunks: Annotated[int | None, typer.Option(help="Stages per rank of the interleaved schedule; default 2.")] = None,
     recompute: Annotated[
-        str, typer.Option(help="auto: what the memory asks for; none; full: all that the schedule lets.")
-    ] = "auto",
+        str | None,
+        typer.Option(help="auto: what the memory asks for; none; selective: attention scores; full: all."),
+    ] = None,
+    zero: Annotated[int | None, typer.Option(help="ZeRO level, 0 to 3; default 0, or chosen with the degrees.")] = None,
+    sequence_parallel: Annotated[
+        bool | None, typer.Option(help="Divide along the sequence what tp ranks share; default: no, or chosen.")
+    ] = None,
+    kernels: Annotated[
+        str | None, typer.Option(help="torch: as the model is written; fused: as large-scale trainers run it.")
+    ] = None,
+    attention: Annotated[str | None, typer.Option(help="Of fused kernels: flash, or math with scores.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw, adamw-mixed, adamw-megatron, momentum, sgd: the state kept.")
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="Of one rank, such as 40GB; default: the hardware's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan itself; a file only with -o.")] = False,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Then run a step of it without data: `merak verify`.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The plan file; default plan.json.")] = None,
 ) -> None:
     """Decide how to train a model on dp x pp x tp devices; no weight is allocated and no device is needed."""
-    mesh = Mesh(dp, pp, tp)
+    degrees = {name: _degree(name, text, world) for name, text in (("dp", dp), ("pp", pp), ("tp", tp))}
     path = None if as_json and output is None else writable(output or Path("plan.json"))
     limit = None if memory is None else parse_bytes(memory)
 
+    from merak_like.cli.decide import Question, decide, remembering
     from merak_like.cli.models import source
 
-    made = decide(
-        source(model, seq=seq, task=task, dtype=dtype),
-        mesh,
-        hardware=_hardware(hardware),
-        batch=STEP * dp * pp if batch is None else batch,
-        micro_batches=micro_batches,
-        micro_batch=micro_batch,
-        schedule=schedule,
-        chunks=chunks,
-        recompute=recompute,
-        memory_limit=limit,
-    )
+    device = _hardware(hardware, devices_per_node, inter_bandwidth)
+    question = Question(
+        source(model, seq=seq, task=task, dtype=dtype), device, world, batch=batch, micro_batches=micro_batches,
+        micro_batch=micro_batch, schedule=schedule, chunks=chunks, recompute=recompute, zero=zero,
+        sequence_parallel=sequence_parallel, kernels=kernels or device.kernels,
+        attention=attention or device.attention, optimizer=optimizer, memory_limit=limit, **degrees,
+    )  # fmt: skip
+    made, ranked = decide(question)
+    made = remembering(made, question, ranked)
     if path is not None:
         made.save(path)
     if as_json:
         typer.echo(made.to_json())
     else:
         print_tables(made)
+        if len(ranked) > 1:
+            print_ranked(ranked)
+    if check:
+        from merak_like.cli.verify import report, verify
+
+        report(verify(made), as_json=False, err=as_json)
+    if not as_json:
         typer.echo(f"wrote {path}: look at it with `merak show {path}` or `merak html {path}`")
 
 
-def decide(
-    model: Source,
-    mesh: Mesh,
-    *,
-    batch: int,
-    micro_batches: int | None = None,
-    micro_batch: int | None = None,
-    **options: Any,
-) -> Plan:
-    """Trace and plan. A model that can be traced at any size is traced again at the size of the micro-batch chosen."""
-    each = batch // mesh.dp
-    size = micro_batch or (each // micro_batches if micro_batches else 1)
-    made = _plan(
-        model, max(size, 1), mesh, batch=batch, micro_batches=micro_batches, micro_batch=micro_batch, **options
-    )
-    if made.micro_batch == size or not hasattr(model, "folder"):
-        return made
-    again = _plan(model, made.micro_batch, mesh, batch=batch, micro_batches=made.micro_batches, **options)
-    return again.with_notes([note for note in made.notes if note.startswith("numbers of micro-batches")])
+def print_ranked(ranked: Any) -> None:
+    """The layouts that were compared."""
+    from rich.console import Console
+
+    from merak_like.cli.ranked import render
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=120)
+    console.print(render(ranked))
 
 
-def _plan(model: Source, samples: int, mesh: Mesh, **options: Any) -> Plan:
-    from merak_like.partitioner.planner import make_plan
-    from merak_like.partitioner.tracer import trace
-
-    loaded = model.load(samples)
-    given = (loaded.model, loaded.example, loaded.loss_fn)
-    if mesh.tp > 1:
-        from merak_like.partitioner.tensor_parallel.describe import sharded
-
-        graph, options["sharding"] = sharded(*given, mesh.tp)
-    else:
-        graph = trace(*given).graph
-    return make_plan(graph, mesh, signature=_signature(loaded.example), **options)
+def _degree(name: str, text: str | None, world: int | None) -> int | None:
+    if text is None:
+        return None if world is not None else 1
+    if text == "auto":
+        if world is None:
+            raise ValueError(f"--{name} auto: give --world, the number of devices to choose for")
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{name}={text} is not a degree of parallelism: give a whole number of at least 1, or auto")
+    return int(text)
 
 
-def _signature(example: Any) -> dict[str, str]:
-    """The tensors of an example by name."""
-    items = (
-        example.items()
-        if isinstance(example, dict)
-        else enumerate(example if isinstance(example, tuple) else (example,))
-    )
-    return {
-        str(name): f"{str(item.dtype).removeprefix('torch.')}{list(item.shape)}"
-        for name, item in items
-        if hasattr(item, "dtype")
-    }
+def _hardware(text: str, devices_per_node: int | None, inter_bandwidth: str | None) -> Hardware:
 
+    from merak_like.partitioner.hardware import Link
 
-def _hardware(text: str) -> Hardware:
-    from merak_like.partitioner import cost
-
-    if text == "this":
-        from merak_like.partitioner.this_machine import this_machine
-
-        return this_machine()
-    if text.endswith(".json"):
-        file = Path(text).expanduser()
-        if not file.is_file():
-            raise ValueError(f"there is no hardware file {text!r}: name a preset, `this`, or a JSON file of figures")
-        try:
-            return cost.Hardware.from_json(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{text}: {error}") from None
-    return cost.hardware_named(text)
+    found = named_hardware(text)
+    if devices_per_node is not None:
+        found = replace(found, devices_per_node=devices_per_node)
+    if inter_bandwidth is not None:
+        found = replace(found, inter=Link(parse_bytes(inter_bandwidth), found.inter.latency))
+    return found

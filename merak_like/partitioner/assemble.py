@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from merak_like.partitioner.after import after_seconds
 from merak_like.partitioner.blocks import Piece
 from merak_like.partitioner.cost import Cost
 from merak_like.partitioner.cuts import crossings
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.judge import Judged
 from merak_like.partitioner.locality import held_by, residents
-from merak_like.partitioner.plan import Plan, StagePlan, Unit
+from merak_like.partitioner.plan import Plan, StageMemory, StagePlan, Unit
 from merak_like.partitioner.problem import STAND_IN, Problem
 from merak_like.partitioner.schedules.action import Schedule
 from merak_like.partitioner.sharding import ShardedBlock
+from merak_like.partitioner.software import TORCH, Software
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class Setting:
     pieces: tuple[Piece, ...]
     scale: float
     """Samples per micro-batch over samples traced."""
+    zero: int = 0
+    sequence_parallel: bool = False
+    software: Software = TORCH
 
 
 def assemble(
@@ -47,6 +53,7 @@ def assemble(
     made = _units(graph, costs, setting.pieces, starts)
     name_of = {(unit.first, unit.stop): unit.name for unit in made}
     needs = residents(graph)
+    memories, rank_activations = _opened(judged)
     stages: list[StagePlan] = []
     for index, (start, stop) in enumerate(pairwise(starts)):
         held = [graph.parameter(name) for name in held_by(needs, start, stop)]
@@ -60,14 +67,14 @@ def assemble(
                 params=tuple(p.name for p in held if not p.buffer),
                 buffers=tuple(p.name for p in held if p.buffer),
                 param_count=sum(p.numel for p in held if not p.buffer),
-                flops=sum(cost.flops for cost in costs[start:stop]),
+                flops=round(sum(op.flops for op in graph.ops[start:stop]) * setting.scale),
                 forward_seconds=sum(cost.forward_seconds for cost in costs[start:stop]),
                 backward_seconds=sum(cost.backward_seconds for cost in costs[start:stop]),
                 weight_seconds=sum(cost.weight_seconds for cost in costs[start:stop]),
                 recompute_seconds=judged.costs.stages[index].recompute,
                 live_micro_batches=timeline.peak_live[index],
                 recompute=tuple(name_of[unit] for unit in judged.recompute[index]),
-                memory=judged.memory(index),
+                memory=memories[index],
             )
         )
     plan = Plan(
@@ -84,15 +91,70 @@ def assemble(
         shared=shared_parameters(stages),
         hardware=job.hardware.name,
         memory_limit=job.memory_limit,
-        rank_activation_bytes=timeline.rank_peak_bytes,
-        step_seconds=timeline.makespan,
+        rank_activation_bytes=rank_activations,
+        pipeline_seconds=timeline.makespan,
+        after=after_seconds(
+            job.mesh,
+            job.hardware,
+            _together(judged),
+            _tied_bytes(graph, stages) // job.mesh.tp,
+            zero=setting.zero,
+            hidden=min(s.backward + s.forward * bool(setting.zero) for s in judged.stages),
+        ),
         bubble=timeline.bubble,
+        zero=setting.zero,
+        sequence_parallel=setting.sequence_parallel,
+        peak_flops=job.hardware.peak(_dtype(graph)),
+        software=str(setting.software),
         signature=dict(signature),
         notes=tuple(notes),
         sharding=tuple(sharding),
     )
     check_plan(plan, graph)
     return plan
+
+
+def _opened(judged: Judged) -> tuple[list[StageMemory], tuple[int, ...]]:
+    """What stages, and the micro-batches of ranks, hold; a block that is computed again is workspace."""
+    memories = [judged.memory(index) for index in range(len(judged.stages))]
+    peaks = list(judged.timeline.rank_peak_bytes)
+    for rank in range(judged.schedule.ranks):
+        own = [index for index, of in enumerate(judged.schedule.stage_rank) if of == rank]
+        opened = {i: judged.stages[i].by_block[1] - judged.stages[i].by_block[0] for i in own if judged.recompute[i]}
+        largest = max(opened, key=lambda i: opened[i], default=-1)
+        for index, nbytes in opened.items():
+            held = memories[index]
+            memories[index] = replace(
+                held,
+                activations=held.activations - nbytes,
+                workspace=held.workspace + nbytes * (index == largest),
+            )
+        peaks[rank] -= max(opened.values(), default=0)
+    return memories, tuple(peaks)
+
+
+def _together(judged: Judged) -> list[StageMemory]:
+    """What each pipeline rank holds throughout a step."""
+    totals = [StageMemory()] * judged.schedule.ranks
+    for index, rank in enumerate(judged.schedule.stage_rank):
+        held, own = totals[rank], judged.memory(index)
+        totals[rank] = StageMemory(
+            held.weights + own.weights, held.gradients + own.gradients, held.optimizer + own.optimizer
+        )
+    return totals
+
+
+def _dtype(graph: ProxyGraph) -> str:
+    """That of most weights."""
+    elements = Counter[str]()
+    for parameter in graph.parameters:
+        elements[parameter.dtype] += parameter.numel * (not parameter.buffer)
+    return elements.most_common(1)[0][0] if elements else "float32"
+
+
+def _tied_bytes(graph: ProxyGraph, stages: Sequence[StagePlan]) -> int:
+    """Bytes of gradients that are summed over stages."""
+    return sum(graph.parameter(name).nbytes for name in shared_parameters(stages) if graph.parameter(name).trainable)
 
 
 def written(schedule: Schedule) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from math import ceil
 import numpy as np
 
 from merak_like.partitioner.cost import Cost, CostTable, Floats
-from merak_like.partitioner.cuts import Cuts, find_cuts
+from merak_like.partitioner.cuts import Cuts, Ints, find_cuts
 from merak_like.partitioner.graph import ProxyGraph
 
 LARGEST = 0.25
@@ -213,3 +213,17 @@ def _named(pieces: list[Piece]) -> Iterator[Piece]:
         seen[piece.name] += 1
         count = seen[piece.name]
         yield piece if count == 1 else replace(piece, name=f"{piece.name}#{count}")
+
+
+def repeated(graph: ProxyGraph, pieces: Sequence[Piece]) -> Ints:
+    """Where blocks begin that have siblings of their type, and where the last of them ends."""
+    larger = (call for call in graph.calls if call.stop > call.first + 1)
+    kinds = {call.path: (call.path.rpartition(".")[0], call.type) for call in larger}
+    alike = Counter(kinds[name] for name in dict.fromkeys(piece.block for piece in pieces) if name in kinds)
+    inside = [piece.block in kinds and alike[kinds[piece.block]] > 1 for piece in pieces]
+    borders = [
+        after.first
+        for (before, within), (after, starts) in pairwise(zip(pieces, inside, strict=True))
+        if (starts and before.block != after.block) or (within and not starts)
+    ]
+    return np.array(borders, np.int64)

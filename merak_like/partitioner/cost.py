@@ -6,6 +6,9 @@ backward matmul-like: max(gradients * flops / reached peak, twice the bytes / ..
          others: the forward with twice the bytes                                  + the launches once
 ======== ======================================================================== ====================================
 
+To both are added what the call's other kernels stream through memory (twice as much backward) and its sums over
+tensor-parallel ranks.
+
 An op is matmul-like if it does more flops than it moves bytes. The gradients counted, at most 2, are those of the
 inputs that need one and that of the weights: a linear layer's backward is twice its forward, but only once if it is the
 first or is frozen. Where no output needs a gradient there is no backward. Of the backward of an op that can put off
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,17 +65,25 @@ def op_cost(op: Op, graph: ProxyGraph, hardware: Hardware, *, scale: float = 1.0
     moved = param_bytes + max(op.moved_bytes - param_bytes, 0) * scale
     launch = op.kernels * hardware.launch_seconds
     dtype = _dtype(op)
-    memory_seconds = moved / hardware.memory_bandwidth
+    memory_seconds = hardware.streaming_seconds(moved)
+    streaming = hardware.streaming_seconds(op.streamed_bytes * scale)
     compute_seconds = hardware.matmul_seconds(flops, dtype) if flops > moved else 0.0
-    forward = max(compute_seconds, memory_seconds) + launch
+    started = max if hardware.queued else add
+    alone = started(max(compute_seconds, memory_seconds) + streaming, launch)
+    reduced = [0.0, 0.0]
+    for sum_ in op.collectives:
+        reduced[sum_.backward] += hardware.exposed_seconds(sum_, scale)
+    forward = alone + reduced[False]
     backward = weight = 0.0
     if any(value.requires_grad for value in op.outputs):
         values = graph.values
         inputs = sum(values[name].requires_grad for name in op.inputs)
         most = min(2, inputs + any(p.trainable for p in read))
         gradients = most if compute_seconds else 1
-        backward = max(gradients * compute_seconds, 2 * memory_seconds) + gradients * launch
+        run = max(gradients * compute_seconds, 2 * memory_seconds) + 2 * streaming
+        backward = started(run, gradients * launch)
         weight = backward / most if puts_off(op, graph) else 0.0
+        backward += alone * op.replayed + reduced[True]
     return Cost(forward, backward, weight, round(flops), param_bytes, round(op.saved_bytes * scale))
 
 
@@ -133,5 +145,7 @@ class CostTable:
 
 
 def op_costs(graph: ProxyGraph, hardware: Hardware, *, scale: float = 1.0) -> tuple[Cost, ...]:
-    """The cost of every op; see ``op_cost``."""
-    return tuple(op_cost(op, graph, hardware, scale=scale) for op in graph.ops)
+    """The cost of every op; see ``op_cost``. Ops that are alike are looked at once."""
+    kinds, alike = graph.alike
+    known = [op_cost(graph.ops[index], graph, hardware, scale=scale) for index in kinds]
+    return tuple(known[kind] for kind in alike)

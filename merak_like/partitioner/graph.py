@@ -46,6 +46,18 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
+class Collective:
+    """A sum over a tensor-parallel group that follows a call: its output, or (backward) its output's gradient."""
+
+    degree: int
+    nbytes: int
+    """On one rank."""
+    backward: bool = False
+    parted: bool = False
+    """Whether it is a reduce-scatter and an all-gather, of the sequence-parallel form."""
+
+
+@dataclass(frozen=True, slots=True)
 class Op:
     """One traced call.
 
@@ -77,6 +89,12 @@ class Op:
     """Whether the call draws random numbers (dropout)."""
     keeps: tuple[str, ...] = ()
     """Names of the values among ``saved_bytes``, views of them included."""
+    streamed_bytes: int = 0
+    """Bytes read and written by kernels that multiply nothing, on top of ``moved_bytes`` and of the matmuls' time."""
+    replayed: bool = False
+    """Whether the backward runs the forward first, because that kept less than it needs."""
+    collectives: tuple[Collective, ...] = ()
+    """Sums over tensor-parallel ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +170,31 @@ class ProxyGraph:
     def canonical(self) -> Mapping[str, str]:
         """First name of the storage behind each parameter or buffer name: the same for tied names."""
         return {alias: p.name for p in self.parameters for alias in (p.name, *p.tied)}
+
+    @cached_property
+    def alike(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ops that cost the same: the first op of each kind, and for each op its kind."""
+        values, seen = self.values, dict[object, int]()
+        first, kinds = list[int](), list[int]()
+        for index, op in enumerate(self.ops):
+            # In place of the inputs' names, what a cost may depend on: gradients, and which are read from the model.
+            read = tuple(
+                (values[name].requires_grad, maker.params if maker.kind == "attribute" else ())
+                for name in op.inputs
+                for maker in (self.ops[self.producer[name]],)
+            )
+            held = tuple((p.shape, p.dtype, p.trainable) for p in map(self.parameter, dict.fromkeys(op.params)))
+            made = tuple((v.shape, v.dtype, v.requires_grad) for v in op.outputs)
+            word = op.kind if op.kind == "module" else op.target
+            key = (
+                word, op.kind, op.flops, op.moved_bytes, op.streamed_bytes, op.saved_bytes, op.kernels, op.replayed,
+                op.collectives, read, held, made, len({self.canonical[n] for n in op.params}),
+            )  # fmt: skip
+            kind = seen.setdefault(key, len(first))
+            if kind == len(first):
+                first.append(index)
+            kinds.append(kind)
+        return tuple(first), tuple(kinds)
 
     def parameter(self, name: str) -> Parameter:
         """The parameter or buffer known by this name or a name tied to it."""

@@ -6,7 +6,7 @@ figures, twice the dense). RTX 3090, 4090: NVIDIA Ampere GA102 and NVIDIA Ada GP
 with FP32 accumulation). float32 is without TF32, which torch leaves off by default.
 "80 GB" is taken as 80e9 bytes: devices have a few percent more, which the driver's context uses up.
 
-Not from datasheets, but assumed: ``efficiency``, ``half_flops``, ``launch_seconds``, latencies, and the network between
+Not from datasheets: the constants that are fitted (below), and, assumed, latencies and the network between
 nodes (one 200 or 400 Gb/s adapter for each data-centre GPU, 25 Gb/s Ethernet for a workstation). Measure your own with
 ``this_machine``.
 """
@@ -16,8 +16,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from math import ceil, log2
 from typing import Any, cast
 
+from merak_like.partitioner.graph import Collective
 from merak_like.partitioner.schedules.action import unknown
 
 
@@ -56,6 +58,21 @@ class Hardware:
     """Flops of the matmul that reaches half of that share: small ones do not fill the device."""
     launch_seconds: float = 5e-6
     """Seconds each torch function costs, however small: the CPU has to start it."""
+    memory_efficiency: float = 1.0
+    """Share of the memory bandwidth that kernels reach."""
+    intra_efficiency: float = 1.0
+    inter_efficiency: float = 1.0
+    """Shares of the links' bandwidths that collectives reach."""
+    step_seconds: float = 0.0
+    """What each step costs besides: reading the batch, the host, stragglers."""
+    queued: bool = False
+    """Whether kernels are started while others run: then a call takes the longer of the two, not the sum."""
+    kernels: str = "torch"
+    attention: str = "flash"
+    """The software that is taken to run on it; see ``software``."""
+    overlap: bool = False
+    """Whether it hides communication: gradients are reduced over replicas behind the last backward (and with ZeRO
+    weights gathered behind the first forward), sequence-parallel gathers and scatters run in parts behind matmuls."""
     usable_memory: float = 0.92
     """Share of the memory that tensors may fill; the rest goes to the allocator's holes and communication buffers."""
     source: str = ""
@@ -79,13 +96,40 @@ class Hardware:
 
         The efficiency saturates: ``efficiency * flops / (flops + half_flops)``.
         """
-        peak = self.peak_flops.get(dtype, self.peak_flops["float32"])
-        return (flops + self.half_flops) / (peak * self.efficiency) if flops > 0 else 0.0
+        return (flops + self.half_flops) / (self.peak(dtype) * self.efficiency) if flops > 0 else 0.0
+
+    def peak(self, dtype: str) -> float:
+        """Floating-point operations per second; a dtype without a figure of its own runs as float32."""
+        return self.peak_flops.get(dtype, self.peak_flops["float32"])
 
     def link(self, first_rank: int, second_rank: int) -> Link:
         """The link between two global ranks: nodes hold ``devices_per_node`` consecutive ranks."""
         same = first_rank // self.devices_per_node == second_rank // self.devices_per_node
         return self.intra if same else self.inter
+
+    def streaming_seconds(self, nbytes: float) -> float:
+        """Seconds to read or write so many bytes of the device's memory."""
+        return nbytes / (self.memory_bandwidth * self.memory_efficiency)
+
+    def group_link(self, ranks: int, stride: int = 1) -> Link:
+        """What a ring over ``ranks`` ranks, ``stride`` apart, gets of the links: those of a node share its adapters."""
+        inside = min(max(self.devices_per_node // stride, 1), ranks)
+        within = self.intra.bandwidth * self.intra_efficiency
+        if inside == ranks:
+            return Link(within, self.intra.latency)
+        return Link(min(self.inter.bandwidth * inside * self.inter_efficiency, within), self.inter.latency)
+
+    def exposed_seconds(self, sum_: Collective, scale: float) -> float:
+        """Seconds that a sum over tensor-parallel ranks adds to a call; of one that is hidden, its first two parts."""
+        seconds = self.all_reduce_seconds(sum_.nbytes * scale, sum_.degree)
+        return seconds * min(1.0, 2 / sum_.degree) if self.overlap and sum_.parted else seconds
+
+    def all_reduce_seconds(self, nbytes: float, ranks: int, stride: int = 1) -> float:
+        """Seconds of a ring all-reduce of so many bytes on each rank (alpha-beta: Thakur et al. 2005, sec. 4.5)."""
+        if ranks == 1 or not nbytes:
+            return 0.0
+        link = self.group_link(ranks, stride)
+        return 2 * ceil(log2(ranks)) * link.latency + 2 * (ranks - 1) / ranks * nbytes / link.bandwidth
 
     @property
     def memory_limit(self) -> int:
@@ -117,6 +161,31 @@ def _checked(kind: Any, data: Any, where: str) -> dict[str, Any]:
     return dict(found)
 
 
+MATMUL_EFFICIENCY = 0.68
+MATMUL_SECONDS = 4e-5
+MEMORY_EFFICIENCY = 0.9
+LAUNCH_SECONDS = 5.5e-5
+INTRA_EFFICIENCY = 0.9
+INTER_EFFICIENCY = 0.9
+"""Fitted together, for all GPUs alike, to every other row of the published times in ``benchmarks/planner``; its README
+has the errors on the other half. A matmul takes ``MATMUL_SECONDS`` longer than its flops do (half of the best speed is
+reached at that much work); the host needs ``LAUNCH_SECONDS`` to start a kernel, while others run."""
+
+
+def _gpu(
+    name: str, peaks: Mapping[str, float], memory: float, bandwidth: float, intra: Link, inter: Link, source: str,
+    *, newer: bool = True,
+) -> Hardware:  # fmt: skip
+    """A GPU with the maker's figures and the constants above; ``newer`` than flash attention and hidden reductions."""
+    return Hardware(
+        name, peaks, int(memory), bandwidth, intra, inter, 8,
+        efficiency=MATMUL_EFFICIENCY, half_flops=MATMUL_SECONDS * peaks["bfloat16"], launch_seconds=LAUNCH_SECONDS,
+        memory_efficiency=MEMORY_EFFICIENCY, intra_efficiency=INTRA_EFFICIENCY, inter_efficiency=INTER_EFFICIENCY,
+        queued=True, kernels="fused", attention="flash" if newer else "math", overlap=newer,
+        source=source,
+    )  # fmt: skip
+
+
 _NVLINK3, _NVLINK4, _PCIE4 = Link(300e9, 10e-6), Link(450e9, 10e-6), Link(32e9, 15e-6)
 _HDR, _NDR, _ETHERNET = Link(25e9, 20e-6), Link(50e9, 20e-6), Link(3.125e9, 50e-6)
 _AMPERE = {"float64": 9.7e12, "float32": 19.5e12, "float16": 312e12, "bfloat16": 312e12}
@@ -133,19 +202,23 @@ _AD102 = {
 PRESETS: Mapping[str, Hardware] = {
     h.name: h
     for h in (
-        Hardware("a100-40gb", _AMPERE, int(40e9), 1.555e12, _NVLINK3, _HDR, 8, source="NVIDIA A100 SXM4 datasheet"),
-        Hardware("a100-80gb", _AMPERE, int(80e9), 2.039e12, _NVLINK3, _HDR, 8, source="NVIDIA A100 SXM4 datasheet"),
-        Hardware("h100", _HOPPER, int(80e9), 3.35e12, _NVLINK4, _NDR, 8, source="NVIDIA H100 SXM5 datasheet"),
-        Hardware("h200", _HOPPER, int(141e9), 4.8e12, _NVLINK4, _NDR, 8, source="NVIDIA H200 SXM5 datasheet"),
-        Hardware("rtx3090", _GA102, int(24e9), 0.936e12, _PCIE4, _ETHERNET, 8, source="NVIDIA GA102 whitepaper"),
-        Hardware("rtx4090", _AD102, int(24e9), 1.008e12, _PCIE4, _ETHERNET, 8, source="NVIDIA Ada whitepaper"),
+        _gpu("a100-40gb", _AMPERE, 40e9, 1.555e12, _NVLINK3, _HDR, "NVIDIA A100 SXM4 datasheet", newer=False),
+        _gpu("a100-80gb", _AMPERE, 80e9, 2.039e12, _NVLINK3, _HDR, "NVIDIA A100 SXM4 datasheet", newer=False),
+        _gpu("h100", _HOPPER, 80e9, 3.35e12, _NVLINK4, _NDR, "NVIDIA H100 SXM5 datasheet"),
+        _gpu("h200", _HOPPER, 141e9, 4.8e12, _NVLINK4, _NDR, "NVIDIA H200 SXM5 datasheet"),
+        _gpu("rtx3090", _GA102, 24e9, 0.936e12, _PCIE4, _ETHERNET, "NVIDIA GA102 whitepaper"),
+        _gpu("rtx4090", _AD102, 24e9, 1.008e12, _PCIE4, _ETHERNET, "NVIDIA Ada whitepaper"),
     )
 }
 """Known devices by name."""
+ALIASES: Mapping[str, str] = {
+    "a100-80g": "a100-80gb", "a100-40g": "a100-40gb", "h100-80g": "h100", "h100-80gb": "h100",
+}  # fmt: skip
 
 
 def hardware_named(name: str) -> Hardware:
     """The preset of that name; ValueError with the nearest name if there is none."""
+    name = ALIASES.get(name, name)
     if name not in PRESETS:
         raise unknown("hardware", name, PRESETS)
     return PRESETS[name]

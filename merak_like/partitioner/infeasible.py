@@ -13,7 +13,7 @@ from merak_like.partitioner.problem import Problem
 from merak_like.partitioner.search import quick
 
 Try = Callable[..., Problem]
-"""The problem with other choices: ``micro_batches``, ``pp``, ``schedule``, ``recompute``."""
+"""The problem with other choices: ``micro_batches``, ``batch``, ``pp``, ``schedule``, ``recompute``."""
 MORE_STAGES = 64
 """As many additional ranks are tried."""
 
@@ -36,7 +36,8 @@ def too_little_memory(problem: Problem, other: Try, samples: int) -> ValueError:
             kinds[kind] = kinds.get(kind, 0) + nbytes
     kind = max(kinds, key=lambda name: kinds[name])
     changes = list(_changes(problem, other, samples))
-    changes.append(f"devices where a rank may use {needed / 1e9:.2f} GB (memory_limit={needed})")
+    more = needed / job.memory_limit - 1
+    changes.append(f"devices where a rank may use {needed / 1e9:.2f} GB, {more:.1%} more (memory_limit={needed})")
     alone = job.stages == job.mesh.pp
     where, found = (f"stage {rank}", "") if alone else (f"rank {rank}", " that was found")
     though = {
@@ -74,8 +75,31 @@ def _changes(problem: Problem, other: Try, samples: int) -> Iterator[str]:
     if more and _fits(other(micro_batches=more[-1])):
         nearest = more[bisect_left(more[:-1], True, key=lambda number: _fits(other(micro_batches=number)))]
         yield f"micro_batches={nearest} (of {samples // nearest} samples instead of {samples // m})"
+    if (batch := _smaller_batch(problem, other, samples)) is not None:
+        fewer, whole = batch
+        yield f"batch={whole} (micro_batches={fewer} of the same size, so that fewer are alive at once)"
     if (stages := _more_stages(problem, other)) is not None:
         yield f"pp={stages}"
+
+
+def _smaller_batch(problem: Problem, other: Try, samples: int) -> tuple[int, int] | None:
+    """The most micro-batches of the same size that fit, and the batch they make; None if even one is too much.
+
+    Fewer micro-batches never have more of them alive, so bisection finds the most.
+    """
+    job, each = problem.job, samples // problem.job.micro_batches
+    if max(job.live) <= 1:
+        return None
+
+    def fits(number: int) -> bool:
+        try:
+            return _fits(other(micro_batches=number, batch=number * each * job.mesh.dp))
+        except ValueError:  # fewer than the schedule can do with
+            return False
+
+    fewer = range(job.micro_batches - 1, 0, -1)
+    place = bisect_left(fewer, True, key=fits)
+    return (fewer[place], fewer[place] * each * job.mesh.dp) if place < len(fewer) else None
 
 
 def _more_stages(problem: Problem, other: Try) -> int | None:

@@ -34,6 +34,8 @@ class Stage:
     backward: float
     """The whole of it."""
     weight: float
+    by_block: tuple[int, int] = (0, 0)
+    """Bytes kept, and most bytes there, of a micro-batch that is computed again a block at a time."""
 
     def handed(self, nbytes: int) -> Stage:
         """The stage where so much of what it receives comes from its own rank, whose other stage holds it already."""
@@ -51,9 +53,19 @@ class Stage:
         least = min(self.parts.saved, self.parts.inputs)
         return Front(np.array([least]), np.array([self.forward]), (tuple(range(len(self.borders) - 1)),))
 
+    @property
+    def blockwise(self) -> Stage:
+        """The stage that computes everything again, a block at a time: of it only one is ever there."""
+        return replace(self, live=replace(self.live, full=self.parts.boundary + self.by_block[1]))
+
+    @property
+    def each_block(self) -> Front:
+        """Only the way that recomputes all blocks, one at a time."""
+        return Front(np.array([self.by_block[0]]), np.array([self.forward]), (tuple(range(len(self.borders) - 1)),))
+
     def costs(self, recompute: float, kept: int) -> StageCosts:
         """What the simulator needs to know. What is sent is there twice once the op that saves it was run again."""
-        shared = 0 if recompute else self.parts.sent_saved
+        shared = 0 if recompute or self.by_block[1] else self.parts.sent_saved
         full = self.live.full - shared
         return StageCosts(
             forward=self.forward,
@@ -88,7 +100,10 @@ class Judged:
         stage, live = self.stages[index], self.timeline.peak_bytes[index]
         boundary = min(live, self.timeline.peak_live[index] * stage.live.boundary)
         parts = stage.parts
-        return StageMemory(parts.weights, parts.gradients, parts.optimizer, live - boundary, boundary, parts.workspace)
+        logits = 0 if self.recompute[index] else min(parts.logits * self.timeline.peak_live[index], live - boundary)
+        return StageMemory(
+            parts.weights, parts.gradients, parts.optimizer, live - boundary - logits, boundary, logits, parts.workspace
+        )
 
     @property
     def rank_fixed(self) -> tuple[int, ...]:
@@ -160,7 +175,12 @@ class Judge:
         most: list[int] = []
         for held in job.held:
             live = [stages[s].live for s in held.stages]
-            fronts = [stages[s].everything if s in job.recomputes else stages[s].nothing for s in held.stages]
+            fronts = [
+                (stages[s].each_block if job.recompute == "blocks" else stages[s].everything)
+                if s in job.recomputes
+                else stages[s].nothing
+                for s in held.stages
+            ]
             least = [stage.boundary + int(only.kept[0]) for stage, only in zip(live, fronts, strict=True)]
             most.append(peak(held, live, least) + sum(stages[s].parts.fixed for s in held.stages))
         return max(most) - job.memory_limit
@@ -170,7 +190,9 @@ class Judge:
         if self.problem.job.mesh.pp < len(stages):
             for (source, target), nbytes in self.problem.traffic.edges(starts).items():
                 near[target] += nbytes if self.problem.job.link(source, target) is None else 0
-        return tuple(stage.handed(nbytes) for stage, nbytes in zip(stages, near, strict=True))
+        made = tuple(stage.handed(nbytes) for stage, nbytes in zip(stages, near, strict=True))
+        again = self.problem.job.recomputes if self.problem.job.recompute == "blocks" else ()
+        return tuple(stage.blockwise if s in again else stage for s, stage in enumerate(made))
 
     def stage(self, start: int, stop: int) -> Stage:
         """Segments ``start .. stop - 1`` as a stage."""
@@ -191,11 +213,21 @@ class Judge:
             forward=float(ops.forward[last] - ops.forward[first]),
             backward=float(ops.backward[last] - ops.backward[first]),
             weight=float(ops.weight[last] - ops.weight[first]),
+            by_block=self._by_block(first, last) if problem.job.recompute == "blocks" else (0, 0),
         )
+
+    def _by_block(self, first: int, last: int) -> tuple[int, int]:
+        blocks = self.problem.blocks
+        inside = blocks[(blocks > first) & (blocks < last)].tolist()
+        saved, near, far = self.problem.memory.kept_by((first, *inside, last))
+        kept = sum(near) + far
+        return kept, kept + max(saved)
 
     def _only(self, stage: Stage, index: int) -> Front:
         job = self.problem.job
-        return stage.everything if job.recompute == "full" and index in job.recomputes else stage.nothing
+        if index not in job.recomputes or job.recompute not in ("full", "blocks"):
+            return stage.nothing
+        return stage.everything if job.recompute == "full" else stage.each_block
 
     def _ways(self, ends: tuple[int, int]) -> Front:
         if ends not in self._fronts:

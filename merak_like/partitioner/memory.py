@@ -11,6 +11,7 @@ for each live micro-batch
     bare          those of them that no op of the graph saves
     received_saved, sent_saved   those of them that are in ``saved`` as well
     inputs        of the batch: to run the ops again, these are kept instead of ``saved``
+    logits        of ``saved``, by and after the output layer
     put_off       inputs and output gradients of the ops whose weight gradients wait for a W
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from math import ceil
@@ -29,28 +30,7 @@ from merak_like.partitioner.balance import Ints, beyond, span
 from merak_like.partitioner.cost import puts_off
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.locality import accesses, held_by, residents, unused
-
-
-@dataclass(frozen=True, slots=True)
-class StateBytes:
-    """What training keeps for each trainable parameter, in multiples of the parameter's own bytes."""
-
-    name: str
-    gradients: float
-    optimizer: float
-
-
-STATES: Mapping[str, StateBytes] = {
-    s.name: s
-    for s in (
-        StateBytes("adamw", 1, 2),  # fp32: weights 4 + gradients 4 + two moments 8 bytes per element
-        StateBytes("adamw-mixed", 1, 6),  # bf16: weights 2 + gradients 2 + fp32 master and moments 12 bytes per element
-        StateBytes("momentum", 1, 1),
-        StateBytes("sgd", 1, 0),
-    )
-}
-"""By optimizer."""
-ADAMW = STATES["adamw"]
+from merak_like.partitioner.states import ADAMW, StateBytes
 
 
 @dataclass(frozen=True)
@@ -80,6 +60,7 @@ class Parts:
     put_off: int
     received_saved: int
     sent_saved: int
+    logits: int = 0
 
     @property
     def fixed(self) -> int:
@@ -97,9 +78,12 @@ class MemoryModel:
         self._bytes: dict[str, tuple[int, int, int]] = {}
         for p in graph.parameters:
             trained = p.nbytes if p.trainable and not p.buffer and p.name not in idle else 0
-            self._bytes[p.name] = (p.nbytes, ceil(trained * states.gradients), ceil(trained * states.optimizer))
+            weights = ceil(trained * states.weights) if trained else p.nbytes
+            self._bytes[p.name] = (weights, ceil(trained * states.gradients), ceil(trained * states.optimizer))
         self._saved = _running(ceil(op.saved_bytes * scale) for op in graph.ops)
         self._put_off = _running(_waiting(graph, scale))
+        matrices = (i for i, op in enumerate(graph.ops) if any(len(graph.parameter(n).shape) > 1 for n in op.params))
+        self._output = max(matrices, default=size) + 1
         largest = (sum(ceil(v.nbytes * scale) * (1 + v.requires_grad) for v in op.outputs) for op in graph.ops)
         self._largest = np.fromiter(largest, np.int64, size)
         values = graph.values
@@ -148,6 +132,7 @@ class MemoryModel:
             put_off=int(self._put_off[stop] - self._put_off[start]),
             received_saved=received_saved,
             sent_saved=sent_saved,
+            logits=int(self._saved[stop] - self._saved[min(max(start, self._output), stop)]),
         )
 
     def kept_by(self, borders: Sequence[int]) -> tuple[list[int], list[int], int]:

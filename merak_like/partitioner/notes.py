@@ -32,7 +32,7 @@ def notes(
     ``micro_batches`` maps other numbers that were tried to seconds (infinite: does not fit).
     """
     problem = setting.problem
-    told = [*_assumed(graph, problem, setting.scale), *_binding(problem, judged), *_recomputed(problem, judged)]
+    told = [*_assumed(graph, setting), *_binding(problem, judged), *_recomputed(problem, judged)]
     if problem.job.stages > 1:
         told += [_searched(problem, found), *_equal_blocks(problem, setting.pieces, found)]
     if order is not None:
@@ -47,11 +47,11 @@ def _seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.4g} ms" if seconds < 1 else f"{seconds:.4g} s"
 
 
-def _assumed(graph: ProxyGraph, problem: Problem, scale: float) -> list[str]:
-    hardware = problem.job.hardware
+def _assumed(graph: ProxyGraph, setting: Setting) -> list[str]:
+    hardware, scale = setting.problem.job.hardware, setting.scale
     told = [
         f"costs are estimated from flops and bytes for {hardware.name} ({hardware.source or 'figures given'}), "
-        "no op was timed; the optimizer and the reduction of gradients are not in the step"
+        f"no op was timed; kernels: {setting.software}"
     ]
     if scale != 1:
         told.append(

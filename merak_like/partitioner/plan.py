@@ -9,11 +9,17 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+from merak_like.partitioner.basis import Basis
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.sharding import GroupBytes, ShardedBlock
 
 VERSION = 3
 """Version of the JSON; a plan of another version is refused, not guessed at."""
+
+DERIVED = ("digest", "step_seconds", "mfu", "memory_bytes")
+"""In the JSON for whoever reads it; they follow from the rest."""
+LIVE = ("activations", "boundary", "logits")
+"""Kinds of memory that come and go with the micro-batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +46,15 @@ class StageMemory:
     """Kept for the backward, or for what is put off, by all live micro-batches."""
     boundary: int = 0
     """Values received from and sent to other stages, for all live micro-batches."""
+    logits: int = 0
+    """Of ``activations`` apart: what is kept of and after the last product with a weight matrix, the output layer."""
     workspace: int = 0
     """For a moment: what one op needs, and the gradients of one micro-batch's boundary."""
 
     @property
     def live(self) -> int:
         """What comes and goes with the micro-batches."""
-        return self.activations + self.boundary
+        return self.activations + self.boundary + self.logits
 
     @property
     def total(self) -> int:
@@ -130,16 +138,58 @@ class Plan:
     """Bytes a rank may use."""
     rank_activation_bytes: tuple[int, ...]
     """Bytes of all live micro-batches on each pipeline rank at its fullest moment, by simulation."""
-    step_seconds: float
-    """Simulated seconds of one step, optimizer and gradient reduction excluded."""
+    pipeline_seconds: float
+    """Simulated seconds from the first forward to the last backward."""
+    after: Mapping[str, float]
+    """Estimated seconds after that: ``reduction`` over replicas, of ``ties``, the ``optimizer``, the ``host``."""
     bubble: float
-    """Idle fraction of the simulated step."""
+    """Idle fraction of ``pipeline_seconds``."""
+    zero: int = 0
+    """ZeRO level: replicas share the optimizer's state (1), gradients (2), weights (3)."""
+    sequence_parallel: bool = False
+    """Whether what every tensor-parallel rank would have is divided along the sequence."""
+    peak_flops: float = 0.0
+    """Floating-point operations per second of one device, in the dtype of most weights."""
+    software: str = "torch"
+    """Kernels that the costs are for: ``torch``, or ``fused`` with ``flash`` or ``math`` attention."""
     signature: Mapping[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
     """Why: what was compared, what binds, what was assumed."""
     sharding: tuple[ShardedBlock, ...] = ()
     """What tensor parallelism does to each distinct block; empty with tp = 1."""
     version: int = VERSION
+    basis: Basis | None = field(default=None, compare=False, repr=False)
+    """What it was made from, where that is known; not in the digest."""
+
+    @property
+    def step_seconds(self) -> float:
+        """Estimated seconds of one step."""
+        return self.pipeline_seconds + sum(self.after.values())
+
+    @property
+    def step_flops(self) -> float:
+        """Floating-point operations of one step, a backward taken for two forwards; recompute does not count."""
+        return 3.0 * sum(stage.flops for stage in self.stages) * self.micro_batches * self.mesh.dp
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation: the share of all devices' peak that ``step_flops`` take (Chowdhery et al. 2022)."""
+        able = self.peak_flops * self.mesh.size * self.step_seconds
+        return self.step_flops / able if able else 0.0
+
+    @property
+    def memory_bytes(self) -> tuple[dict[str, int], ...]:
+        """Bytes of each pipeline rank at its fullest moment, by kind, and their ``total``."""
+        kinds = [f.name for f in fields(StageMemory)]
+        made = [dict.fromkeys(kinds, 0) for _ in range(self.mesh.pp)]
+        for stage in self.stages:
+            for kind in kinds:
+                made[stage.rank][kind] += getattr(stage.memory, kind)
+        for rank, live in enumerate(self.rank_activation_bytes):  # its stages need not be fullest together
+            apart = sum(made[rank][kind] for kind in LIVE)
+            made[rank] |= {kind: made[rank][kind] * live // max(apart, 1) for kind in LIVE}
+            made[rank]["total"] = sum(made[rank].values())
+        return tuple(made)
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -149,11 +199,19 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: equal digests, equal plans."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._decided(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def _decided(self) -> dict[str, Any]:
+        """All fields but the basis, as JSON has them."""
+        data = asdict(replace(self, basis=None))
+        del data["basis"]
+        return data
 
     def to_json(self, *, indent: int | None = 1) -> str:
         """The plan as JSON, with its digest."""
-        return json.dumps({"digest": self.digest, **asdict(self)}, indent=indent)
+        said = {name: getattr(self, name) for name in DERIVED}
+        basis = self.basis and self.basis.data()
+        return json.dumps({**said, **self._decided(), "basis": basis}, indent=indent)
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file."""
@@ -175,14 +233,15 @@ class Plan:
         data = cast(dict[str, Any], data)
         if data["version"] != VERSION:
             raise ValueError(f"plan version {data['version']} cannot be read, only {VERSION}: make the plan again")
-        digest = data.pop("digest", None)
-        plan = _build(cls, data, "plan")
+        basis = data.pop("basis", None)
+        digest, *_ = (data.pop(name, None) for name in DERIVED)
+        plan = _build(cls, {**data, "basis": None}, "plan")
         if not edited and digest != plan.digest:
             raise ValueError(
                 f"the plan's digest is {plan.digest[:12]} but the file says {str(digest)[:12]}: it was edited or "
                 "damaged; load it as edited if you mean it"
             )
-        return plan
+        return plan if basis is None else replace(plan, basis=Basis.of_data(basis))
 
     @classmethod
     def load(cls, path: str | Path, *, edited: bool = False) -> Plan:

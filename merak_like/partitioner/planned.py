@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from merak_like.partitioner.hardware import PRESETS
+from merak_like.partitioner.hardware import PRESETS, Hardware
 from merak_like.partitioner.mesh import Coord
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.schedules import AUTO, AUTO_V, data_builder
@@ -36,7 +36,7 @@ def schedule_of(plan: Plan) -> Schedule:
 def costs_of(plan: Plan) -> Costs:
     """The seconds of a plan's stages, and of the transfers between its ranks; bytes are not in the plan.
 
-    A plan whose hardware is no preset does not say how fast its links are: transfers then take no time.
+    Where neither the plan nor a preset says how fast the links are, transfers take no time.
     """
     stages = tuple(
         StageCosts(s.forward_seconds, max(s.backward_seconds - s.weight_seconds, 0.0), s.recompute_seconds,
@@ -47,13 +47,18 @@ def costs_of(plan: Plan) -> Costs:
     for crossing in plan.crossings:
         for target in crossing.targets:
             nbytes[crossing.source, target] = nbytes.get((crossing.source, target), 0) + crossing.nbytes
-    hardware, mesh, rank = PRESETS.get(plan.hardware), plan.mesh, plan.stage_rank
+    hardware, mesh, rank = hardware_of(plan), plan.mesh, plan.stage_rank
     hops: dict[tuple[int, int], float] = {}
     for (source, target), size in nbytes.items():
         if hardware is not None and rank[source] != rank[target]:
             ends = [[mesh.rank(Coord(dp, rank[stage], 0)) for stage in (source, target)] for dp in range(mesh.dp)]
             hops[source, target] = max(hardware.link(*pair).seconds(size) for pair in ends)
     return Costs(stages, hops)
+
+
+def hardware_of(plan: Plan) -> Hardware | None:
+    """The hardware that a plan was made for, by what it holds or by its name; None for one that is not known."""
+    return plan.basis.hardware if plan.basis is not None else PRESETS.get(plan.hardware)
 
 
 def edges_of(plan: Plan) -> Edges:

@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 
 from merak_like.partitioner.assemble import Setting, assemble
+from merak_like.partitioner.basis import remembered
 from merak_like.partitioner.batches import divide, traced_samples
-from merak_like.partitioner.blocks import units
+from merak_like.partitioner.blocks import repeated, units
 from merak_like.partitioner.candidates import candidates
 from merak_like.partitioner.cost import CostTable, Hardware, hardware_named, op_costs
 from merak_like.partitioner.cuts import find_cuts
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.infeasible import too_little_memory
-from merak_like.partitioner.memory import ADAMW, MemoryModel, StateBytes
+from merak_like.partitioner.memory import MemoryModel
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.notes import notes
+from merak_like.partitioner.one_rank import Sources
 from merak_like.partitioner.ordering import in_order
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.problem import RECOMPUTE, Job, Problem
@@ -30,12 +32,15 @@ from merak_like.partitioner.schedules import AS_DATA, AUTO, AUTO_V
 from merak_like.partitioner.schedules.action import known
 from merak_like.partitioner.search import quick, search
 from merak_like.partitioner.sharding import ShardedBlock
+from merak_like.partitioner.software import TORCH, Software
+from merak_like.partitioner.states import ADAMW, StateBytes
 from merak_like.partitioner.traffic import Traffic
 
 CHUNKS = 2
 """Stages per rank of an interleaved schedule when nobody says."""
 
 
+@remembered
 def make_plan(
     graph: ProxyGraph,
     mesh: Mesh,
@@ -49,6 +54,11 @@ def make_plan(
     recompute: str = "auto",
     memory_limit: int | None = None,
     states: StateBytes = ADAMW,
+    zero: int = 0,
+    sequence_parallel: bool = False,
+    sources: Sources | None = None,
+    software: Software | None = None,
+    thorough: bool = True,
     signature: Mapping[str, str] | None = None,
     sharding: Sequence[ShardedBlock] = (),
 ) -> Plan:
@@ -60,33 +70,61 @@ def make_plan(
 
     ``schedule`` is a name of ``schedules.AS_DATA``, or ``auto`` or ``auto-v``, whose order is built for the stages
     found. ``chunks`` are the stages per rank of ``interleaved`` (2 by default). ``recompute``: ``auto`` computes as
-    little again as the memory asks for, ``none`` nothing, ``full`` all that the schedule lets be computed again.
-    ``sharding`` says how ``graph``, which is that of one tensor-parallel rank, was made.
+    little again as the memory asks for, ``none`` nothing, ``full`` all that the schedule lets be computed again,
+    ``blocks`` the same a block at a time.
+
+    For ``tp`` above 1 the graph is that of one rank, or ``sources`` has the trace that it is made of, and ``sharding``
+    says how; ``software`` other than torch's own kernels needs ``sources``, too. Unless ``thorough``, the partition is the best of few seeds.
+    ``zero`` is the ZeRO level; ``sequence_parallel`` divides along the sequence what tp ranks would all have.
 
     Raises ValueError, with what was asked, what was found and the nearest thing that works, for a mesh, batch or
     schedule that cannot be, for more stages than the graph can be cut into, and for stages that do not fit the memory.
     """
-    if not graph.ops:
-        raise ValueError("the graph has no ops: there is nothing to plan")
-    asked = Asked(
-        graph, mesh, hardware_named(hardware) if isinstance(hardware, str) else hardware, batch, schedule,
-        stages_per_rank(schedule, chunks), known(recompute, "recompute", RECOMPUTE), memory_limit, states,
+    asked = ask(
+        graph, mesh, hardware=hardware, batch=batch, schedule=schedule, chunks=chunks, recompute=recompute,
+        memory_limit=memory_limit, states=states, zero=zero, sequence_parallel=sequence_parallel, sources=sources,
+        software=software,
     )  # fmt: skip
     tried = [asked.setting(m) for m in divide(batch, mesh.dp, mesh.pp, micro_batches, micro_batch)]
     quickest = [quick(setting.problem) for setting in tried] if len(tried) > 1 else [None]
     steps = [found.judged.timeline.makespan if found else float("inf") for found in quickest]
     setting = tried[int(np.argmin(steps))] if min(steps) < float("inf") else tried[-1]
-    found = search(setting.problem)
+    found = search(setting.problem) if thorough else quick(setting.problem)
     if found is None:
         raise too_little_memory(setting.problem, partial(asked.problem, setting), batch // mesh.dp)
     compared = {s.problem.job.micro_batches: step for s, step in zip(tried, steps, strict=True)} if tried[1:] else {}
     judged, order = in_order(setting.problem, found)
     return assemble(
-        graph, setting, found.starts, judged,
+        asked.graph, setting, found.starts, judged,
         micro_batch=batch // mesh.dp // setting.problem.job.micro_batches,
         signature=dict(signature or {}),
         sharding=sharding,
-        notes=notes(graph, setting, found, judged, order, compared),
+        notes=notes(asked.graph, setting, found, judged, order, compared),
+    )  # fmt: skip
+
+
+def ask(
+    graph: ProxyGraph, mesh: Mesh, *, hardware: Hardware | str, batch: int, schedule: str = "1f1b",
+    chunks: int | None = None, recompute: str = "auto", memory_limit: int | None = None, states: StateBytes = ADAMW,
+    zero: int = 0, sequence_parallel: bool = False, sources: Sources | None = None, software: Software | None = None,
+) -> Asked:  # fmt: skip
+    """The arguments of ``make_plan``, checked."""
+    if not graph.ops:
+        raise ValueError("the graph has no ops: there is nothing to plan")
+    software = software or TORCH
+    if zero not in range(4):
+        raise ValueError(f"zero = {zero} is no ZeRO level: use 0, 1, 2 or 3")
+    if sequence_parallel and mesh.tp == 1:
+        raise ValueError("sequence_parallel divides what tensor-parallel ranks share, but tp is 1: use tp = 2 or more")
+    if sources is None and software != TORCH:
+        raise ValueError(f"{software.kernels} kernels are planned from the fine trace: pass sources=")
+    if sources is not None:
+        graph = sources.base(mesh.tp)
+    of_rank = sources.rank(mesh.tp, software, sequence_parallel=sequence_parallel) if sources is not None else graph
+    return Asked(
+        graph, of_rank, mesh, hardware_named(hardware) if isinstance(hardware, str) else hardware, batch, schedule,
+        stages_per_rank(schedule, chunks), known(recompute, "recompute", RECOMPUTE), memory_limit, states, zero,
+        sequence_parallel, software,
     )  # fmt: skip
 
 
@@ -110,6 +148,8 @@ class Asked:
     """The arguments of a plan, to try other values of some."""
 
     graph: ProxyGraph
+    of_rank: ProxyGraph
+    """The same as one tensor-parallel rank runs it."""
     mesh: Mesh
     hardware: Hardware
     batch: int
@@ -118,15 +158,19 @@ class Asked:
     recompute: str
     memory_limit: int | None
     states: StateBytes
+    zero: int
+    sequence_parallel: bool
+    software: Software
 
     def setting(self, micro_batches: int) -> Setting:
         """What follows from a number of micro-batches.
 
         Raises ValueError for more stages than can be cut.
         """
-        graph, mesh = self.graph, self.mesh
+        graph, mesh = self.of_rank, self.mesh
         limit = self.hardware.memory_limit if self.memory_limit is None else self.memory_limit
-        job = Job(mesh, self.hardware, self.schedule, micro_batches, limit, self.chunks, self.recompute)
+        fused = self.software.kernels == "fused"
+        job = Job(mesh, self.hardware, self.schedule, micro_batches, limit, self.chunks, self.recompute, fused)
         scale = self.batch / mesh.dp / micro_batches / traced_samples(graph)
         costs = op_costs(graph, self.hardware, scale=scale)
         cuts = find_cuts(graph)
@@ -144,11 +188,12 @@ class Asked:
             job,
             positions,
             CostTable.of(costs),
-            MemoryModel(graph, self.states, scale=scale),
+            MemoryModel(graph, self.states.sharded(self.zero, mesh.dp), scale=scale),
             Traffic(graph, positions, scale=scale),
             np.array([*(piece.first for piece in pieces), len(graph.ops)], np.int64),
+            repeated(graph, pieces),
         )
-        return Setting(problem, costs, pieces, scale)
+        return Setting(problem, costs, pieces, scale, self.zero, self.sequence_parallel, self.software)
 
     def problem(self, setting: Setting, **changes: Any) -> Problem:
         """The problem of a setting with changes: ``micro_batches``, ``pp``, ``schedule`` or ``recompute``."""

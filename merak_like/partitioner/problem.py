@@ -20,9 +20,9 @@ adds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, reduce
 
 import numpy as np
 
@@ -41,8 +41,8 @@ from merak_like.partitioner.traffic import Traffic
 
 STAND_IN = {AUTO: "1f1b", AUTO_V: "zb-v"}
 """What the stages are cut for where the order is built for the stages."""
-RECOMPUTE = ("auto", "none", "full")
-"""As little as the memory asks for; nothing; all that the schedule lets be recomputed."""
+RECOMPUTE = ("auto", "none", "full", "blocks")
+"""As little as the memory asks for; nothing; all that the schedule lets be recomputed; the same, a block at a time."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Job:
     chunks: int = 1
     """Stages per rank of an interleaved schedule."""
     recompute: str = "auto"
+    parted: bool = False
+    """Whether tensor-parallel ranks each send their part of what goes to the next stage (Narayanan 2021, sec. 4.1)."""
 
     @cached_property
     def order(self) -> Schedule:
@@ -83,17 +85,24 @@ class Job:
         """The stages that may recompute, or must where everything is recomputed."""
         if self.recompute == "none":
             return frozenset()
-        if self.recompute == "full" and self.schedule in LADDER:
+        if self.recompute in ("full", "blocks") and self.schedule in LADDER:
             return self.order.recomputes
         return frozenset(range(self.stages))
 
     def link(self, source: int, target: int) -> Link | None:
         """The slowest link between two stages over all replicas; none on the same rank."""
-        ends = self.order.stage_rank[source], self.order.stage_rank[target]
+        return self._link(self.order.stage_rank[source], self.order.stage_rank[target])
+
+    @cached_property
+    def _link(self) -> Callable[[int, int], Link | None]:
+        return cache(self._slowest)
+
+    def _slowest(self, *ends: int) -> Link | None:
         if ends[0] == ends[1]:
             return None
         ranks = [[self.mesh.rank(Coord(dp, rank, 0)) for rank in ends] for dp in range(self.mesh.dp)]
-        return min((self.hardware.link(*pair) for pair in ranks), key=lambda link: link.bandwidth)
+        slowest = min((self.hardware.link(*pair) for pair in ranks), key=lambda link: link.bandwidth)
+        return replace(slowest, bandwidth=slowest.bandwidth * (self.mesh.tp if self.parted else 1))
 
     @cached_property
     def links(self) -> tuple[Link | None, ...]:
@@ -114,6 +123,8 @@ class Problem:
     traffic: Traffic
     borders: Ints
     """Ops at which units begin, then the end."""
+    blocks: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Ops at which blocks begin."""
     _bands: dict[int, Bands] = field(default_factory=dict[int, Bands], repr=False)
 
     @property
@@ -183,7 +194,7 @@ class Problem:
         last_break, next_break, broken = self._after_break
         least = self._least_hops
         forwards = forward[j] - forward[i]
-        again = forwards * (job.recompute == "full" and s in job.recomputes)  # before the last backward
+        again = forwards * (job.recompute in ("full", "blocks") and s in job.recomputes)  # before the last backward
         whole, work = self.seconds[j] - self.seconds[i] + again, urgent[j] - urgent[i] + again
         hops = self._hops[s][i] * linked[i] + least[s] if s else 0.0
         before = urgent[i] - urgent[last_break[i]] + 2 * hops
@@ -223,6 +234,8 @@ class Problem:
         full = bands.saved + alone * bands.bare
         least = alone * bands.boundary + np.minimum(bands.saved, bands.inputs)
         least = np.minimum(least, full) if stage in job.recomputes else full
+        if job.recompute == "blocks" and stage in job.recomputes:
+            full = least  # at least: which block is the largest is not known here
         waits = bands.put_off
         own = job.held[job.order.stage_rank[stage]].of(stage)
         for kept, whole, wait in zip(own.kept[:, 0].tolist(), own.full[:, 0], own.waits[:, 0], strict=True):

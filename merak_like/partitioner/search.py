@@ -25,9 +25,9 @@ from merak_like.partitioner.feasible import cut_fits, fullest_width, least_memor
 from merak_like.partitioner.judge import Judge, Judged
 from merak_like.partitioner.problem import Problem
 
-ACTIONS = 400_000
+ACTIONS = 150_000
 """Simulated actions the search may spend, within the limits below: a few seconds of Python."""
-FEWEST, MOST = 12, 300
+FEWEST, MOST = 6, 300
 """Simulations the search may always, and at most, make."""
 NODES = 100_000
 """Partial partitions the best-first search may look at."""

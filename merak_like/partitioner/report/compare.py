@@ -12,10 +12,9 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from merak_like.partitioner.hardware import PRESETS
 from merak_like.partitioner.mesh import Coord
 from merak_like.partitioner.plan import Plan
-from merak_like.partitioner.planned import schedule_of
+from merak_like.partitioner.planned import hardware_of, schedule_of
 from merak_like.partitioner.recorded import Recorded, Step
 from merak_like.partitioner.report import shares
 from merak_like.partitioner.report.lanes import (
@@ -89,7 +88,7 @@ def compare(plan: Plan, recorded: Recorded) -> Comparison:
 def planned_step(plan: Plan, schedule: Schedule) -> Step:
     """Simulate a plan as the engine carries it out, each value sent straight from stage to stage.
 
-    A plan whose hardware is no preset does not say how fast its links are: transfers then take no time.
+    Where neither the plan nor a preset says how fast the links are, transfers take no time.
     """
     stages = tuple(
         StageCosts(s.forward_seconds, s.backward_seconds - s.weight_seconds, s.recompute_seconds, s.weight_seconds)
@@ -99,7 +98,7 @@ def planned_step(plan: Plan, schedule: Schedule) -> Step:
     for crossing in plan.crossings:
         crossing_bytes.update({(crossing.source, target): crossing.nbytes for target in crossing.targets})
     hops: dict[tuple[int, int], float] = {}
-    if (hardware := PRESETS.get(plan.hardware)) is not None:
+    if (hardware := hardware_of(plan)) is not None:
         for edge, nbytes in crossing_bytes.items():
             ends = [[plan.mesh.rank(Coord(dp, plan.stage_rank[s], 0)) for s in edge] for dp in range(plan.mesh.dp)]
             hops[edge] = max(hardware.link(*pair).seconds(nbytes) for pair in ends)

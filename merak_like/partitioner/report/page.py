@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 from merak_like.partitioner.plan import Plan, StagePlan, Unit
-from merak_like.partitioner.report import summary
+from merak_like.partitioner.report import page_parts, summary
 from merak_like.partitioner.report.drawing import cut_tips, svg, unit_tips
 from merak_like.partitioner.report.page_script import SCRIPT
 from merak_like.partitioner.report.page_style import STYLE
@@ -22,7 +23,10 @@ from merak_like.partitioner.report.text import (
     shape_text,
 )
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+if TYPE_CHECKING:
+    from merak_like.partitioner.explain.why import Why
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 """The browser itself refuses every request the page could make."""
 
 _HEATS = {"time": "seconds", "parameters": "param_bytes", "activations": "activation_bytes"}
@@ -30,8 +34,8 @@ SHARDED = "sharded weights"
 """A colour by the share of a unit's weights that tensor parallelism divides."""
 
 
-def page(plan: Plan) -> str:
-    """The whole page."""
+def page(plan: Plan, found: Why | None = None) -> str:
+    """The whole page; with ``found``, what ``explain.why`` says of the plan as well."""
     title = f"{plan.model} on {plan.mesh}"
     return f"""<!doctype html>
 <html lang="en">
@@ -53,8 +57,14 @@ def page(plan: Plan) -> str:
 <section class="cards">{"".join(_cards(plan))}</section>
 <ul class="legend">{"".join(f'<li><i class="{kind}"></i>{kind}</li>' for kind in summary.MEMORY_KINDS)}
 <li class="s0">time: <i class="forward"></i>forward, <i class="backward"></i>backward of one micro-batch</li></ul>
+{page_parts.ranks(plan)}
+{page_parts.losses(found) if found else ""}
+{page_parts.cuts(plan, found)}
 {_graph(plan)}
+{page_parts.over_time(plan)}
+{page_parts.choices(plan, found) if found else ""}
 {"".join(_sections(plan))}
+{page_parts.assumptions(plan)}
 <footer>{"".join(_footer(plan))}</footer>
 </main>
 <div id="tip" role="tooltip" hidden></div>

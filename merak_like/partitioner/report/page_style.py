@@ -40,7 +40,8 @@ h2 { font-size: 15px; margin: 32px 0 10px }
 .over { color: var(--warn) !important; font-weight: 600 }
 .forward { background: var(--line) } .backward { background: var(--line); opacity: .55 }
 .weights { background: #4f6bd8 } .gradients { background: #8b7ae6 } .optimizer { background: #c07ad6 }
-.activations { background: #e08a3c } .boundary { background: #d8b32f } .workspace { background: #8d97a8 }
+.activations { background: #e08a3c } .boundary { background: #d8b32f }
+.logits { background: #b5502f } .workspace { background: #8d97a8 }
 .legend { display: flex; flex-wrap: wrap; gap: 6px 18px; color: var(--dim); font-size: 12px; margin: 10px 0 0;
   padding: 0; list-style: none }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 6px;

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from merak_like.partitioner.plan import Plan, StagePlan
+from merak_like.partitioner.plan import Plan, StageMemory, StagePlan
 from merak_like.partitioner.report import summary
 from merak_like.partitioner.report.text import (
     bar,
@@ -33,6 +33,8 @@ MEMORY_HEADS = {
     "boundary": "cuts",
     "workspace": "work",
 }
+SHOWN = tuple(kind for kind in summary.MEMORY_KINDS if kind != "logits")
+"""A terminal is narrow: logits are shown as the activations that they are."""
 MAX_ACTIONS = 30
 """Actions of an order that are printed; the plan file has all of them."""
 MAX_CROSSINGS = 24
@@ -62,6 +64,10 @@ def _head(plan: Plan) -> Text:
         text.append("  traced with " + ", ".join(f"{k} {v}" for k, v in plan.signature.items()), style="dim")
     text.append("\n")
     return text
+
+
+def _shown(memory: StageMemory, kind: str) -> int:
+    return getattr(memory, kind) + (memory.logits if kind == "activations" else 0)
 
 
 def _stage_name(stage: StagePlan) -> Text:
@@ -113,7 +119,7 @@ def memory_table(plan: Plan) -> Table:
     table = _table(f"Memory of one rank at its fullest, in {unit}; the limit is {bytes_text(limit)}")
     table.add_column("stage", justify="right", no_wrap=True)
     table.add_column("live", justify="right", no_wrap=True)
-    for kind in summary.MEMORY_KINDS:
+    for kind in SHOWN:
         table.add_column(MEMORY_HEADS.get(kind, kind), justify="right", no_wrap=True)
     table.add_column("total", justify="right", no_wrap=True)
     table.add_column("of limit", no_wrap=True)
@@ -121,14 +127,14 @@ def memory_table(plan: Plan) -> Table:
         table.add_row(
             _stage_name(stage),
             str(stage.live_micro_batches),
-            *(f"{getattr(stage.memory, kind) / scale:.2f}" for kind in summary.MEMORY_KINDS),
+            *(f"{_shown(stage.memory, kind) / scale:.2f}" for kind in SHOWN),
             Text(f"{stage.memory.total / scale:.2f}", style="" if shared else "bold"),
             "" if shared else _of_limit(plan, stage.rank),
         )
     if shared:
         table.add_section()
         for rank, total in enumerate(plan.rank_bytes):
-            blank = [""] * (len(summary.MEMORY_KINDS) + 1)
+            blank = [""] * (len(SHOWN) + 1)
             table.add_row(f"rank {rank}", *blank, Text(f"{total / scale:.2f}", style="bold"), _of_limit(plan, rank))
         table.caption = "stages of one rank need not be fullest at the same moment"
         table.caption_justify = "left"

@@ -16,6 +16,7 @@ _SIZES = {
     "ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4,
 }  # fmt: skip
 _SIZE = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kmgt]i?)?\s*b?\s*", re.IGNORECASE)
+_BITS = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kMGT])(?:b|[Bb]it)(?:/s|ps)\s*")
 
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 
@@ -69,6 +70,14 @@ def percent_text(fraction: float) -> str:
     return f"{percent:.1f} %" if abs(percent) < 99.95 else f"{percent:.0f} %"
 
 
+def change_text(after: float, before: float) -> str:
+    """How much more or less: ``+3.1 %``, ``-12 %``, ``2.4 times``."""
+    share = after / before - 1 if before else float("inf")
+    if share >= 1:
+        return f"{after / before:.2g} times" if before else "from nothing"
+    return f"{'+' if share > 0 else '-' if share < 0 else ''}{percent_text(abs(share))}"
+
+
 def dtype_text(dtype: str) -> str:
     """A dtype in two or three letters: ``bf16``, ``i64``; a name without a short form stays itself."""
     match = re.fullmatch(r"([a-z]+)(\d+)", dtype)
@@ -92,6 +101,18 @@ def parse_bytes(text: str) -> int:
             f"{text!r} is not an amount of memory: write a number and a unit, such as 40GB, 512MB or 16GiB"
         )
     return nbytes
+
+
+def parse_rate(text: str) -> float:
+    """Bytes per second: ``25GB/s``, ``25GB``, or in bits, with a small b: ``200Gb/s``, ``200Gbit/s``.
+
+    Raises ValueError for anything else, and for zero.
+    """
+    bits = _BITS.fullmatch(text)
+    try:
+        return parse_bytes(f"{bits[1]}{bits[2]}") / 8 if bits else float(parse_bytes(re.sub(r"(/s|ps)\s*$", "", text)))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a bandwidth: write bytes, as in 25GB/s, or bits, as in 200Gbit/s") from None
 
 
 def bar(fraction: float, width: int) -> str:
