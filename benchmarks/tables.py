@@ -57,7 +57,8 @@ PUBLISHED = {
     "sc21": ("Narayanan et al. 2021, Table 1", "10 %"), "korthikanti": ("Korthikanti et al. 2022, times", "10 %"),
     "h100": ("Megatron-LM README, H100", "10 %"), "vtrain": ("vTrain, A100 over 8 to 32 nodes", "8 %"),
     "zero_bubble": ("Zero Bubble 1F1B, from the model alone", "none"),
-    "memory": ("Korthikanti et al. 2022, bytes", "3 %"), "schedules": ("Zero Bubble, four schedules, from profiles", "5 %"),
+    "memory": ("Korthikanti et al. 2022, bytes", "3 %"),
+    "schedules": ("Zero Bubble, four schedules, from profiles", "5 %"),
 }  # fmt: skip
 
 
