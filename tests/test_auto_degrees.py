@@ -50,5 +50,5 @@ def test_two_ranks_choose_the_same_and_train_as_one():
     job, alone = torchrun(calls, world=2), train()["losses"]
     for name in asked:
         for found in job.results(name):
-            assert found["losses"] == pytest.approx(alone, rel=1e-10)
+            assert found["losses"] == pytest.approx(alone, rel=1e-6)  # a loss in float32
     assert job.results("tp")[0]["mesh"] == [1, 1, 2]
