@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACES = ("README.md", "benchmarks/pipeline/README.md", "benchmarks/paced/README.md")
+PLACES = ("README.md", "benchmarks/pipeline/README.md", "benchmarks/paced/README.md", "benchmarks/planner/README.md")
 
 
 def pipeline() -> str:
@@ -53,11 +53,72 @@ def paced() -> str:
     return "\n".join([*lines, "", _setting(data["setting"])])
 
 
+PUBLISHED = {
+    "sc21": ("Narayanan et al. 2021, Table 1", "10 %"), "korthikanti": ("Korthikanti et al. 2022, times", "10 %"),
+    "h100": ("Megatron-LM README, H100", "10 %"), "vtrain": ("vTrain, A100 over 8 to 32 nodes", "8 %"),
+    "zero_bubble": ("Zero Bubble 1F1B, from the model alone", "none"),
+    "memory": ("Korthikanti et al. 2022, bytes", "3 %"),
+    "schedules": ("Zero Bubble, four schedules, from profiles", "5 %"),
+}  # fmt: skip
+
+
+def published() -> str:
+    """Mean and worst error of each published table, rows that were fitted and the others apart."""
+    data = json.loads((ROOT / "benchmarks/planner/results.json").read_text())
+    lines = [
+        "| published | bar | rows left out: mean | worst | rows fitted to: mean | worst |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, (told, bar) in PUBLISHED.items():
+        cells = []
+        for fitted in (False, True):
+            errors = [abs(row["error"]) for row in data.get(name, ()) if row.get("fitted", False) is fitted]
+            cells += [f"{sum(errors) / len(errors):.1%}", f"{max(errors):.1%}"] if errors else ["", ""]
+        lines.append(f"| {told} | {bar} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def chosen() -> str:
+    """What a plan chosen by the predictions costs, on vTrain's measurements."""
+    rows = json.loads((ROOT / "benchmarks/planner/results.json").read_text())["vtrain"]
+    lines = [
+        "| vTrain | layouts | Spearman | chosen is slower than best | best of the first three |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for model in dict.fromkeys(row["name"].split()[0] for row in rows):
+        own = [row for row in rows if row["name"].split()[0] == model]
+        best = min(row["measured"] for row in own)
+        order = sorted(own, key=lambda row: row["predicted"])
+        first, three = order[0]["measured"], min(row["measured"] for row in order[:3])
+        place = {row["name"]: i for i, row in enumerate(sorted(own, key=lambda row: row["measured"]))}
+        n = len(own)
+        rank = 1 - 6 * sum((i - place[row["name"]]) ** 2 for i, row in enumerate(order)) / (n * (n * n - 1))
+        lines.append(f"| {model} | {n} | {rank:.3f} | {first / best - 1:.1%} | {three / best - 1:.1%} |")
+    return "\n".join(lines)
+
+
+def every() -> str:
+    """Each row."""
+    data = json.loads((ROOT / "benchmarks/planner/results.json").read_text())
+    lines = ["| table | row | published | ours | error | fitted |", "|---|---|---:|---:|---:|---|"]
+    for name in PUBLISHED:
+        for row in data.get(name, ()):
+            truth = row.get("measured", row.get("published"))
+            mark = "yes" if row.get("fitted", False) else ""
+            lines.append(
+                f"| {name} | {row['name']} | {truth:.4g} | {row['predicted']:.4g} | {row['error']:+.1%} | {mark} |"
+            )
+    return "\n".join(lines)
+
+
 def _setting(setting: dict[str, Any]) -> str:
     return "Setting: " + ", ".join(f"{key} {value}" for key, value in setting.items()) + "."
 
 
-TABLES = {"pipeline": pipeline, "overhead": overhead, "paced": paced}
+TABLES = {
+    "pipeline": pipeline, "overhead": overhead, "paced": paced,
+    "published": published, "chosen": chosen, "every": every,
+}  # fmt: skip
 
 
 def filled(text: str) -> str:

@@ -12,10 +12,13 @@ from merak_like.partitioner.degrees import choose
 from merak_like.partitioner.executable import ENGINE
 from merak_like.partitioner.hardware import hardware_named
 from merak_like.partitioner.layouts import Wanted, layouts
+from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
+from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.software import TORCH, Software
 from merak_like.partitioner.states import STATES
 from tests.commands import refused, run
+from tests.graphs import TOY, encoder_decoder, gpt
 from tests.test_one_rank import GPT2, sources
 
 H100 = hardware_named("h100")
@@ -104,3 +107,15 @@ def test_every_choice_may_be_given(folder: Path, capsys: pytest.CaptureFixture[s
     text = run(capsys, "plan", str(folder), *layout, "--batch", "24", "--micro-batch", "2", "--recompute", recompute,
                "--seq", "128", "--json")  # fmt: skip
     assert Plan.from_json(text).step_seconds > 0
+
+
+def test_a_cut_is_never_worse_than_equal_blocks_and_somewhere_much_better():
+    """Large vocabularies on few layers, and encoder-decoders: by simulation."""
+    gains: list[float] = []
+    for graph in (gpt(4, d=8, vocabulary=2048), gpt(8, d=16, vocabulary=1024), encoder_decoder(4, d=16), gpt(12, d=32)):
+        for pp in (2, 4):
+            made = make_plan(graph, Mesh(1, pp), hardware=TOY, batch=16, micro_batches=8)
+            told = next((note for note in made.notes if note.startswith("the same number of blocks")), "(+0%)")
+            gains.append(1 + float(told.rpartition("(")[2].rstrip("%)")) / 100)
+    assert min(gains) >= 1.0
+    assert max(gains) >= 1.25

@@ -40,6 +40,7 @@ def test_a_stage_by_hand():
         put_off=0,
         received_saved=0,
         sent_saved=0,
+        sent=64,
     ), "what is sent comes back as a gradient, one at a time"
     assert model.parts(2, 4) == Parts(
         weights=20 + 12,

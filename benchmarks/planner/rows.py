@@ -53,7 +53,7 @@ class Row:
             made.graph, self.mesh, hardware=hardware, batch=self.batch, micro_batch=self.micro_batch,
             schedule="interleaved" if self.chunks > 1 else "1f1b", chunks=self.chunks if self.chunks > 1 else None,
             recompute="none" if selective else self.recompute, states=STATES["adamw-megatron"], zero=self.zero,
-            sequence_parallel=self.sequence_parallel, sources=made, memory_limit=10**13,
+            sequence_parallel=self.sequence_parallel, sources=made, memory_limit=10**13, thorough=False,
             software=Software("fused", hardware.attention, selective and hardware.attention == "math"),
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ from merak_like.partitioner.one_rank import Sources
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.schedules.action import known
+from merak_like.partitioner.sharding import ShardedBlock
 from merak_like.partitioner.software import Software
 from merak_like.partitioner.states import STATES, StateBytes
 

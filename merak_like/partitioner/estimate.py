@@ -75,7 +75,7 @@ class Tables:
         costs = op_costs(graph, self.hardware, scale=scale)
         each = np.array([(costs[i].forward_seconds, costs[i].backward_seconds) for i in kinds])[list(alike)]
         sums = np.vstack([np.zeros((1, 2)), np.cumsum(each, axis=0)])[borders]
-        saved = np.concatenate([[0], np.cumsum([op.saved_bytes for op in graph.ops])])[borders] * scale
+        saved: Floats = np.cumsum(np.array([0, *(op.saved_bytes for op in graph.ops)], np.float64))[borders] * scale
         reads, seen = np.zeros(len(graph.ops) + 1), set[str]()
         for index, op in enumerate(graph.ops):
             for name in op.params:

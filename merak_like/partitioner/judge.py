@@ -213,14 +213,15 @@ class Judge:
             forward=float(ops.forward[last] - ops.forward[first]),
             backward=float(ops.backward[last] - ops.backward[first]),
             weight=float(ops.weight[last] - ops.weight[first]),
-            by_block=self._by_block(first, last) if problem.job.recompute == "blocks" else (0, 0),
+            by_block=self._by_block(first, last, parts.sent) if problem.job.recompute == "blocks" else (0, 0),
         )
 
-    def _by_block(self, first: int, last: int) -> tuple[int, int]:
+    def _by_block(self, first: int, last: int, sent: int) -> tuple[int, int]:
+        """See ``Stage``; what is sent is computed again like the rest, so it is not kept."""
         blocks = self.problem.blocks
         inside = blocks[(blocks > first) & (blocks < last)].tolist()
         saved, near, far = self.problem.memory.kept_by((first, *inside, last))
-        kept = sum(near) + far
+        kept = sum(near) + far - sent
         return kept, kept + max(saved)
 
     def _only(self, stage: Stage, index: int) -> Front:

@@ -9,6 +9,7 @@ for each live micro-batch
     saved         what the ops keep for the backward
     boundary      values received and sent
     bare          those of them that no op of the graph saves
+    sent          those of them that leave
     received_saved, sent_saved   those of them that are in ``saved`` as well
     inputs        of the batch: to run the ops again, these are kept instead of ``saved``
     logits        of ``saved``, by and after the output layer
@@ -61,6 +62,7 @@ class Parts:
     received_saved: int
     sent_saved: int
     logits: int = 0
+    sent: int = 0
 
     @property
     def fixed(self) -> int:
@@ -108,7 +110,7 @@ class MemoryModel:
     def parts(self, start: int, stop: int) -> Parts:
         """Bytes of ops ``start <= i < stop`` as a stage."""
         held = [self._bytes[name] for name in held_by(self._needs, start, stop)]
-        boundary = bare = returning = received_saved = sent_saved = 0
+        boundary = bare = returning = received_saved = sent_saved = leaving = 0
         for uses, nbytes, requires_grad, saver in self._values:
             if uses[0] >= stop or uses[-1] < start:
                 continue
@@ -116,6 +118,7 @@ class MemoryModel:
             sent = start <= uses[0] < stop <= uses[-1]
             if received or sent:
                 boundary += nbytes
+                leaving += nbytes * sent
                 bare += nbytes * (saver < 0)
                 returning += nbytes * requires_grad
                 received_saved += nbytes * (received and start <= saver < stop)
@@ -132,6 +135,7 @@ class MemoryModel:
             put_off=int(self._put_off[stop] - self._put_off[start]),
             received_saved=received_saved,
             sent_saved=sent_saved,
+            sent=leaving,
             logits=int(self._saved[stop] - self._saved[min(max(start, self._output), stop)]),
         )
 

@@ -235,7 +235,7 @@ class Problem:
         least = alone * bands.boundary + np.minimum(bands.saved, bands.inputs)
         least = np.minimum(least, full) if stage in job.recomputes else full
         if job.recompute == "blocks" and stage in job.recomputes:
-            full = least  # at least: which block is the largest is not known here
+            full = least = np.minimum(bands.saved, bands.inputs)  # at least: the blocks are not known here
         waits = bands.put_off
         own = job.held[job.order.stage_rank[stage]].of(stage)
         for kept, whole, wait in zip(own.kept[:, 0].tolist(), own.full[:, 0], own.waits[:, 0], strict=True):
