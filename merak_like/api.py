@@ -49,6 +49,7 @@ def auto_parallel(
     chunks: int | None = None,
     recompute: str = "auto",
     micro_batches: int | None = None,
+    sequence_parallel: bool = False,
     max_grad_norm: float | None = None,
     loss_weight: LossWeight | None = None,
     weights: str | Path | None = None,
@@ -69,6 +70,7 @@ def auto_parallel(
     with this rank's parameters. ``loss_weight(micro_batch)`` counts the items that a micro-batch's loss is the mean of:
     by default target tokens for Hugging Face language models, else samples. ``schedule``, ``chunks`` (stages per rank,
     for "interleaved") and ``recompute`` ("auto": what memory asks for, "none", "full") are those of ``make_plan``.
+    ``sequence_parallel`` divides activations outside of the sharded weights among the tensor-parallel ranks too, by rows.
     ``plan`` obeys a plan made before. ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
@@ -88,7 +90,7 @@ def auto_parallel(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
             )
         micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
-        parts = sharding(model, mesh.tp, loss_fn)
+        parts = sharding(model, mesh.tp, loss_fn, sequence_parallel)
         # on the CPU whatever the device, so that a plan does not depend on where it was made
         rough = parts.trace(micro, "cpu")
         graph = parts.graph(rough)
@@ -104,7 +106,7 @@ def auto_parallel(
                 compared = [note for note in plan.notes if note.startswith("numbers of micro-batches")]
                 plan = decide(parts.graph(rough), plan.micro_batches).with_notes(compared)
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
-        collect.agree(facts | {"seed": str(seed), "max_grad_norm": str(max_grad_norm)}, world, watch)
+        collect.agree(facts | {"seed": str(seed), "max_grad_norm": str(max_grad_norm), "sequence_parallel": str(sequence_parallel)}, world, watch)
         if world.device.type != "cpu":
             rough = parts.trace(micro, world.device)
         if plan.starts[-1] != len(rough.graph.ops):

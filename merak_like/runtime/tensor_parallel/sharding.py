@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -14,12 +15,14 @@ from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.tensor_parallel import Derived, derive
 from merak_like.partitioner.tensor_parallel.layout import same_parts
 from merak_like.partitioner.tensor_parallel.local import local_graph
+from merak_like.partitioner.tensor_parallel.rows import Rows, rows_of
 from merak_like.partitioner.tracer import LossFn, Trace, trace
 from merak_like.partitioner.tracer.fine import fine_trace, steps
 from merak_like.runtime.groups import Groups, Span
 from merak_like.runtime.tensor_parallel.collectives import TensorGroup
 from merak_like.runtime.tensor_parallel.copies import Copies, Copy
 from merak_like.runtime.tensor_parallel.rewrite import shard
+from merak_like.runtime.tensor_parallel.sequence import on_rows
 from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 from merak_like.runtime.watch import Watch
 
@@ -59,9 +62,13 @@ class Sharding(Protocol):
         ...
 
 
-def sharding(model: nn.Module, tp: int, loss_fn: LossFn | None) -> Sharding:
-    """How a model lies over ``tp`` ranks."""
-    return Sharded(model, tp, loss_fn) if tp > 1 else Unsharded(model, loss_fn)
+def sharding(model: nn.Module, tp: int, loss_fn: LossFn | None, sequence_parallel: bool = False) -> Sharding:
+    """How a model lies over ``tp`` ranks. Raises ValueError for ``sequence_parallel`` on a single rank."""
+    if tp > 1:
+        return Sharded(model, tp, loss_fn, sequence_parallel)
+    if sequence_parallel:
+        raise ValueError("sequence_parallel=True divides rows among tensor-parallel ranks, found tp=1: use tp=2 or more")
+    return Unsharded(model, loss_fn)
 
 
 class Unsharded:
@@ -96,11 +103,14 @@ class Sharded:
     """Several ranks. The trace goes down to torch functions and is made of a copy of the model without memory, since
     the model itself will have parts of weights only."""
 
-    def __init__(self, model: nn.Module, tp: int, loss_fn: LossFn | None) -> None:
-        self.model, self.tp, self.loss_fn = model, tp, loss_fn
+    def __init__(self, model: nn.Module, tp: int, loss_fn: LossFn | None, sequence_parallel: bool = False) -> None:
+        self.model, self.tp, self.loss_fn, self.sequence_parallel = model, tp, loss_fn, sequence_parallel
         self.blueprint = on_meta(model)
         self._derived: Derived | None = None
         self._of: ProxyGraph | None = None
+        self._summed: frozenset[str] = frozenset()
+        """Weights whose gradients add up over all ranks because each sees its rows only."""
+        self._told = False
 
     @property
     def derived(self) -> Derived:
@@ -116,7 +126,16 @@ class Sharded:
         found = self._derive(traced)
         if self._derived is None:
             self._derived, self._of = found, traced.graph
-        return local_graph(traced.graph, steps(traced), found)
+            self._summed = frozenset(self._rows(traced, found).weights - self._added())
+        return local_graph(traced.graph, steps(traced), found, self._rows(traced, found))
+
+    def _rows(self, traced: Trace, derived: Derived) -> Rows:
+        return rows_of(traced.graph, steps(traced), derived, traced.constants) if self.sequence_parallel else Rows()
+
+    def _added(self) -> set[str]:
+        """Weights whose gradients add up over all ranks in the plain form too."""
+        groups = [group for block in self.derived.blocks for group in block.groups if group.degree == self.tp]
+        return {name for group in groups for name in group.partial_gradients}
 
     def _derive(self, traced: Trace) -> Derived:
         return derive(traced.graph, steps(traced), self.tp, constants=traced.constants)
@@ -129,7 +148,8 @@ class Sharded:
 
     def partial(self, name: str) -> tuple[Span, ...]:
         groups = [group for block in self.derived.blocks for group in block.groups]
-        return tuple(sorted({(g.degree, g.repeat) for g in groups if name in g.partial_gradients}))
+        spans = {(g.degree, g.repeat) for g in groups if name in g.partial_gradients}
+        return tuple(sorted(spans | ({(self.tp, 1)} if name in self._summed else set())))
 
     def rewrite(self, groups: Groups, watch: Watch) -> Rewrite:
         ranks = {span: TensorGroup(group, span[0], watch) for span, group in groups.tensor.items()}
@@ -141,7 +161,24 @@ class Sharded:
                     f"with these input shapes {odd[:3]} ({len(odd)} weights) would lie on the tensor-parallel ranks in "
                     "another way than with the example's: use an example of this shape, or batches of one shape"
                 )
-            return shard(traced, found, ranks, groups.coord.tp, lambda op: bisect_right(starts, op))
+            rank, rows, walk = groups.coord.tp, self._rows(traced, found), steps(traced)
+
+            def stage_of(op: int) -> int:
+                return bisect_right(starts, op)
+
+            code = shard(traced, found, ranks, rank, stage_of, rows)
+            if not self.sequence_parallel:
+                return code
+            if not rows.values and not self._told and not any(groups.coord):
+                self._told = True
+                warnings.warn(
+                    f"sequence_parallel: with these input shapes {self.tp} ranks divide no rows between the sums over "
+                    "ranks, so tensor parallelism runs in its plain form",
+                    stacklevel=2,
+                )
+            home = {step: number for number, block in enumerate(found.blocks) for step in block.steps}
+            at = {step.index: (home.get(step.name), stage_of(step.index)) for step in walk}
+            return on_rows(code, walk, rows, ranks[self.tp, 1], rank, at.__getitem__, self._summed, self._added())
 
         return own
 
