@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +46,6 @@ class Ring:
     failed: bool = False
     change: threading.Condition = field(default_factory=threading.Condition)
     states: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
-    left: set[int] = field(default_factory=set)
 
     def await_turn(self, rank: int) -> None:
         with self.change:
@@ -66,17 +65,17 @@ class Ring:
 class Fake:
     """A process group of some of them, and what its members gave to the collective at hand."""
 
-    def __init__(self, ring: Ring, ranks: list[int], rank: int, box: dict[int, list[Tensor]]) -> None:
+    def __init__(self, ring: Ring, ranks: list[int], rank: int, box: dict[tuple[int, int], Tensor]) -> None:
         self.ring, self.ranks, self.rank, self.box, self.number = ring, ranks, rank, box, 0
 
     def exchange(self, given: Tensor) -> list[Tensor]:
         """What all gave; everybody else runs until it has given too."""
         number, self.number = self.number, self.number + 1
-        self.box.setdefault((number, self.rank), [given.detach().clone()])  # type: ignore[call-overload]
+        self.box[number, self.rank] = given.detach().clone()
         while not all((number, rank) in self.box for rank in self.ranks):
             self.ring.hand_on(self.rank)
             self.ring.await_turn(self.rank)
-        return [self.box[number, rank][0] for rank in self.ranks]  # type: ignore[index]
+        return [self.box[number, rank] for rank in self.ranks]
 
 
 def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> None:
@@ -101,17 +100,16 @@ class Ran:
     """Of rank 0's view, put together from all ranks' parts, summed where they are partial."""
     kept: list[int]
     """Bytes that each rank's autograd graph keeps, weights apart."""
+    code: list[str]
+    """Of each rank: the names of what its code calls, in order."""
 
 
-def in_lockstep(
-    one: Subject, batch: Any, tp: int, sequence_parallel: bool, planned: Any = None,
-    act: Callable[[Stage, Any], Any] | None = None,
-) -> Ran:  # fmt: skip
+def in_lockstep(one: Subject, batch: Any, tp: int, sequence_parallel: bool = True, planned: Any = None) -> Ran:
     """Forward and backward; ``planned`` is the batch that decided how weights lie and which gradients are summed."""
     ring, mesh = Ring(tp), Mesh(1, 1, tp)
     boxes: dict[Any, dict[Any, Any]] = {}
     models, sums = [copy.deepcopy(one.model) for _ in range(tp)], [dict[str, Tensor]() for _ in range(tp)]
-    losses, kept, errors = [0.0] * tp, [0] * tp, list[BaseException]()
+    losses, kept, code, errors = [0.0] * tp, [0] * tp, [""] * tp, list[BaseException]()
     parts = Sharded(one.model, tp, one.loss_fn, sequence_parallel)
 
     def work(rank: int) -> None:
@@ -120,17 +118,18 @@ def in_lockstep(
         first = mine.trace(batch if planned is None else planned, "cpu")
         mine.graph(first)
         traced = first if planned is None else mine.trace(batch, "cpu")
-        made = {
-            span: Fake(ring, sorted(spanned(rank, (span,))), rank, boxes.setdefault((span, min(spanned(rank, (span,)))), {}))
-            for span in mine.spans()
-        }  # fmt: skip
+        made = dict[Any, Fake]()
+        for span in mine.spans():
+            ranks = sorted(spanned(rank, (span,)))
+            made[span] = Fake(ring, ranks, rank, boxes.setdefault((span, ranks[0]), {}))
         groups = Groups(mesh, Coord(0, 0, rank), (0,), {}, made)
         shards = mine.shards(rank)
         for name, tensor in [*models[rank].named_parameters(), *models[rank].named_buffers()]:
             tensor.data = shards.cut(name, tensor.data)
         stop = len(traced.graph.ops)
-        code = mine.rewrite(groups, Free())(traced, (0, stop))  # type: ignore[arg-type]
-        stage = Stage(build_stage(code, models[rank], (0, stop), 0), code.inputs, torch.device("cpu"))
+        own = mine.rewrite(groups, Free())(traced, (0, stop))  # type: ignore[arg-type]
+        code[rank] = " ".join(getattr(node.target, "__name__", str(node.target)) for node in own.code.nodes)
+        stage = Stage(build_stage(own, models[rank], (0, stop), 0), own.inputs, torch.device("cpu"))
         rng.start(3, 0, 0)
         with counting(models[rank]) as saved:
             out = stage.forward(0, batch, {})
@@ -152,7 +151,6 @@ def in_lockstep(
             errors.append(error)
             ring.failed = True
         with ring.change:
-            ring.left.add(rank)
             ring.turn = (rank + 1) % tp
             ring.change.notify_all()
 
@@ -168,7 +166,7 @@ def in_lockstep(
     if errors:
         raise errors[0]
     whole = {name: parts.shards(0).assemble(name, [each[name] for each in sums]) for name in sums[0]}
-    return Ran(losses, whole, kept)
+    return Ran(losses, whole, kept, code)
 
 
 @contextmanager
