@@ -70,7 +70,7 @@ def auto_parallel(
     with this rank's parameters. ``loss_weight(micro_batch)`` counts the items that a micro-batch's loss is the mean of:
     by default target tokens for Hugging Face language models, else samples. ``schedule``, ``chunks`` (stages per rank,
     for "interleaved") and ``recompute`` ("auto": what memory asks for, "none", "full") are those of ``make_plan``.
-    ``sequence_parallel`` divides activations outside of the sharded weights among the tensor-parallel ranks too, by rows.
+    ``sequence_parallel`` divides activations outside of sharded weights among the tensor-parallel ranks too, by rows.
     ``plan`` obeys a plan made before. ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
@@ -106,7 +106,8 @@ def auto_parallel(
                 compared = [note for note in plan.notes if note.startswith("numbers of micro-batches")]
                 plan = decide(parts.graph(rough), plan.micro_batches).with_notes(compared)
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
-        collect.agree(facts | {"seed": str(seed), "max_grad_norm": str(max_grad_norm), "sequence_parallel": str(sequence_parallel)}, world, watch)
+        asked = {"seed": seed, "max_grad_norm": max_grad_norm, "sequence_parallel": sequence_parallel}
+        collect.agree(facts | {key: str(value) for key, value in asked.items()}, world, watch)
         if world.device.type != "cpu":
             rough = parts.trace(micro, world.device)
         if plan.starts[-1] != len(rough.graph.ops):

@@ -13,25 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from math import prod
 from typing import Any
 
 from merak_like.partitioner.graph import ProxyGraph
-from merak_like.partitioner.tensor_parallel.axes import Axes, Dims
-from merak_like.partitioner.tensor_parallel.call import Call, Operand, Path, flatten
+from merak_like.partitioner.tensor_parallel.call import Path, flatten
 from merak_like.partitioner.tensor_parallel.derived import Derived
-from merak_like.partitioner.tensor_parallel.follow import Followed, follow, tried
-from merak_like.partitioner.tensor_parallel.layout import Axis, Factors, Layout, Where, is_sharded
+from merak_like.partitioner.tensor_parallel.follow import Followed, follow
+from merak_like.partitioner.tensor_parallel.layout import Axis, Layout, Where
+from merak_like.partitioner.tensor_parallel.row_step import RowStep, on_rows
 from merak_like.partitioner.tensor_parallel.rules import RULES, Rule
-from merak_like.partitioner.tensor_parallel.rules.elementwise import CREATED, LIKE, ONLY_FIRST
-from merak_like.partitioner.tensor_parallel.trying import commutes
-from merak_like.partitioner.tensor_parallel.units import VIEWS, Tensor, tensors, units
+from merak_like.partitioner.tensor_parallel.units import VIEWS, tensors, units
 from merak_like.partitioner.tracer.fine import Name, Step
 from merak_like.partitioner.tracer.words import draws
 
 REPEATABLE = frozenset("dropout dropout1d scaled_dot_product_attention rand_like randn_like randint_like".split())
 """Words of random steps that can be drawn for some rows as one process draws them for all."""
-BLIND = ONLY_FIRST | frozenset(CREATED.split()) | frozenset(LIKE.split())
-"""Words of steps that look at a tensor's dtype and device only, where their rule drops it."""
 
 
 @dataclass
@@ -58,19 +56,6 @@ class Rows:
     """Operands of other steps of which only the dtype is read: they need not be gathered."""
     changing: set[str] = field(default_factory=set)
     """Values that are written into after they were made."""
-
-
-@dataclass(frozen=True)
-class Local:
-    """One step on rows."""
-
-    outs: tuple[Layout, ...]
-    """Empty if it only looked at the dtype of what has rows."""
-    sliced: Mapping[Path, Layout]
-    whole: tuple[Path, ...]
-    """Operands without rows."""
-    sizes: Mapping[Path, int]
-    unread: tuple[Path, ...]
 
 
 def rows_of(
@@ -126,13 +111,24 @@ class _Search:
                     [axes.size((axis,)) for axis in axes.resolve(dim)]
                     for dim in followed[kind].values[parts[kind].steps[place].name, 0]
                 ]
-                good = [(i, j) for i, dim in enumerate(sizes[:-1]) for j, n in enumerate(dim) if n and n % self.tp == 0]
+                good = [
+                    (i, j) for i, dim in enumerate(sizes[:-1]) for j in range(len(dim)) if self.divides(sizes, i, j)
+                ]
                 if good:
                     layout = [[Axis(n) for n in dim] for dim in sizes]
                     i, j = good[-1]
                     layout[i][j] = Axis(sizes[i][j], self.tp)
                     found[step.name] = tuple(map(tuple, layout))
         return found
+
+    def divides(self, sizes: Sequence[Sequence[int]], dim: int, factor: int) -> bool:
+        """Whether the ranks divide this axis so that each has rows; a dropout must see how they lie in memory.
+
+        It does not for a single row behind other axes: its stride says nothing.
+        """
+        rows, left = divmod(sizes[dim][factor], self.tp)
+        leading = prod(chain(*sizes[:dim], sizes[dim][:factor])) == 1
+        return not left and (rows > 1 or (rows == 1 and leading))
 
     def look_around(self) -> None:
         """Who shares memory with whom, and what cannot be sharded because of who reads it."""
@@ -191,7 +187,7 @@ class _Search:
         named = [(path[1:], n) for path, n in flatten((step.args, step.kwargs)) if n.name in self.known]
         if not any(name.name in rows.values for _, name in named):
             return
-        local = self.local(step, named, rows.values)
+        local = on_rows(step, named, self.known, rows.values, self.tp, self.rules)
         if local is None:
             return
         rows.unread.update((step.name, path) for path in local.unread)
@@ -220,94 +216,13 @@ class _Search:
                 elif path in local.whole:
                     rows.entered.add((step.name, path))
 
-    def allowed(self, step: Step, named: Sequence[tuple[Path, Name]], local: Local, rows: Rows) -> bool:
+    def allowed(self, step: Step, named: Sequence[tuple[Path, Name]], local: RowStep, rows: Rows) -> bool:
         """Whether nothing but the axes forbids it."""
         if any(name not in rows.values for name in step.mutates):
             return False
         if any(name.kind == "weight" and name.name in self.odd_weights for _, name in named):
             return False
-        if step.value is None and any(item.args[1] >= len(local.outs) for item in self.items.get(step.name, ())):
+        items = self.items.get(step.name, ())
+        if step.value is None and (not items or any(item.args[1] >= len(local.outs) for item in items)):
             return False
         return not draws(step.word, step.args, step.kwargs) or step.word in REPEATABLE
-
-    def local(self, step: Step, named: Sequence[tuple[Path, Name]], values: Mapping[str, Layout]) -> Local | None:
-        """What the step is on rows; None if they do not stay apart."""
-        axes, own, marks = Axes(), dict[Name, Dims](), set[int]()
-        for name in dict.fromkeys(name for _, name in named):
-            own[name] = _dims(axes, values.get(name.name), self.known[name.name], marks)
-        infos = {name: self.known[name.name] for name in own}
-        booleans = frozenset(name for name, info in infos.items() if info.dtype in ("bool", "uint8"))
-        operands = {path: Operand(name, own[name], infos[name].grad, False) for path, name in named}
-        call = Call(step, axes, dict(operands), step.value.shape if step.value else None, booleans)
-        rule = self.rules.get(step.word.split(".")[0])
-        if rule is None and commutes(step, {name: info.shape for name, info in infos.items()}):
-            rule = tried
-        if rule is None:
-            return None
-        rule(call)
-        dropped = tuple(path for path in operands if path not in call.operands)
-        if dropped and step.word not in BLIND:
-            return None
-        if not any(name.name in values for path, name in named if path not in dropped):
-            return Local((), {}, (), {}, tuple(path for path in dropped if operands[path].name.name in values))
-        roots = {axes.resolve((axis,)) for axis in marks}
-        if len(roots) != 1 or len(mark := next(iter(roots))) != 1 or axes.segments(mark[0]) or axes.pinned(mark[0]):
-            return None
-        axis = mark[0]
-        if any(axis in axes.leaves(dim) for dim in call.contracted):
-            return None
-        made = [_layout(axes, dims, axis, self.tp) for dims in call.outs]
-        if step.value is None and len(self.items.get(step.name, ())) == 0:
-            return None
-        sliced, whole = dict[Path, Layout](), list[Path]()
-        for path, name in named:
-            if path in dropped or name.name in values:
-                continue
-            layout = _layout(axes, own[name], axis, self.tp)
-            if layout is None:
-                return None
-            if any(map(is_sharded, layout)):
-                sliced[path] = layout
-            else:
-                whole.append(path)
-        outs = tuple(layout for layout in made if layout is not None and any(map(is_sharded, layout)))
-        if not outs or len(outs) < len(made):
-            return None
-        sizes = {path: dim for path, dim in call.sizes if axis in axes.leaves(dim)}
-        if not all(axis in axes.resolve(dim) for dim in sizes.values()):
-            return None
-        unread = tuple(path for path in dropped if operands[path].name.name in values)
-        local = {path: axes.size(axes.resolve(dim)) // self.tp for path, dim in sizes.items()}
-        return Local(outs, sliced, tuple(whole), local, unread)
-
-
-def _dims(axes: Axes, layout: Layout | None, known: Tensor, marks: set[int]) -> Dims:
-    """New axes for a tensor; that of its rows is marked."""
-    if layout is None:
-        return tuple(axes.fresh(size) for size in known.shape)
-    dims: list[tuple[int, ...]] = []
-    for factors in layout:
-        dim: tuple[int, ...] = ()
-        for factor in factors:
-            assert isinstance(factor, Axis)
-            new = axes.fresh(factor.size)
-            if factor.degree > 1:
-                marks.update(new)
-            dim += new
-        dims.append(dim)
-    return tuple(dims)
-
-
-def _layout(axes: Axes, dims: Dims, axis: int, tp: int) -> Layout | None:
-    """How a tensor lies if one axis is sharded; None if that cannot be said."""
-    found: list[Factors] = []
-    for dim in dims:
-        factors: list[Axis] = []
-        for each in axes.resolve(dim):
-            if each != axis and axis in axes.leaves((each,)):
-                return None
-            factors.append(Axis(axes.size((each,)), tp if each == axis else 1))
-        found.append(tuple(factors))
-    if sum(factor == Axis(axes.size((axis,)), tp) for factors in found for factor in factors) > 1:
-        return None
-    return tuple(found)

@@ -1,4 +1,4 @@
-"""Collectives of sequence parallelism as nodes of a graph: each rank has its rows (Korthikanti et al., arXiv 2205.05198).
+"""Collectives of sequence parallelism as nodes of a graph (Korthikanti et al., arXiv 2205.05198): a rank has its rows.
 
 ::
 
@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -32,35 +33,46 @@ class OnRows(Target):
     def __init__(self, group: TensorGroup, layout: Layout, rank: int, what: str) -> None:
         super().__init__(self.name)
         self.group, self.layout, self.rank, self.what = group, layout, rank, what
-        factors = [factor for dim in layout for factor in dim]
-        (at,) = (i for i, factor in enumerate(factors) if factor.degree > 1)  # type: ignore[union-attr]
-        sizes = [factor.size for factor in factors]  # type: ignore[union-attr]
-        self.before, self.rows, self.after = prod(sizes[:at]), sizes[at] // group.degree, prod(sizes[at + 1 :])
-        """A row-major tensor is ``(before, rows of all ranks, after)``."""
-        self.whole = tuple(map(whole_size, layout))
 
     def gather(self, rows: Tensor) -> Tensor:
         """The whole of all ranks' rows."""
-        mine = rows.contiguous()
-        found = mine.new_empty((self.group.degree, self.before, self.rows, self.after))
+        order, (before, after), whole = self._lies(rows)
+        mine = rows.permute(order).contiguous()
+        found = mine.new_empty((self.group.degree, before, mine.numel() // (before * after), after))
         self.group.watch.wait(self._begin(_all_gather, found.view(-1), mine.view(-1)), self.what, PEER)
-        return found.transpose(0, 1).reshape(self.whole)
+        return found.transpose(0, 1).reshape(whole).permute(_back(order))
 
     def scatter(self, partial: Tensor) -> Tensor:
         """This rank's rows of the sum over ranks."""
-        local = part(partial, self.layout, self.rank).shape
-        given = partial.reshape(self.before, self.group.degree, self.rows, self.after).transpose(0, 1).contiguous()
+        order, (before, after), _ = self._lies(partial)
+        given = partial.permute(order).reshape(before, self.group.degree, -1, after).transpose(0, 1).contiguous()
+        local = part(partial, self.layout, self.rank).permute(order).shape
         found = given.new_empty(local)
         self.group.watch.wait(self._begin(_reduce_scatter, found.view(-1), given.view(-1)), self.what, PEER)
-        return found
+        return found.permute(_back(order))
 
     def cut(self, whole: Tensor) -> Tensor:
         """This rank's rows, with memory of their own."""
-        return part(whole, self.layout, self.rank).clone(memory_format=torch.contiguous_format)
+        order, _, _ = self._lies(whole)
+        rows = part(whole, self.layout, self.rank).permute(order)
+        return rows.clone(memory_format=torch.contiguous_format).permute(_back(order))
+
+    def _lies(self, tensor: Tensor) -> tuple[list[int], tuple[int, int], tuple[int, ...]]:
+        """The dimensions in the order of memory, in which a dropout would draw; elements before and after the axis of
+        rows, and sizes of the whole, in that order."""
+        order = sorted(range(tensor.ndim), key=lambda dim: (-tensor.stride(dim), dim))
+        factors = [factor for dim in order for factor in self.layout[dim]]
+        (at,) = (i for i, factor in enumerate(factors) if factor.degree > 1)  # type: ignore[union-attr]
+        sizes = [factor.size for factor in factors]  # type: ignore[union-attr]
+        return order, (prod(sizes[:at]), prod(sizes[at + 1 :])), tuple(whole_size(self.layout[dim]) for dim in order)
 
     def _begin(self, collective: Any, into: Tensor, given: Tensor) -> Any:
         with self.group.watch.waiting(f"the start of {self.what}"):
             return collective(into, given, group=self.group.group, async_op=True)
+
+
+def _back(order: Sequence[int]) -> list[int]:
+    return [order.index(dim) for dim in range(len(order))]
 
 
 class Scatter(OnRows):

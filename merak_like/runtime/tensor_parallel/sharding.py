@@ -67,7 +67,9 @@ def sharding(model: nn.Module, tp: int, loss_fn: LossFn | None, sequence_paralle
     if tp > 1:
         return Sharded(model, tp, loss_fn, sequence_parallel)
     if sequence_parallel:
-        raise ValueError("sequence_parallel=True divides rows among tensor-parallel ranks, found tp=1: use tp=2 or more")
+        raise ValueError(
+            "sequence_parallel=True divides rows among tensor-parallel ranks, found tp=1: use tp=2 or more"
+        )
     return Unsharded(model, loss_fn)
 
 
