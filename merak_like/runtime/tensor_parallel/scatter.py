@@ -40,7 +40,7 @@ class OnRows(Target):
         mine = rows.permute(order).contiguous()
         found = mine.new_empty((self.group.degree, before, mine.numel() // (before * after), after))
         self.group.watch.wait(self._begin(_all_gather, found.view(-1), mine.view(-1)), self.what, PEER)
-        return found.transpose(0, 1).reshape(whole).permute(_back(order))
+        return _back(found.transpose(0, 1).reshape(whole), order)
 
     def scatter(self, partial: Tensor) -> Tensor:
         """This rank's rows of the sum over ranks."""
@@ -49,13 +49,13 @@ class OnRows(Target):
         local = part(partial, self.layout, self.rank).permute(order).shape
         found = given.new_empty(local)
         self.group.watch.wait(self._begin(_reduce_scatter, found.view(-1), given.view(-1)), self.what, PEER)
-        return found.permute(_back(order))
+        return _back(found, order)
 
     def cut(self, whole: Tensor) -> Tensor:
         """This rank's rows, with memory of their own."""
         order, _, _ = self._lies(whole)
         rows = part(whole, self.layout, self.rank).permute(order)
-        return rows.clone(memory_format=torch.contiguous_format).permute(_back(order))
+        return _back(rows.clone(memory_format=torch.contiguous_format), order)
 
     def _lies(self, tensor: Tensor) -> tuple[list[int], tuple[int, int], tuple[int, ...]]:
         """The dimensions in the order of memory, in which a dropout would draw; elements before and after the axis of
@@ -71,8 +71,9 @@ class OnRows(Target):
             return collective(into, given, group=self.group.group, async_op=True)
 
 
-def _back(order: Sequence[int]) -> list[int]:
-    return [order.index(dim) for dim in range(len(order))]
+def _back(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """Undo a permutation. No view for autograd: the model may go on in place."""
+    return tensor.permute([order.index(dim) for dim in range(len(order))]).detach()
 
 
 class Scatter(OnRows):
