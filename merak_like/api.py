@@ -56,6 +56,7 @@ def auto_parallel(
     plan: Plan | None = None,
     hardware: Hardware | str | None = None,
     memory_limit: int | None = None,
+    tp_shares: int = 1,
     device: torch.device | str | None = None,
     timeout: float = 600.0,
     seed: int = 0,
@@ -70,8 +71,9 @@ def auto_parallel(
     with this rank's parameters. ``loss_weight(micro_batch)`` counts the items that a micro-batch's loss is the mean of:
     by default target tokens for Hugging Face language models, else samples. ``schedule``, ``chunks`` (stages per rank,
     for "interleaved") and ``recompute`` ("auto": what memory asks for, "none", "full") are those of ``make_plan``.
-    ``sequence_parallel`` divides activations outside of sharded weights among the tensor-parallel ranks too, by rows.
-    ``plan`` obeys a plan made before. ``timeout`` in seconds limits every wait for another rank.
+    ``tp_shares`` of 2 or more runs each micro-batch in so many parts, the sums over tensor-parallel ranks of one part
+    under the compute of another. ``sequence_parallel`` divides activations outside of sharded weights among these ranks
+    too, by rows. ``plan`` obeys a plan made before. ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
     traced or cut, memory that does not suffice, and ranks that do not agree.
@@ -90,7 +92,7 @@ def auto_parallel(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
             )
         micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
-        parts = sharding(model, mesh.tp, loss_fn, sequence_parallel)
+        parts = sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel)
         # on the CPU whatever the device, so that a plan does not depend on where it was made
         rough = parts.trace(micro, "cpu")
         graph = parts.graph(rough)
@@ -135,7 +137,7 @@ def auto_parallel(
             parameters=trainable,
             owned=[name for name in trainable if holders[name] == groups.coord.pp],
             programs=Programs(
-                model, plan, rough, micro, groups.coord.pp, world.device, parts, parts.rewrite(groups, watch), pending
+                model, plan, rough, micro, groups.coord.pp, world.device, parts, parts.prepare(groups, watch), pending
             ),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
             reducer=Reducer(
@@ -145,7 +147,7 @@ def auto_parallel(
                 readers,
                 pending,
                 parts.copies(trainable, groups, watch),
-            ),  # fmt: skip
+            ),
             optimizer=optimizer(trainable.values()) if optimizer and trainable else None,
             world=world,
             groups=groups,

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from merak_like.partitioner.mesh import Coord, Mesh
 from merak_like.runtime import rng
 from merak_like.runtime.groups import Groups, spanned
-from merak_like.runtime.stage import Stage
-from merak_like.runtime.stage_code import build_stage
 from merak_like.runtime.tensor_parallel import scatter
 from merak_like.runtime.tensor_parallel.sharding import Sharded
 from tests.training import Subject
@@ -110,11 +108,11 @@ def in_lockstep(one: Subject, batch: Any, tp: int, sequence_parallel: bool = Tru
     boxes: dict[Any, dict[Any, Any]] = {}
     models, sums = [copy.deepcopy(one.model) for _ in range(tp)], [dict[str, Tensor]() for _ in range(tp)]
     losses, kept, code, errors = [0.0] * tp, [0] * tp, [""] * tp, list[BaseException]()
-    parts = Sharded(one.model, tp, one.loss_fn, sequence_parallel)
+    parts = Sharded(one.model, tp, one.loss_fn, sequence_parallel=sequence_parallel)
 
     def work(rank: int) -> None:
         ring.await_turn(rank)
-        mine = Sharded(models[rank], tp, one.loss_fn, sequence_parallel)
+        mine = Sharded(models[rank], tp, one.loss_fn, sequence_parallel=sequence_parallel)
         first = mine.trace(batch if planned is None else planned, "cpu")
         mine.graph(first)
         traced = first if planned is None else mine.trace(batch, "cpu")
@@ -127,9 +125,10 @@ def in_lockstep(one: Subject, batch: Any, tp: int, sequence_parallel: bool = Tru
         for name, tensor in [*models[rank].named_parameters(), *models[rank].named_buffers()]:
             tensor.data = shards.cut(name, tensor.data)
         stop = len(traced.graph.ops)
-        own = mine.rewrite(groups, Free())(traced, (0, stop))  # type: ignore[arg-type]
+        ready = mine.prepare(groups, Free())(traced, (0, stop), batch)  # type: ignore[arg-type]
+        own = ready.trace
         code[rank] = " ".join(getattr(node.target, "__name__", str(node.target)) for node in own.code.nodes)
-        stage = Stage(build_stage(own, models[rank], (0, stop), 0), own.inputs, torch.device("cpu"))
+        stage = ready.make(0, (), torch.device("cpu"), None)
         rng.start(3, 0, 0)
         with counting(models[rank]) as saved:
             out = stage.forward(0, batch, {})

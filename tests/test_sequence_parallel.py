@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from merak_like import auto_parallel
 from merak_like.runtime.batches import rows
+from merak_like.runtime.tensor_parallel.sharding import sharding
 from tests.lockstep import Ran, in_lockstep, plain
 from tests.ranks import Call, call, results_of, selected_calls
 from tests.training import Subject, in_one_precision, worst
@@ -142,8 +143,13 @@ def test_whatever_lies_between_the_products(between: Any, size: tuple[int, int])
 
 
 def test_a_single_rank_has_no_rows_to_divide() -> None:
-    with pytest.raises(ValueError, match="found tp=1"):
+    with pytest.raises(ValueError, match="but tp is 1"):
         auto_parallel(nn.Linear(2, 2), example={"input": torch.ones(8, 2)}, sequence_parallel=True)
+
+
+def test_shares_of_a_micro_batch_have_no_sums_to_hide() -> None:
+    with pytest.raises(ValueError, match="use one of them"):
+        sharding(nn.Linear(2, 2), 2, None, shares=2, sequence_parallel=True)
 
 
 # --- trained in real processes ------------------------------------------------------------------------------------

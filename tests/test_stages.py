@@ -97,7 +97,7 @@ def test_programs_keep_a_trace_for_each_shape_and_not_without_end() -> None:
     model = Small(2).double().train()
     plan, planned = plan_of(model, items(2), mean_square, 1)
     whole = sharding(model, 1, mean_square)
-    programs = Programs(model, plan, planned, items(2), 0, CPU, whole, lambda traced, starts: traced)
+    programs = Programs(model, plan, planned, items(2), 0, CPU, whole, whole.prepare(None, None))  # type: ignore[arg-type]
     first = programs.at(items(2))
     assert first.traced is planned, "the planning trace is used again"
     assert programs.at(items(2, seed=5)) is first

@@ -1,4 +1,4 @@
-"""Tensor parallelism in real processes equals plain PyTorch: losses, every whole gradient, norm, weights after 5 steps."""
+"""Tensor parallelism in real processes equals plain PyTorch: losses, all gradients, norm, weights after 5 steps."""
 
 from __future__ import annotations
 

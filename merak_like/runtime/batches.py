@@ -36,6 +36,11 @@ def split(batch: Any, parts: int) -> list[Any]:
     return [_rows(batch, total, start, stop) for start, stop in pairwise(bounds)]
 
 
+def samples(batch: Any, start: int, stop: int) -> Any:
+    """Samples ``start <= i < stop`` of a batch."""
+    return _rows(batch, rows(batch), start, stop)
+
+
 def _rows(item: Any, total: int, start: int, stop: int) -> Any:
     if isinstance(item, Tensor):
         return item[start:stop] if item.dim() and item.shape[0] == total else item

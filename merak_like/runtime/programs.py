@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +18,20 @@ from merak_like.partitioner.tracer import Trace
 from merak_like.runtime import rng
 from merak_like.runtime.batches import signature
 from merak_like.runtime.links import Spec
-from merak_like.runtime.stage import Stage
-from merak_like.runtime.stage_code import build_stage
-from merak_like.runtime.tensor_parallel.sharding import Rewrite, Sharding
+from merak_like.runtime.prepared import Prepared, StageLike
+from merak_like.runtime.tensor_parallel.sharding import Prepare, Sharding
 
 
 @dataclass(frozen=True)
 class Program:
     """A rank's stages for one input shape, and what crosses their borders."""
 
-    stages: Mapping[int, Stage]
+    stages: Mapping[int, StageLike]
     forward: Mapping[tuple[int, int], tuple[Spec, ...]]
     """Edge (source, target) to the values that travel along it."""
     traced: Trace
+    fits: Callable[[Any], bool]
+    """Whether a micro-batch of this shape takes the traced way."""
     random: bool
     """Whether the model draws random numbers, so that streams must be kept."""
 
@@ -51,7 +52,7 @@ class Programs:
 
     def __init__(
         self, model: nn.Module, plan: Plan, planned: Trace, example: Any, rank: int, device: torch.device,
-        sharding: Sharding, rewrite: Rewrite, pending: Counter[int] | None = None,
+        sharding: Sharding, prepare: Prepare, pending: Counter[int] | None = None,
     ) -> None:  # fmt: skip
         """``planned`` is the trace of ``example``, a micro-batch, in the model's present mode.
 
@@ -59,8 +60,8 @@ class Programs:
         """
         self.model, self.plan, self.planned = model, plan, planned
         self.rank, self.device, self.pending = rank, device, pending
-        self.sharding, self.rewrite = sharding, rewrite
-        self._known: dict[Any, list[Program]] = {self._key(example): [self._program(planned)]}
+        self.sharding, self.prepare = sharding, prepare
+        self._known: dict[Any, list[Program]] = {self._key(example): [self._program(planned, example)]}
 
     def at(self, batch: Any) -> Program:
         """The program for a micro-batch like this one, in the model's present mode."""
@@ -68,9 +69,9 @@ class Programs:
         if key in self._known:
             self._known[key] = self._known.pop(key)  # to the end: the one used longest ago is forgotten first
         for program in self._known.get(key, ()):
-            if program.traced.fits(batch):
+            if program.fits(batch):
                 return program
-        made = self._program(self.sharding.trace(batch, self.device))
+        made = self._program(self.sharding.trace(batch, self.device), batch)
         if sum(map(len, self._known.values())) >= KEPT:
             self._forget_one()
         self._known.setdefault(key, []).append(made)
@@ -87,11 +88,11 @@ class Programs:
         autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         return signature(batch), self.model.training, autocast
 
-    def _program(self, traced: Trace) -> Program:
+    def _program(self, traced: Trace, example: Any) -> Program:
         starts = realign(self.plan, self.planned.graph, traced.graph)
-        traced = self.rewrite(traced, starts)
-        stages = {stage.index: self._stage(traced, starts, stage.index) for stage in self.plan.stages
-                  if stage.rank == self.rank}  # fmt: skip
+        ready = self.prepare(traced, starts, example)
+        traced = ready.trace
+        stages = {stage.index: self._stage(ready, stage.index) for stage in self.plan.stages if stage.rank == self.rank}
         drawing = any(op.random for op in traced.graph.ops)
         edges: dict[tuple[int, int], list[Spec]] = {edge: [] for edge in self.edges(traced)}
         for crossing in crossings(traced.graph, starts):
@@ -102,11 +103,11 @@ class Programs:
             state = Spec(rng.RNG, tuple(rng.state(self.device).shape), torch.uint8, False)
             for s in range(len(starts) - 2):
                 edges[s, s + 1].append(state)
-        return Program(stages, {edge: tuple(specs) for edge, specs in edges.items()}, traced, drawing)
+        return Program(stages, {edge: tuple(specs) for edge, specs in edges.items()}, traced, ready.fits, drawing)
 
-    def _stage(self, traced: Trace, starts: Sequence[int], index: int) -> Stage:
-        again = recomputed_ranges(self.plan, index, self.planned.graph, traced.graph)
-        return Stage(build_stage(traced, self.model, starts, index, again), traced.inputs, self.device, self.pending)
+    def _stage(self, ready: Prepared, index: int) -> StageLike:
+        again = recomputed_ranges(self.plan, index, self.planned.graph, ready.trace.graph)
+        return ready.make(index, again, self.device, self.pending)
 
     def edges(self, traced: Trace | None = None) -> Edges:
         """The stage pairs that talk: where values cross, and neighbours (for the random streams)."""

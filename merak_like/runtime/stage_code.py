@@ -62,7 +62,7 @@ def build_stages(trace: Trace, model: nn.Module, starts: Sequence[int]) -> tuple
 
     The stages share the model's modules and parameters.
     """
-    build = _Builder(trace, model, starts)
+    build = StageBuilder(trace, model, starts)
     return tuple(_stage(build, starts, index, ()) for index in range(len(starts) - 1))
 
 
@@ -76,25 +76,31 @@ def build_stage(
     host, and spares the device a wait.
     """
     finer = sorted({*starts, *(border for ends in again for border in ends)})
-    return _stage(_Builder(trace, model, finer, asked=True), starts, index, again)
+    return _stage(StageBuilder(trace, model, finer, asked=True), starts, index, again)
 
 
-def _stage(build: _Builder, starts: Sequence[int], index: int, again: Collection[tuple[int, int]]) -> StageCode:
+def _stage(build: StageBuilder, starts: Sequence[int], index: int, again: Collection[tuple[int, int]]) -> StageCode:
     first, stop = starts[index], starts[index + 1]
     inside = [i for i, start in enumerate(build.starts[:-1]) if first <= start < stop]
     pieces = tuple(build.piece(i, any(a <= build.starts[i] < b for a, b in again)) for i in inside)
-    crossing = crossings(build.trace.graph, starts)
-    return StageCode(
-        index,
-        pieces,
-        inputs=tuple(dict.fromkeys(name for piece in pieces for name in piece.inputs)),
-        received=tuple(c.value for c in crossing if index in c.targets),
-        sent=tuple(c.value for c in crossing if c.source == index),
-        results=tuple(n for n, v in build.trace.graph.outputs.items() if first <= build.named[v].meta["index"] < stop),
+    inputs = tuple(dict.fromkeys(name for piece in pieces for name in piece.inputs))
+    return StageCode(index, pieces, inputs, *crossed(build.trace, starts, index))
+
+
+def crossed(trace: Trace, starts: Sequence[int], index: int) -> tuple[tuple[str, ...], ...]:
+    """The values a stage receives, those it sends, and the names of the model's outputs it makes."""
+    crossing = crossings(trace.graph, starts)
+    made = {value.name for op in trace.graph.ops[starts[index] : starts[index + 1]] for value in op.outputs}
+    return (
+        tuple(c.value for c in crossing if index in c.targets),
+        tuple(c.value for c in crossing if c.source == index),
+        tuple(name for name, value in trace.graph.outputs.items() if value in made),
     )
 
 
-class _Builder:
+class StageBuilder:
+    """Generates code from the nodes of a trace, with the user's own modules and parameters."""
+
     def __init__(self, trace: Trace, model: nn.Module, starts: Sequence[int], asked: bool = False) -> None:
         self.trace, self.starts = trace, starts
         self.answered = {question.guard for question in trace.questions} if asked else set[fx.Node]()
@@ -125,23 +131,27 @@ class _Builder:
         self.body(graph, self.by_stage[index], env)
         wanted = {n: v for n, v in self.trace.graph.outputs.items() if self.stage_of(self.named[v]) == index}
         graph.output(tuple(env[self.named[n]] for n in (*sent, *wanted.values())))
+        indices = range(self.starts[index], self.starts[index + 1])
+        ops = self.trace.graph.ops
+        return self.finished(
+            graph, f"ops {ops[indices[0]].name} to {ops[indices[-1]].name}", inputs, received, (*sent, *wanted), again,
+            any(ops[i].random for i in indices), indices,
+        )  # fmt: skip
+
+    def finished(
+        self, graph: fx.Graph, name: str, inputs: tuple[str, ...], received: tuple[str, ...], made: tuple[str, ...],
+        again: bool, random: bool, ops: Collection[int],
+    ) -> Piece:  # fmt: skip
+        """A graph of some ops as code."""
         root = {
             str(n.target): self.modules[n.target] if n.op == "call_module" else self.attributes[str(n.target)]
             for n in graph.nodes
             if n.op in ("call_module", "get_attr")
         }
-        ops = self.trace.graph.ops[self.starts[index] : self.starts[index + 1]]
-        buffers = {id(b): b for op in ops for b in map(self.attributes.get, op.buffers) if b is not None}
-        return Piece(
-            name=f"ops {ops[0].name} to {ops[-1].name}",
-            module=fx.GraphModule(root, graph, class_name=f"Ops{self.starts[index]}"),
-            inputs=inputs,
-            received=received,
-            made=(*sent, *wanted),
-            again=again,
-            random=any(op.random for op in ops),
-            buffers=tuple(buffers.values()),
-        )
+        names = [name for i in sorted(ops) for name in self.trace.graph.ops[i].buffers]
+        buffers = {id(b): b for b in map(self.attributes.get, names) if b is not None}
+        module = fx.GraphModule(root, graph, class_name=f"Ops{min(ops)}")
+        return Piece(name, module, inputs, received, made, again, random, tuple(buffers.values()))
 
     def inputs_of(self, index: int) -> tuple[str, ...]:
         """The batch values the stage's ops read (its folded calls may read fewer)."""

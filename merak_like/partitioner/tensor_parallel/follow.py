@@ -60,17 +60,20 @@ class Followed:
 
 def follow(
     unit: Unit, known: Mapping[str, Tensor], whole: Mapping[str, str] | None = None,
-    rules: Mapping[str, Rule] = RULES,
+    rules: Mapping[str, Rule] = RULES, *, border: bool = True,
 ) -> Followed:  # fmt: skip
-    """Give every dimension of every tensor its axes. ``whole`` names weights to pin, with the reasons."""
-    return _Follower(unit, known, whole or {}, rules).run()
+    """Give every dimension of every tensor its axes. ``whole`` names weights to pin, with the reasons.
+
+    Without a ``border`` what enters and leaves the unit need not be whole.
+    """
+    return _Follower(unit, known, whole or {}, rules, border).run()
 
 
 class _Follower:
     def __init__(
-        self, unit: Unit, known: Mapping[str, Tensor], whole: Mapping[str, str], rules: Mapping[str, Rule]
+        self, unit: Unit, known: Mapping[str, Tensor], whole: Mapping[str, str], rules: Mapping[str, Rule], border: bool
     ) -> None:
-        self.unit, self.known, self.whole, self.rules = unit, known, whole, rules
+        self.unit, self.known, self.whole, self.rules, self.border = unit, known, whole, rules, border
         self.axes = Axes()
         self.values: dict[Version, Dims] = {}
         self.weights: dict[str, Dims] = {}
@@ -85,7 +88,7 @@ class _Follower:
     def run(self) -> Followed:
         for step in self.unit.steps:
             self.step(step)
-        for name in self.unit.left:
+        for name in self.unit.left if self.border else ():
             version = self.version(name)
             if version in self.values:
                 for dim in self.values[version]:
@@ -108,7 +111,7 @@ class _Follower:
             return self.weights[name.name]
         version = self.version(name.name)
         if version not in self.values:
-            why = "a constant" if name.kind == "constant" else "it is made outside the block"
+            why = "a constant" if name.kind == "constant" else "it is made outside the block" * self.border
             self.outer.add(name.name)
             self.values[version] = tuple(self.axes.fresh(size, why) for size in self.known[name.name].shape)
         return self.values[version]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from merak_like.runtime.tensor_parallel.collectives import TensorGroup
 
@@ -22,6 +22,12 @@ class Copy:
     stop: int
     group: TensorGroup
 
+    @property
+    def gradient(self) -> Tensor | None:
+        """Of these elements, as a view; None if the parameter has none."""
+        grad = self.parameter.grad
+        return None if grad is None else grad.narrow(self.dim, self.start, self.stop - self.start)
+
 
 class Copies:
     """All of one rank's, in the same order on the ranks of a group."""
@@ -34,14 +40,10 @@ class Copies:
     def add_up(self) -> None:
         """Sum their gradients, one collective for each group and dtype."""
         for copies in self.by_group.values():
-            pieces = [
-                (c.parameter.grad.narrow(c.dim, c.start, c.stop - c.start), c)
-                for c in copies
-                if c.parameter.grad is not None
-            ]
-            for dtype in dict.fromkeys(piece.dtype for piece, _ in pieces):
-                same = [(piece, copy) for piece, copy in pieces if piece.dtype == dtype]
-                flat = torch.cat([piece.flatten() for piece, _ in same])
-                same[0][1].group.reduce(flat, "the sum of gradients of weights that several ranks have")
-                for (piece, _), total in zip(same, flat.split([piece.numel() for piece, _ in same]), strict=True):
+            pieces = [piece for copy in copies if (piece := copy.gradient) is not None]
+            for dtype in dict.fromkeys(piece.dtype for piece in pieces):
+                same = [piece for piece in pieces if piece.dtype == dtype]
+                flat = torch.cat([piece.flatten() for piece in same])
+                copies[0].group.reduce(flat, "the sum of gradients of weights that several ranks have")
+                for piece, total in zip(same, flat.split([piece.numel() for piece in same]), strict=True):
                     piece.copy_(total.view_as(piece))

@@ -6,6 +6,8 @@ The numbers of the whole are drawn on every rank, so that the stream goes on whe
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,27 +19,64 @@ from merak_like.runtime.tensor_parallel.collectives import Target
 from merak_like.runtime.tensor_parallel.shards import part
 
 
-class Dropout(Target):
-    """A dropout of ``torch.nn.functional`` on a part."""
+@dataclass(frozen=True)
+class Rows:
+    """Some of the rows of a tensor: those of some samples of a micro-batch."""
 
-    def __init__(self, function: Any, layout: Layout, rank: int) -> None:
-        super().__init__(f"{getattr(function, '__name__', 'dropout')}_part")
-        self.function, self.layout, self.rank = function, layout, rank
+    dim: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """From what one process draws to what is used here: a rank's part, and of that perhaps some rows."""
+
+    layout: Layout
+    rank: int
+    rows: Rows | None = None
+
+    def __call__(self, whole: Tensor) -> Tensor:
+        own = part(whole, self.layout, self.rank)
+        return (
+            own if self.rows is None else own.narrow(self.rows.dim, self.rows.start, self.rows.stop - self.rows.start)
+        )
+
+    def ones(self, like: Tensor) -> Tensor:
+        """A whole tensor of ones whose elements lie in memory in the order that the part's do: so they are drawn."""
+        sizes = [whole_size(factors) for factors in self.layout]
+        order = sorted(range(like.ndim), key=lambda dim: (-like.stride(dim), dim))
+        ones = torch.ones([sizes[dim] for dim in order], dtype=like.dtype, device=like.device)
+        return ones.permute([order.index(dim) for dim in range(like.ndim)])
+
+
+class Draw(Target):
+    """A step that draws random numbers, for a part of what it is in one process."""
+
+    def __init__(self, function: Any, cut: Cut) -> None:
+        super().__init__(f"{getattr(function, '__name__', 'random')}_part")
+        self.function, self.cut = function, cut
+
+    def for_rows(self, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Draw:
+        """The same for some rows. ``args`` and ``kwargs`` are those of the step for all rows."""
+        return type(self)(self.function, replace(self.cut, rows=rows))
+
+
+class Dropout(Draw):
+    """A dropout of ``torch.nn.functional``."""
 
     def __call__(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0.0:
             return input
-        mask = part(self.function(_ones(input, self.layout), p, True), self.layout, self.rank)
+        mask = self.cut(self.function(self.cut.ones(input), p, True))
         return input.mul_(mask) if inplace else input * mask
 
 
-class Attention(Target):
-    """Scaled dot-product attention with dropout, for some heads: torch's own fused kernels draw for these heads only."""
+class Attention(Draw):
+    """Attention with dropout, unfused: torch's fused kernels would draw for this part only.
 
-    def __init__(self, layout: Layout, rank: int) -> None:
-        """``layout`` is that of the result ``(..., heads, queries, width)``."""
-        super().__init__("attention_part")
-        self.layout, self.rank = layout, rank
+    The cut's layout is that of the result ``(..., heads, queries, width)``.
+    """
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
@@ -57,39 +96,37 @@ class Attention(Target):
         unseeing = scores.detach().amax(-1, keepdim=True) == -math.inf  # a query that sees nothing gets zeros
         chances = scores.masked_fill(unseeing, 0.0).softmax(-1).masked_fill(unseeing, 0.0)
         sizes: Layout = tuple((Axis(n),) for n in chances.shape[-2:])
-        drop = Dropout(F.dropout, (*self.layout[:-2], *sizes), self.rank)
+        drop = Dropout(F.dropout, replace(self.cut, layout=(*self.cut.layout[:-2], *sizes)))
         return drop(chances, dropout_p) @ value
 
 
-class Creation(Target):
+class Creation(Draw):
     """``rand``, ``randn_like`` and the like: made whole, then cut."""
 
-    def __init__(self, function: Any, layout: Layout, rank: int) -> None:
-        super().__init__(f"{getattr(function, '__name__', 'random')}_part")
-        self.function, self.layout, self.rank = function, layout, rank
+    def __init__(self, function: Any, cut: Cut, whole: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None) -> None:
+        """``whole``: what the function is called with in one process, if not with what it is called with here."""
+        super().__init__(function, cut)
+        self.whole = whole
+
+    def for_rows(self, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Draw:
+        return Creation(self.function, replace(self.cut, rows=rows), (args, kwargs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if args and isinstance(args[0], Tensor):
-            args = (_ones(args[0], self.layout), *args[1:])
-        return part(self.function(*args, **kwargs), self.layout, self.rank)
+            return self.cut(self.function(self.cut.ones(args[0]), *args[1:], **kwargs))
+        args, kwargs = self.whole or (args, kwargs)
+        return self.cut(self.function(*args, **kwargs))
 
 
-def _ones(like: Tensor, layout: Layout) -> Tensor:
-    """A whole tensor of ones whose elements lie in memory in the order that the part's do: so they are drawn."""
-    sizes = [whole_size(factors) for factors in layout]
-    order = sorted(range(like.ndim), key=lambda dim: (-like.stride(dim), dim))
-    ones = torch.ones([sizes[dim] for dim in order], dtype=like.dtype, device=like.device)
-    return ones.permute([order.index(dim) for dim in range(like.ndim)])
+KINDS: Mapping[str, type[Draw]] = {
+    **dict.fromkeys("dropout dropout1d dropout2d dropout3d".split(), Dropout),
+    "scaled_dot_product_attention": Attention,
+    **dict.fromkeys("rand randn randint rand_like randn_like randint_like".split(), Creation),
+}
+"""By the word of a step: what stands for it where a part is drawn for."""
 
 
-DROPOUTS = frozenset("dropout dropout1d dropout2d dropout3d".split())
-CREATIONS = frozenset("rand randn randint rand_like randn_like randint_like".split())
-
-
-def drawing(word: str, function: Any, layout: Layout, rank: int) -> Target | None:
+def drawing(word: str, function: Any, layout: Layout, rank: int) -> Draw | None:
     """What stands for a step that draws random numbers for a part; None if there is nothing for it."""
-    if word in DROPOUTS:
-        return Dropout(function, layout, rank)
-    if word == "scaled_dot_product_attention":
-        return Attention(layout, rank)
-    return Creation(function, layout, rank) if word in CREATIONS else None
+    kind = KINDS.get(word)
+    return None if kind is None else kind(function, Cut(layout, rank))

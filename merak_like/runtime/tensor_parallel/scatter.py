@@ -136,20 +136,20 @@ class _Gather(torch.autograd.Function):
         return ctx.node.cut(grads[0]), None
 
 
-class Cut(OnRows):
+class Take(OnRows):
     """The whole, which all ranks have, to a rank's rows: the gradient is gathered."""
 
-    name = "rows"
+    name = "take_rows"
 
     def __call__(self, whole: Tensor) -> Tensor:
         if not whole.requires_grad:
             return part(whole, self.layout, self.rank)
-        return _Cut.apply(whole, self)  # type: ignore[return-value]
+        return _Take.apply(whole, self)  # type: ignore[return-value]
 
 
-class _Cut(torch.autograd.Function):
+class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, node: Cut) -> Tensor:
+    def forward(ctx: Any, whole: Tensor, node: Take) -> Tensor:
         ctx.node = node
         return node.cut(whole)
 

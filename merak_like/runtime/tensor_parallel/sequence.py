@@ -21,7 +21,7 @@ from merak_like.partitioner.tracer.fine import Step
 from merak_like.runtime.tensor_parallel.collectives import Enter, Reduce, Scale, Target, TensorGroup
 from merak_like.runtime.tensor_parallel.draws import drawing
 from merak_like.runtime.tensor_parallel.rewrite import Slice, argument, inside, meta_of
-from merak_like.runtime.tensor_parallel.scatter import Cut, Gather, GatherEnter, Scatter
+from merak_like.runtime.tensor_parallel.scatter import Gather, GatherEnter, Scatter, Take
 
 
 def on_rows(
@@ -81,7 +81,7 @@ class _Writer:
                 layout = rows.sliced[where]
                 weight = name.kind == "weight"
                 what = f"the gradient of {name.name}"
-                cut = Slice(layout, self.rank) if weight else Cut(self.group, layout, self.rank, what)
+                cut = Slice(layout, self.rank) if weight else Take(self.group, layout, self.rank, what)
                 self.put(node, path[1:], self.before(node, argument(node, path[1:]), cut))
             elif where in rows.entered:
                 enter = Enter(self.group, f"the gradient of {name.name}")

@@ -6,6 +6,7 @@ import copy
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -18,16 +19,19 @@ from merak_like.partitioner.tensor_parallel.local import local_graph
 from merak_like.partitioner.tensor_parallel.rows import Rows, rows_of
 from merak_like.partitioner.tracer import LossFn, Trace, trace
 from merak_like.partitioner.tracer.fine import fine_trace, steps
+from merak_like.runtime.batches import rows, samples
 from merak_like.runtime.groups import Groups, Span
+from merak_like.runtime.prepared import Prepared
 from merak_like.runtime.tensor_parallel.collectives import TensorGroup
 from merak_like.runtime.tensor_parallel.copies import Copies, Copy
+from merak_like.runtime.tensor_parallel.overlap import alone, overlapped, same_steps
 from merak_like.runtime.tensor_parallel.rewrite import shard
 from merak_like.runtime.tensor_parallel.sequence import on_rows
 from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 from merak_like.runtime.watch import Watch
 
-Rewrite = Callable[[Trace, Sequence[int]], Trace]
-"""From a trace and its stage starts to the code of this rank."""
+Prepare = Callable[[Trace, Sequence[int], Any], Prepared]
+"""From a trace, its stage starts and a micro-batch like it to what this rank runs."""
 
 
 class Sharding(Protocol):
@@ -53,7 +57,7 @@ class Sharding(Protocol):
         """Over which spans the gradients of a weight add up though all ranks have the weight."""
         ...
 
-    def rewrite(self, groups: Groups, watch: Watch) -> Rewrite:
+    def prepare(self, groups: Groups, watch: Watch) -> Prepare:
         """What makes a trace this rank's own."""
         ...
 
@@ -62,15 +66,25 @@ class Sharding(Protocol):
         ...
 
 
-def sharding(model: nn.Module, tp: int, loss_fn: LossFn | None, sequence_parallel: bool = False) -> Sharding:
-    """How a model lies over ``tp`` ranks. Raises ValueError for ``sequence_parallel`` on a single rank."""
-    if tp > 1:
-        return Sharded(model, tp, loss_fn, sequence_parallel)
-    if sequence_parallel:
+def sharding(
+    model: nn.Module, tp: int, loss_fn: LossFn | None, shares: int = 1, sequence_parallel: bool = False
+) -> Sharding:  # fmt: skip
+    """How a model lies over ``tp`` ranks.
+
+    ``shares``: micro-batches are run in so many parts, one's collectives under another's compute.
+    ``sequence_parallel``: what lies between the sharded products runs on each rank's rows only.
+    Raises ValueError for either without tensor-parallel ranks, and for both at once.
+    """
+    if tp == 1 and shares > 1:
+        raise ValueError(f"{shares} parts of a micro-batch hide the sums over tensor-parallel ranks, but tp is 1")
+    if tp == 1 and sequence_parallel:
+        raise ValueError("sequence_parallel=True divides rows among tensor-parallel ranks, but tp is 1")
+    if shares > 1 and sequence_parallel:
         raise ValueError(
-            "sequence_parallel=True divides rows among tensor-parallel ranks, found tp=1: use tp=2 or more"
+            f"tp_shares={shares} hides sums over tensor-parallel ranks, of which sequence_parallel=True leaves none: "
+            "use one of them"
         )
-    return Unsharded(model, loss_fn)
+    return Sharded(model, tp, loss_fn, shares, sequence_parallel) if tp > 1 else Unsharded(model, loss_fn)
 
 
 class Unsharded:
@@ -94,8 +108,8 @@ class Unsharded:
     def partial(self, name: str) -> tuple[Span, ...]:
         return ()
 
-    def rewrite(self, groups: Groups, watch: Watch) -> Rewrite:
-        return lambda traced, starts: traced
+    def prepare(self, groups: Groups, watch: Watch) -> Prepare:
+        return lambda traced, starts, batch: Prepared.plainly(traced, self.model, starts)
 
     def copies(self, parameters: Mapping[str, nn.Parameter], groups: Groups, watch: Watch) -> Copies:
         return Copies(())
@@ -105,8 +119,11 @@ class Sharded:
     """Several ranks. The trace goes down to torch functions and is made of a copy of the model without memory, since
     the model itself will have parts of weights only."""
 
-    def __init__(self, model: nn.Module, tp: int, loss_fn: LossFn | None, sequence_parallel: bool = False) -> None:
-        self.model, self.tp, self.loss_fn, self.sequence_parallel = model, tp, loss_fn, sequence_parallel
+    def __init__(
+        self, model: nn.Module, tp: int, loss_fn: LossFn | None, shares: int = 1, sequence_parallel: bool = False
+    ) -> None:  # fmt: skip
+        self.model, self.tp, self.loss_fn, self.count = model, tp, loss_fn, shares
+        self.sequence_parallel = sequence_parallel
         self.blueprint = on_meta(model)
         self._derived: Derived | None = None
         self._of: ProxyGraph | None = None
@@ -142,6 +159,17 @@ class Sharded:
     def _derive(self, traced: Trace) -> Derived:
         return derive(traced.graph, steps(traced), self.tp, constants=traced.constants)
 
+    def _like(self, traced: Trace, batch: Any, size: int) -> Trace | None:
+        """The trace of fewer samples that runs the same steps; None if there is none.
+
+        The model's Python may look at the data: the samples are to give it the answers that all together gave.
+        """
+        for start in range(min(TRIED, rows(batch) - size + 1)):
+            found = self.trace(samples(batch, start, start + size), traced.device)
+            if same_steps(traced, found):
+                return found
+        return None
+
     def shards(self, rank: int) -> Shards:
         return Shards(self.derived.weights, rank, self.tp)
 
@@ -153,7 +181,7 @@ class Sharded:
         spans = {(g.degree, g.repeat) for g in groups if name in g.partial_gradients}
         return tuple(sorted(spans | ({(self.tp, 1)} if name in self._summed else set())))
 
-    def rewrite(self, groups: Groups, watch: Watch) -> Rewrite:
+    def prepare(self, groups: Groups, watch: Watch) -> Prepare:
         ranks = {span: TensorGroup(group, span[0], watch) for span, group in groups.tensor.items()}
 
         def own(traced: Trace, starts: Sequence[int]) -> Trace:
@@ -163,15 +191,15 @@ class Sharded:
                     f"with these input shapes {odd[:3]} ({len(odd)} weights) would lie on the tensor-parallel ranks in "
                     "another way than with the example's: use an example of this shape, or batches of one shape"
                 )
-            rank, rows, walk = groups.coord.tp, self._rows(traced, found), steps(traced)
+            rank, local, walk = groups.coord.tp, self._rows(traced, found), steps(traced)
 
             def stage_of(op: int) -> int:
                 return bisect_right(starts, op)
 
-            code = shard(traced, found, ranks, rank, stage_of, rows)
+            code = shard(traced, found, ranks, rank, stage_of, local)
             if not self.sequence_parallel:
                 return code
-            if not rows.values and not self._told and not any(groups.coord):
+            if not local.values and not self._told and not any(groups.coord):
                 self._told = True
                 warnings.warn(
                     f"sequence_parallel: with these input shapes {self.tp} ranks divide no rows between the sums over "
@@ -180,9 +208,20 @@ class Sharded:
                 )
             home = {step: number for number, block in enumerate(found.blocks) for step in block.steps}
             at = {step.index: (home.get(step.name), stage_of(step.index)) for step in walk}
-            return on_rows(code, walk, rows, ranks[self.tp, 1], rank, at.__getitem__, self._summed, self._added())
+            return on_rows(code, walk, local, ranks[self.tp, 1], rank, at.__getitem__, self._summed, self._added())
 
-        return own
+        def prepared(traced: Trace, starts: Sequence[int], batch: Any) -> Prepared:
+            total = rows(batch)
+            ends = [total * i // self.count for i in range(self.count + 1)]
+            shares = [share for share in pairwise(ends) if share[0] < share[1]]
+            if len(shares) == 1:
+                return Prepared.plainly(own(traced, starts), self.model, starts)
+            some = {size: self._like(traced, batch, size) for size in {stop - start for start, stop in shares}}
+            apart = alone(traced, some, total)
+            ready = {size: own(one, starts) for size, one in some.items() if one is not None}
+            return overlapped(own(traced, starts), ready, self.model, starts, shares, apart)
+
+        return prepared
 
     def copies(self, parameters: Mapping[str, nn.Parameter], groups: Groups, watch: Watch) -> Copies:
         found = list[Copy]()
@@ -194,6 +233,10 @@ class Sharded:
                         for start, stop in same_parts(factors, group.degree, group.repeat, self.tp):
                             found.append(Copy(parameters[name], dim, start, stop, ranks))
         return Copies(tuple(dict.fromkeys(found)))
+
+
+TRIED = 8
+"""Runs of samples tried to find some that the model treats as it does all."""
 
 
 def on_meta(model: nn.Module) -> nn.Module:
