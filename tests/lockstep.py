@@ -102,8 +102,13 @@ class Ran:
     """Of each rank: the names of what its code calls, in order."""
 
 
-def in_lockstep(one: Subject, batch: Any, tp: int, sequence_parallel: bool = True, planned: Any = None) -> Ran:
-    """Forward and backward; ``planned`` is the batch that decided how weights lie and which gradients are summed."""
+def in_lockstep(
+    one: Subject, batch: Any, tp: int, sequence_parallel: bool = True, planned: Any = None, thrifty: bool = False
+) -> Ran:  # fmt: skip
+    """Forward and backward; ``planned`` is the batch that decided how weights lie and which gradients are summed.
+
+    ``thrifty``: everything is computed again for the backward, and gradients of weights are put off.
+    """
     ring, mesh = Ring(tp), Mesh(1, 1, tp)
     boxes: dict[Any, dict[Any, Any]] = {}
     models, sums = [copy.deepcopy(one.model) for _ in range(tp)], [dict[str, Tensor]() for _ in range(tp)]
@@ -128,12 +133,14 @@ def in_lockstep(one: Subject, batch: Any, tp: int, sequence_parallel: bool = Tru
         ready = mine.prepare(groups, Free())(traced, (0, stop), batch)  # type: ignore[arg-type]
         own = ready.trace
         code[rank] = " ".join(getattr(node.target, "__name__", str(node.target)) for node in own.code.nodes)
-        stage = ready.make(0, (), torch.device("cpu"), None)
+        stage = ready.make(0, [(0, stop)] if thrifty else (), torch.device("cpu"), None)
         rng.start(3, 0, 0)
         with counting(models[rank]) as saved:
-            out = stage.forward(0, batch, {})
+            out = stage.forward(0, batch, {}, put_off=thrifty)
         losses[rank], kept[rank] = out["loss"].item(), sum(saved.values())
         stage.backward(0, {"loss": torch.ones_like(out["loss"])})
+        if thrifty:
+            stage.weight(0)
         mine.copies(dict(models[rank].named_parameters()), groups, Free()).add_up()  # type: ignore[arg-type]
         for name, parameter in models[rank].named_parameters():
             if parameter.grad is not None:

@@ -27,10 +27,10 @@ def model(name: str) -> Subject:
     return one
 
 
-def equal(one: Subject, batch: Any, tp: int = 2, planned: Any = None) -> Ran:
+def equal(one: Subject, batch: Any, tp: int = 2, **more: Any) -> Ran:
     """Run it; losses and gradients are those of one process."""
     loss, gradients = plain(one, batch)
-    ran = in_lockstep(one, batch, tp, planned=planned)
+    ran = in_lockstep(one, batch, tp, **more)
     assert max(abs(each - loss) for each in ran.losses) <= 1e-10
     assert worst(ran.gradients, gradients)[0] <= 1e-10
     return ran
@@ -55,6 +55,12 @@ def test_what_is_kept_shrinks_by_what_lies_between_the_products() -> None:
     assert before[0] == before[1]
     assert after[0] == after[1]
     assert before[0] - after[0] >= layers * 2 * 2 * values // 2
+
+
+def test_rows_are_computed_again_and_weights_wait() -> None:
+    """On more ranks than there are key-value heads."""
+    one = model("llama")
+    assert "reduce_scatter" in equal(one, one.batch(1, 16), tp=4, thrifty=True).code[0]
 
 
 @pytest.mark.parametrize(("planned", "then"), [((2, 14), (3, 13)), ((3, 13), (2, 14)), ((2, 14), (2, 13))])
