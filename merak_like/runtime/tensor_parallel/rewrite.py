@@ -197,10 +197,12 @@ gradient of its own."""
 
 
 def meta_of(node: fx.Node) -> dict[str, Any]:
+    """What a conversion beside a node takes over from it: its op and the state it runs in."""
     return {key: node.meta[key] for key in ("index", "state") if key in node.meta}
 
 
 def argument(node: fx.Node, path: tuple[Any, ...]) -> Any:
+    """What stands at a place in a node's arguments."""
     item: Any = node.kwargs if isinstance(path[0], str) else node.args
     for key in path:
         item = getattr(item, key) if isinstance(item, slice) else item[key]
