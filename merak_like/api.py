@@ -60,6 +60,7 @@ def auto_parallel(
     chunks: int | None = None,
     recompute: str = "auto",
     micro_batches: int | None = None,
+    sequence_parallel: bool = False,
     max_grad_norm: float | None = None,
     skip_not_finite: int = 0,
     precision: str | Precision | None = None,
@@ -86,8 +87,9 @@ def auto_parallel(
     for "interleaved") and ``recompute`` ("auto": what memory asks for, "none", "full") are those of ``make_plan``.
     A degree ``"auto"`` is chosen, with the number of micro-batches, for the ranks that torchrun started, the example's
     batch and the memory; degrees that are given stay. ``tp_shares`` of 2 or more runs each micro-batch in so many
-    parts, the sums over tensor-parallel ranks of one part under the compute of another. ``plan`` obeys a plan made
-    before. ``timeout`` in seconds limits every wait for another rank.
+    parts, the sums over tensor-parallel ranks of one part under the compute of another. ``sequence_parallel`` divides
+    activations outside of sharded weights among these ranks too, by rows. ``plan`` obeys a plan made before.
+    ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
     traced or cut, memory that does not suffice, and ranks that do not agree.
@@ -121,15 +123,19 @@ def auto_parallel(
             raise ValueError(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
             )
+        if zero and mesh.tp > 1:
+            raise ValueError(f"zero={zero} does not go with tp={mesh.tp} yet: use zero=0, or more dp or pp instead")
         micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
-        parts = sharding(model, mesh.tp, loss_fn, tp_shares)
+        parts = sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel)
         # on the CPU whatever the device, so that a plan does not depend on where it was made
         rough = parts.trace(micro, "cpu")
+        proof = collect.from_first(partial(parts.prove, rough, micro) if world.rank == 0 else None, world, watch)
+        parts.believe(proof)
         graph = parts.graph(rough)
         if plan is None:
             decide = partial(
                 _plan, mesh=mesh, samples=rows(example), schedule=schedule, chunks=chunks, recompute=recompute,
-                hardware=hardware or "a100-80gb", memory_limit=memory_limit,
+                hardware=hardware or "a100-80gb", memory_limit=memory_limit, sharding=proof.sharding,
             )  # fmt: skip
             plan = decide(graph, micro_batches)
             if signature(chosen := _micro_batch(example, mesh, plan.micro_batches)) != signature(micro):
@@ -138,7 +144,10 @@ def auto_parallel(
                 compared = [note for note in plan.notes if note.startswith("numbers of micro-batches")]
                 plan = decide(parts.graph(rough), plan.micro_batches).with_notes(compared)
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
-        choices = {"seed": seed, "max_grad_norm": max_grad_norm, "precision": precise, "zero": zero}
+        choices = {
+            "seed": seed, "max_grad_norm": max_grad_norm, "precision": precise, "zero": zero,
+            "sequence_parallel": sequence_parallel, "tp_shares": tp_shares,
+        }  # fmt: skip
         collect.agree(facts | {name: str(choice) for name, choice in choices.items()}, world, watch)
         if world.device.type != "cpu":
             rough = parts.trace(micro, world.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,19 +14,24 @@ from tests.zoo.case import Batch
 
 
 @lru_cache(maxsize=4)
-def reference(name: str, dropout: bool, dtype: str, steps: int) -> tuple[Subject, list[Batch], Trained | None]:
+def reference(
+    name: str, dropout: bool, dtype: str, steps: int, size: tuple[int, ...]
+) -> tuple[Subject, list[Batch], Trained | None]:
     """A model, its batches and, on rank 0, what plain training makes of them."""
     one = in_one_precision(name, dropout=dropout, dtype=getattr(torch, dtype))
-    batches = [one.batch(SAMPLES)] * steps
+    batches = [one.batch(*size)] * steps
     return one, batches, plainly(one, batches, PARTS) if leads() else None
 
 
 def sharded(
     name: str, dp: int, pp: int, tp: int, schedule: str = "1f1b", dropout: bool = True, dtype: str = "float64",
-    steps: int = 5, **more: Any,
+    steps: int = 5, size: Sequence[int] = (SAMPLES,), **more: Any,
 ) -> float:  # fmt: skip
-    """One cell of the matrix, with micro-batches of two sizes: how far the engine is from plain training."""
-    one, batches, plain = reference(name, dropout, dtype, steps)
+    """One cell of the matrix, with micro-batches of two sizes: how far the engine is from plain training.
+
+    ``size`` are the samples of a batch and, for some models, its lengths.
+    """
+    one, batches, plain = reference(name, dropout, dtype, steps, tuple(size))
     ours = by_engine(
         one, batches, dp, pp, PARTS // dp, tp=tp, schedule=schedule, loss_weight=one.weight, **more
     )  # fmt: skip

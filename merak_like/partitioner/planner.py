@@ -74,7 +74,8 @@ def make_plan(
     ``blocks`` the same a block at a time.
 
     For ``tp`` above 1 the graph is that of one rank, or ``sources`` has the trace that it is made of, and ``sharding``
-    says how; ``software`` other than torch's own kernels needs ``sources``, too. Unless ``thorough``, the partition is the best of few seeds.
+    says how; ``software`` other than torch's own kernels needs ``sources``, too. Unless ``thorough``, the partition is
+    the best of few seeds.
     ``zero`` is the ZeRO level; ``sequence_parallel`` divides along the sequence what tp ranks would all have.
 
     Raises ValueError, with what was asked, what was found and the nearest thing that works, for a mesh, batch or

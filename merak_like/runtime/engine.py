@@ -125,7 +125,7 @@ class Engine(Lasting):
         self._running = [self._programs.at(part) for part in self._batches]
         self._losses.clear()
         self._work = self._orders.at(self._edges(), training=training)
-        with self._random_streams():
+        with torch.random.fork_rng([self.world.device] if self.world.device.type == "cuda" else []):
             for action in self._work.order:
                 self._do[action.kind](action)
         self._links.flush()
@@ -234,11 +234,6 @@ class Engine(Lasting):
         self._reducer.begin()
         self._made.clear()
         self._gradients.clear()
-
-    @contextmanager
-    def _random_streams(self) -> Iterator[None]:
-        with torch.random.fork_rng([self.world.device] if self.world.device.type == "cuda" else []):
-            yield
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:

@@ -169,6 +169,7 @@ def _group(followed: Followed, flow: Flow, mine: frozenset[int], degree: int, re
         degree, repeat, flow.reduced, flow.entered, flow.entered_bytes, flow.evened,
         sliced, tuple(flow.shared), tuple(flow.partial), dict(flow.forms),
         (flow.forward_bytes - sum(flow.reduced.values()), flow.backward_bytes - sum(flow.entered_bytes.values())),
+        tuple(flow.adding),
     )  # fmt: skip
 
 

@@ -40,6 +40,8 @@ class Group:
     ``rms_norm``."""
     inside_bytes: tuple[int, int] = (0, 0)
     """Reduced inside rewritten steps, forward and backward."""
+    adding: tuple[str, ...] = ()
+    """Steps that work on parts, or whose gradients are partial: all others give every rank the same, both ways."""
 
     @property
     def forward_bytes(self) -> int:
@@ -115,7 +117,7 @@ class DerivedBlock:
                 evened={key(k): tuple(map(where, v)) for k, v in old.evened.items()},
                 sliced={where(k): v for k, v in old.sliced.items()},
                 shared=tuple(map(where, old.shared)), forms=_keys(old.forms, key),
-                partial_gradients=tuple(map(key, old.partial_gradients)),
+                partial_gradients=tuple(map(key, old.partial_gradients)), adding=tuple(map(key, old.adding)),
             )  # fmt: skip
 
         return replace(

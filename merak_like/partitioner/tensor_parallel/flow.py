@@ -49,6 +49,8 @@ class Flow:
     """Steps to be rewritten, and how."""
     local: list[str] = field(default_factory=list)
     """Steps that a sharded axis touches."""
+    adding: list[str] = field(default_factory=list)
+    """These, and other steps whose gradients are partial too."""
     forward_bytes: int = 0
     backward_bytes: int = 0
 
@@ -215,6 +217,8 @@ class _Run:
             if not partial:
                 outs = [version for version, _ in record.outs]
                 partial = any(wants.get(v) for v in outs) and any(p for v in outs for _, p in uses.get(v, ()))
+            if partial:
+                self.flow.adding.append(record.step.name)
             for version, dims in record.outs:
                 if self.whole(version, dims):
                     full = index not in self.local or version in self.once_partial or record.form in REDUCED_INSIDE

@@ -10,15 +10,18 @@ from merak_like.partitioner.graph import Op, ProxyGraph
 from merak_like.partitioner.tensor_parallel.call import flatten
 from merak_like.partitioner.tensor_parallel.derived import Derived
 from merak_like.partitioner.tensor_parallel.layout import Layout, local_size
+from merak_like.partitioner.tensor_parallel.rows import Rows
 from merak_like.partitioner.tracer.fine import Step
 
 
-def local_graph(graph: ProxyGraph, steps: Iterable[Step], derived: Derived) -> ProxyGraph:
+def local_graph(graph: ProxyGraph, steps: Iterable[Step], derived: Derived, rows: Rows | None = None) -> ProxyGraph:
     """Shapes, flops and bytes of one rank; all ranks have equal parts, so it is the same for all.
 
     A step does the share of its flops that its most divided operand or result is of the whole (a contraction divides
-    by the same degree all that it touches), and moves and keeps the share of bytes that its tensors are.
+    by the same degree all that it touches), and moves and keeps the share of bytes that its tensors are. A step that
+    gathers what has ``rows`` moves and keeps the whole.
     """
+    rows = rows or Rows()
     layouts: dict[str, Layout] = {}
     for block in derived.blocks:
         layouts |= block.values
@@ -26,13 +29,16 @@ def local_graph(graph: ProxyGraph, steps: Iterable[Step], derived: Derived) -> P
     shapes = {name: _local(layout) for name, layout in {**layouts, **weights}.items()}
     whole = {name: value.shape for name, value in graph.values.items()} | {p.name: p.shape for p in graph.parameters}
     ops = list(graph.ops)
-    touching: dict[int, set[str]] = {}
+    touching: dict[int, dict[str, tuple[int, ...]]] = {}
     for step in steps:
-        names = [name.name for _, name in flatten((step.args, dict(step.kwargs)))] + [step.name, *step.weights]
-        touching.setdefault(step.index, set()).update(name for name in names if name in shapes)
-    for index, names in touching.items():
-        if names:
-            ops[index] = _shrunk(ops[index], names, shapes, whole)
+        read = [name.name for _, name in flatten((step.args, dict(step.kwargs)))]
+        there = touching.setdefault(step.index, {})
+        there.update((name, shapes[name]) for name in [*read, step.name, *step.weights] if name in shapes)
+        on_rows = [step.name, *(read if step.name in rows.steps else ())]
+        there.update((name, _local(rows.values[name])) for name in on_rows if name in rows.values)
+    for index, there in touching.items():
+        if there:
+            ops[index] = _shrunk(ops[index], there, whole)
     parameters = tuple(replace(p, shape=shapes.get(p.name, p.shape)) for p in graph.parameters)
     return replace(graph, ops=tuple(ops), parameters=parameters)
 
@@ -41,13 +47,13 @@ def _local(layout: Layout) -> tuple[int, ...]:
     return tuple(local_size(factors) for factors in layout)
 
 
-def _shrunk(op: Op, names: set[str], shapes: Mapping[str, tuple[int, ...]], whole: Mapping[str, tuple[int, ...]]) -> Op:
+def _shrunk(op: Op, shapes: Mapping[str, tuple[int, ...]], whole: Mapping[str, tuple[int, ...]]) -> Op:
     def share(tensors: Iterable[str]) -> float:
         there = [name for name in tensors if name in whole]
         total = sum(prod(whole[name]) for name in there)
         return sum(prod(shapes.get(name, whole[name])) for name in there) / total if total else 1.0
 
-    smallest = min(prod(shapes[name]) / max(1, prod(whole[name])) for name in names if name in whole)
+    smallest = min(prod(shapes[name]) / max(1, prod(whole[name])) for name in shapes if name in whole)
     made = [value.name for value in op.outputs]
     touched = [*op.inputs, *op.params, *op.buffers, *made]
     return replace(

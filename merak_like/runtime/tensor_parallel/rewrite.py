@@ -17,6 +17,7 @@ from merak_like.partitioner.tensor_parallel.call import flatten
 from merak_like.partitioner.tensor_parallel.derived import Derived, DerivedBlock, Group
 from merak_like.partitioner.tensor_parallel.layout import Layout, pieces, whole_size
 from merak_like.partitioner.tensor_parallel.local import local_graph
+from merak_like.partitioner.tensor_parallel.rows import Rows
 from merak_like.partitioner.tracer import Trace
 from merak_like.partitioner.tracer.fine import Step, steps
 from merak_like.runtime.tensor_parallel.collectives import Enter, Reduce, Scale, Target, TensorGroup
@@ -39,10 +40,14 @@ class Slice(Target):
         return part(whole, self.layout, self.rank)
 
 
-def shard(traced: Trace, derived: Derived, groups: Groups, rank: int, stage_of: Callable[[int], int]) -> Trace:
+def shard(
+    traced: Trace, derived: Derived, groups: Groups, rank: int, stage_of: Callable[[int], int],
+    rows: Rows | None = None,
+) -> Trace:  # fmt: skip
     """The trace of tensor-parallel rank ``rank``. Its code is ``traced``'s own, changed: use ``traced`` no more.
 
-    ``stage_of`` tells the stage of an op; no conversion is shared by two stages. Raises ValueError for a step that
+    ``stage_of`` tells the stage of an op; no conversion is shared by two stages. The graph says what runs on ``rows``
+    only, the code does not yet. Raises ValueError for a step that
     draws random numbers for a part in a way that cannot be repeated part by part.
     """
     writer = _Writer(traced, derived, groups, rank, stage_of)
@@ -50,7 +55,7 @@ def shard(traced: Trace, derived: Derived, groups: Groups, rank: int, stage_of: 
         writer.block(block)
     touched = sorted(writer.touched)
     calls = tuple(c for c in traced.calls if not any(c.first <= index < c.stop for index in touched))
-    return replace(traced, graph=local_graph(traced.graph, writer.steps.values(), derived), calls=calls)
+    return replace(traced, graph=local_graph(traced.graph, writer.steps.values(), derived, rows), calls=calls)
 
 
 class _Writer:
@@ -101,9 +106,9 @@ class _Writer:
         """Replace one argument, which may lie inside lists and slices."""
         self.touched.add(step.index)
         if isinstance(path[0], str):
-            node.kwargs = {**node.kwargs, path[0]: _inside(node.kwargs[path[0]], path[1:], value)}
+            node.kwargs = {**node.kwargs, path[0]: inside(node.kwargs[path[0]], path[1:], value)}
         else:
-            node.args = _inside(node.args, path, value)
+            node.args = inside(node.args, path, value)
 
     def draw(self, step: Step, node: fx.Node, layout: Layout) -> None:
         function = node.target if callable(node.target) else getattr(torch, str(node.target).rstrip("_"), None)
@@ -161,7 +166,7 @@ class _Writer:
     def enter(self, step: Step, node: fx.Node, path: tuple[Any, ...], name: str, group: Group) -> None:
         """All uses of a value in a stage have one entry: their gradients are added up before they are summed."""
         key = (name, group.degree, group.repeat, self.stage_of(step.index))
-        operand = _argument(node, path)
+        operand = argument(node, path)
         known = self.entries.get(key)
         if known is not None and known.args[0] is operand:
             self.put(step, node, path, known)
@@ -172,8 +177,8 @@ class _Writer:
     def before(self, step: Step, node: fx.Node, path: tuple[Any, ...], target: Target) -> fx.Node:
         """Convert one operand."""
         with self.code.inserting_before(node):
-            made = self.code.call_function(target, (_argument(node, path),))  # type: ignore[arg-type]
-        made.meta.update(_meta(node))
+            made = self.code.call_function(target, (argument(node, path),))  # type: ignore[arg-type]
+        made.meta.update(meta_of(node))
         self.put(step, node, path, made)
         return made
 
@@ -181,7 +186,7 @@ class _Writer:
         """Convert the result: the node becomes the conversion, so that its name and its readers stay."""
         with self.code.inserting_before(node):
             made = self.code.create_node(node.op, node.target, node.args, node.kwargs)
-        made.meta.update(_meta(node))
+        made.meta.update(meta_of(node))
         self.call(step, node, target)
         node.args, node.kwargs = (made,), {}
 
@@ -191,30 +196,32 @@ FRESH = frozenset("linear matmul bmm addmm baddbmm embedding conv1d conv2d conv3
 gradient of its own."""
 
 
-def _meta(node: fx.Node) -> dict[str, Any]:
+def meta_of(node: fx.Node) -> dict[str, Any]:
+    """What a conversion beside a node takes over from it: its op and the state it runs in."""
     return {key: node.meta[key] for key in ("index", "state") if key in node.meta}
 
 
-def _argument(node: fx.Node, path: tuple[Any, ...]) -> Any:
+def argument(node: fx.Node, path: tuple[Any, ...]) -> Any:
+    """What stands at a place in a node's arguments."""
     item: Any = node.kwargs if isinstance(path[0], str) else node.args
     for key in path:
         item = getattr(item, key) if isinstance(item, slice) else item[key]
     return item
 
 
-def _inside(item: Any, path: tuple[Any, ...], value: Any) -> Any:
+def inside(item: Any, path: tuple[Any, ...], value: Any) -> Any:
     """A copy of nested arguments with one of them replaced."""
     if not path:
         return value
     key, rest = path[0], path[1:]
     if isinstance(item, Mapping):
-        return {**item, key: _inside(item[key], rest, value)}
+        return {**item, key: inside(item[key], rest, value)}
     if isinstance(item, slice):
         ends = {k: getattr(item, k) for k in ("start", "stop", "step")}
-        ends[key] = _inside(ends[key], rest, value)
+        ends[key] = inside(ends[key], rest, value)
         return slice(*ends.values())
     if isinstance(key, str):  # an index of one element, [i], which the rules follow as the range i:i+1
         return [value] if key == "start" else item
     changed = list(item)
-    changed[key] = _inside(changed[key], rest, value)
+    changed[key] = inside(changed[key], rest, value)
     return tuple(changed) if isinstance(item, tuple) else changed

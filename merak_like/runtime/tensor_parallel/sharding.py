@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -12,9 +14,13 @@ import torch
 from torch import nn
 
 from merak_like.partitioner.graph import ProxyGraph
+from merak_like.partitioner.sharding import ShardedBlock
 from merak_like.partitioner.tensor_parallel import Derived, derive
+from merak_like.partitioner.tensor_parallel.describe import described
 from merak_like.partitioner.tensor_parallel.layout import same_parts
 from merak_like.partitioner.tensor_parallel.local import local_graph
+from merak_like.partitioner.tensor_parallel.prove import prove
+from merak_like.partitioner.tensor_parallel.rows import Rows, rows_of
 from merak_like.partitioner.tracer import LossFn, Trace, trace
 from merak_like.partitioner.tracer.fine import fine_trace, steps
 from merak_like.runtime.batches import rows, samples
@@ -24,6 +30,7 @@ from merak_like.runtime.tensor_parallel.collectives import TensorGroup
 from merak_like.runtime.tensor_parallel.copies import Copies, Copy
 from merak_like.runtime.tensor_parallel.overlap import alone, overlapped, same_steps
 from merak_like.runtime.tensor_parallel.rewrite import shard
+from merak_like.runtime.tensor_parallel.sequence import on_rows
 from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 from merak_like.runtime.watch import Watch
 
@@ -31,11 +38,27 @@ Prepare = Callable[[Trace, Sequence[int], Any], Prepared]
 """From a trace, its stage starts and a micro-batch like it to what this rank runs."""
 
 
+@dataclass(frozen=True)
+class Proof:
+    """What the plan says of tensor parallelism, and the weights that stay whole because a probe failed."""
+
+    sharding: tuple[ShardedBlock, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
 class Sharding(Protocol):
     """What the engine asks of a model before and while it runs."""
 
     def trace(self, batch: Any, device: torch.device | str) -> Trace:
         """Record a micro-batch, with the whole model's shapes, in the model's present mode."""
+        ...
+
+    def prove(self, traced: Trace, batch: Any) -> Proof:
+        """Run each distinct block of the model whole and in parts, and compare."""
+        ...
+
+    def believe(self, proof: Proof) -> None:
+        """From now on shard what this proof, the same on every rank, has found right."""
         ...
 
     def graph(self, traced: Trace) -> ProxyGraph:
@@ -63,15 +86,25 @@ class Sharding(Protocol):
         ...
 
 
-def sharding(model: nn.Module, tp: int, loss_fn: LossFn | None, shares: int = 1) -> Sharding:
+def sharding(
+    model: nn.Module, tp: int, loss_fn: LossFn | None, shares: int = 1, sequence_parallel: bool = False
+) -> Sharding:  # fmt: skip
     """How a model lies over ``tp`` ranks.
 
     ``shares``: micro-batches are run in so many parts, one's collectives under another's compute.
-    Raises ValueError for shares without tensor-parallel ranks.
+    ``sequence_parallel``: what lies between the sharded products runs on each rank's rows only.
+    Raises ValueError for either without tensor-parallel ranks, and for both at once.
     """
     if tp == 1 and shares > 1:
         raise ValueError(f"{shares} parts of a micro-batch hide the sums over tensor-parallel ranks, but tp is 1")
-    return Sharded(model, tp, loss_fn, shares) if tp > 1 else Unsharded(model, loss_fn)
+    if tp == 1 and sequence_parallel:
+        raise ValueError("sequence_parallel=True divides rows among tensor-parallel ranks, but tp is 1")
+    if shares > 1 and sequence_parallel:
+        raise ValueError(
+            f"tp_shares={shares} hides sums over tensor-parallel ranks, of which sequence_parallel=True leaves none: "
+            "use one of them"
+        )
+    return Sharded(model, tp, loss_fn, shares, sequence_parallel) if tp > 1 else Unsharded(model, loss_fn)
 
 
 class Unsharded:
@@ -82,6 +115,12 @@ class Unsharded:
 
     def trace(self, batch: Any, device: torch.device | str) -> Trace:
         return trace(self.model, batch, self.loss_fn, device=device)
+
+    def prove(self, traced: Trace, batch: Any) -> Proof:
+        return Proof()
+
+    def believe(self, proof: Proof) -> None:
+        pass
 
     def graph(self, traced: Trace) -> ProxyGraph:
         return traced.graph
@@ -106,11 +145,18 @@ class Sharded:
     """Several ranks. The trace goes down to torch functions and is made of a copy of the model without memory, since
     the model itself will have parts of weights only."""
 
-    def __init__(self, model: nn.Module, tp: int, loss_fn: LossFn | None, shares: int) -> None:
+    def __init__(
+        self, model: nn.Module, tp: int, loss_fn: LossFn | None, shares: int = 1, sequence_parallel: bool = False
+    ) -> None:  # fmt: skip
         self.model, self.tp, self.loss_fn, self.count = model, tp, loss_fn, shares
+        self.sequence_parallel = sequence_parallel
         self.blueprint = on_meta(model)
+        self._kept: Mapping[str, str] = {}
         self._derived: Derived | None = None
         self._of: ProxyGraph | None = None
+        self._summed: frozenset[str] = frozenset()
+        """Weights whose gradients add up over all ranks because each sees its rows only."""
+        self._told = False
 
     @property
     def derived(self) -> Derived:
@@ -122,14 +168,30 @@ class Sharded:
             theirs.training = ours.training
         return fine_trace(self.blueprint, batch, self.loss_fn, device=device)
 
+    def prove(self, traced: Trace, batch: Any) -> Proof:
+        proven = prove(self.blueprint, traced, self._derive(traced), batch)
+        return Proof(described(proven, traced.graph), dict(proven.derived.kept))
+
+    def believe(self, proof: Proof) -> None:
+        self._kept = proof.kept
+
     def graph(self, traced: Trace) -> ProxyGraph:
         found = self._derive(traced)
         if self._derived is None:
             self._derived, self._of = found, traced.graph
-        return local_graph(traced.graph, steps(traced), found)
+            self._summed = frozenset(self._rows(traced, found).weights - self._added())
+        return local_graph(traced.graph, steps(traced), found, self._rows(traced, found))
+
+    def _rows(self, traced: Trace, derived: Derived) -> Rows:
+        return rows_of(traced.graph, steps(traced), derived, traced.constants) if self.sequence_parallel else Rows()
+
+    def _added(self) -> set[str]:
+        """Weights whose gradients add up over all ranks in the plain form too."""
+        groups = [group for block in self.derived.blocks for group in block.groups if group.degree == self.tp]
+        return {name for group in groups for name in group.partial_gradients}
 
     def _derive(self, traced: Trace) -> Derived:
-        return derive(traced.graph, steps(traced), self.tp, constants=traced.constants)
+        return derive(traced.graph, steps(traced), self.tp, constants=traced.constants, whole=self._kept)
 
     def _like(self, traced: Trace, batch: Any, size: int) -> Trace | None:
         """The trace of fewer samples that runs the same steps; None if there is none.
@@ -150,7 +212,8 @@ class Sharded:
 
     def partial(self, name: str) -> tuple[Span, ...]:
         groups = [group for block in self.derived.blocks for group in block.groups]
-        return tuple(sorted({(g.degree, g.repeat) for g in groups if name in g.partial_gradients}))
+        spans = {(g.degree, g.repeat) for g in groups if name in g.partial_gradients}
+        return tuple(sorted(spans | ({(self.tp, 1)} if name in self._summed else set())))
 
     def prepare(self, groups: Groups, watch: Watch) -> Prepare:
         ranks = {span: TensorGroup(group, span[0], watch) for span, group in groups.tensor.items()}
@@ -162,7 +225,24 @@ class Sharded:
                     f"with these input shapes {odd[:3]} ({len(odd)} weights) would lie on the tensor-parallel ranks in "
                     "another way than with the example's: use an example of this shape, or batches of one shape"
                 )
-            return shard(traced, found, ranks, groups.coord.tp, lambda op: bisect_right(starts, op))
+            rank, local, walk = groups.coord.tp, self._rows(traced, found), steps(traced)
+
+            def stage_of(op: int) -> int:
+                return bisect_right(starts, op)
+
+            code = shard(traced, found, ranks, rank, stage_of, local)
+            if not self.sequence_parallel:
+                return code
+            if not local.values and not self._told and not any(groups.coord):
+                self._told = True
+                warnings.warn(
+                    f"sequence_parallel: with these input shapes {self.tp} ranks divide no rows between the sums over "
+                    "ranks, so tensor parallelism runs in its plain form",
+                    stacklevel=2,
+                )
+            home = {step: number for number, block in enumerate(found.blocks) for step in block.steps}
+            at = {step.index: (home.get(step.name), stage_of(step.index)) for step in walk}
+            return on_rows(code, walk, local, ranks[self.tp, 1], rank, at.__getitem__, self._summed, self._added())
 
         def prepared(traced: Trace, starts: Sequence[int], batch: Any) -> Prepared:
             total = rows(batch)

@@ -1,0 +1,198 @@
+"""The sequence-parallel form equals plain PyTorch: in lockstep in one process, and trained in real processes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from merak_like import auto_parallel
+from merak_like.runtime.batches import rows
+from merak_like.runtime.tensor_parallel.sharding import sharding
+from tests.lockstep import Ran, in_lockstep, plain
+from tests.ranks import Call, call, results_of, selected_calls
+from tests.training import Subject, in_one_precision, worst
+
+
+@lru_cache(maxsize=2)
+def model(name: str) -> Subject:
+    one = in_one_precision(name)
+    one.model.train()
+    return one
+
+
+def equal(one: Subject, batch: Any, tp: int = 2, **more: Any) -> Ran:
+    """Run it; losses and gradients are those of one process."""
+    loss, gradients = plain(one, batch)
+    ran = in_lockstep(one, batch, tp, **more)
+    assert max(abs(each - loss) for each in ran.losses) <= 1e-10
+    assert worst(ran.gradients, gradients)[0] <= 1e-10
+    return ran
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("t5", "bert"))])
+def test_rows_are_scattered_and_gathered_and_nothing_is_summed_whole(name: str) -> None:
+    code = equal(model(name), model(name).batch(2)).code[0].split()
+    assert code.count("reduce_scatter") >= 9
+    assert code.count("gather_enter") >= 9
+    assert "enter" not in code
+    assert code.count("reduce") == (1 if name == "t5" else 0), "a table of positions' biases is summed whole"
+
+
+def test_what_is_kept_shrinks_by_what_lies_between_the_products() -> None:
+    one = model("llama")
+    batch = one.batch(2, 16)
+    before, after = (in_lockstep(one, batch, 2, form).kept for form in (False, True))
+    layers, values = 4, 2 * 16 * 32 * 8  # bytes of the stream in float64
+    # of each norm: its input (twice: squared, and to be scaled) is one tensor, its scaled input another; half of them
+    # is here. What the products read is gathered and stays whole.
+    assert before[0] == before[1]
+    assert after[0] == after[1]
+    assert before[0] - after[0] >= layers * 2 * 2 * values // 2
+
+
+def test_rows_are_computed_again_and_weights_wait() -> None:
+    """On more ranks than there are key-value heads."""
+    one = model("llama")
+    assert "reduce_scatter" in equal(one, one.batch(1, 16), tp=4, thrifty=True).code[0]
+
+
+@pytest.mark.parametrize(("planned", "then"), [((2, 14), (3, 13)), ((3, 13), (2, 14)), ((2, 14), (2, 13))])
+def test_a_shape_that_does_not_divide_runs_in_the_plain_form(planned: tuple[int, int], then: tuple[int, int]) -> None:
+    """Which gradients are summed over ranks once a step was decided for another shape, and stays so."""
+    one = model("llama")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        code = equal(one, one.batch(*then), planned=one.batch(*planned)).code[0].split()
+    said = [str(each.message) for each in told if "divide no rows" in str(each.message)]
+    assert len(said) == (then == (3, 13))
+    assert ("reduce_scatter" in code) == (then != (3, 13))
+
+
+class Residuals(nn.Module):
+    """Two layers of what is between the products in some models."""
+
+    def __init__(self, between: Callable[[Residuals, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.between = between
+        self.table = nn.Embedding(16, 8)
+        self.up = nn.ModuleList([nn.Linear(8, 32) for _ in range(2)])
+        self.down = nn.ModuleList([nn.Linear(32, 8) for _ in range(2)])
+        self.norm, self.gate, self.place = (
+            nn.LayerNorm(8),
+            nn.Parameter(torch.ones(8)),
+            nn.Parameter(torch.ones(1, 8, 8)),
+        )
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        h = self.table(x)
+        for up, down in zip(self.up, self.down, strict=True):
+            h = self.between(self, h, down(F.gelu(up(h))))
+        return F.mse_loss(h, labels)
+
+
+def in_place(_: Residuals, h: Tensor, y: Tensor) -> Tensor:
+    y += h
+    return y.mul_(2.0)
+
+
+def through_a_view(_: Residuals, h: Tensor, y: Tensor) -> Tensor:
+    flat = y.view(-1, 8)
+    y[:, 0] = 0.0  # one place of the sequence: not row by row, and ``flat`` must see it
+    return flat.view_as(h) + h
+
+
+def over_rows(m: Residuals, h: Tensor, y: Tensor) -> Tensor:
+    return h + y - y.mean(1, keepdim=True) + F.linear(y.transpose(1, 2), m.mix.weight[:, : h.shape[1]]).mean()
+
+
+def shifted(_: Residuals, h: Tensor, y: Tensor) -> Tensor:
+    return h + torch.cat((y[:, 1:], y[:, :1]), 1)
+
+
+def with_weights(m: Residuals, h: Tensor, y: Tensor) -> Tensor:
+    return m.norm(h + F.dropout(y * m.gate, 0.3)) + m.place[:, : h.shape[1]]
+
+
+def sample_by_sample(m: Residuals, h: Tensor, y: Tensor) -> Tensor:
+    a, b = (h + y).transpose(0, 1).chunk(2, -1)
+    return torch.cat((b.sigmoid(), F.dropout(a, 0.5)), -1).transpose(0, 1)
+
+
+def twice(m: Residuals, h: Tensor, y: Tensor) -> Tensor:
+    """A weight is read by rows and whole."""
+    return h + y * m.gate + (h.cumsum(1) * m.gate)
+
+
+def attention(m: Residuals, h: Tensor, y: Tensor) -> Tensor:
+    """Two operands with rows that do not meet."""
+    return h + (y @ h.transpose(1, 2)).softmax(-1) @ y
+
+
+BETWEEN = (in_place, through_a_view, over_rows, shifted, with_weights, sample_by_sample, twice, attention)
+
+
+@pytest.mark.parametrize("between", BETWEEN, ids=lambda between: between.__name__)
+@pytest.mark.parametrize("size", [(2, 8), (1, 4)], ids=str)
+def test_whatever_lies_between_the_products(between: Any, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randint(0, 16, size), "labels": torch.randn(*size, 8, dtype=torch.float64)}
+    one = Subject(Residuals(between).double().train(), lambda: batch, lambda out, _: out, rows)
+    assert "reduce_scatter" in equal(one, batch, tp=2 * size[0]).code[0]
+
+
+def test_a_single_rank_has_no_rows_to_divide() -> None:
+    with pytest.raises(ValueError, match="but tp is 1"):
+        auto_parallel(nn.Linear(2, 2), example={"input": torch.ones(8, 2)}, sequence_parallel=True)
+
+
+def test_shares_of_a_micro_batch_have_no_sums_to_hide() -> None:
+    with pytest.raises(ValueError, match="use one of them"):
+        sharding(nn.Linear(2, 2), 2, None, shares=2, sequence_parallel=True)
+
+
+# --- trained in real processes ------------------------------------------------------------------------------------
+
+MODELS = "llama gpt2 bert opt t5 bloom falcon phi3 gemma2 mixtral qwen3 vit whisper".split()
+LAYOUTS = ((1, 1, 2), (1, 1, 4), (1, 2, 2), (2, 1, 2))
+SIZES = {"t5": (19, 16, 12), "whisper": (19, 16, 32, 12), "vit": (32,)}
+"""Lengths that 4 ranks divide; the 17 places of a picture they do not, so there samples are divided."""
+USUAL = "llama gpt2 t5 mixtral qwen3 vit".split()
+"""Run by default."""
+
+
+def cells() -> Iterator[Any]:
+    """Every model and layout; by default some models once."""
+    for row, name in enumerate(MODELS):
+        for column, layout in enumerate(LAYOUTS):
+            for schedule, recompute in (("1f1b", "none"), ("zb-h1", "full")) if layout[1] > 1 else (("1f1b", "none"),):
+                first = (
+                    name in USUAL
+                    and column == row % len(LAYOUTS)
+                    and schedule == ("zb-h1" if layout[1] > 1 else "1f1b")
+                )
+                one = call(
+                    "sharded", *layout, name=name, schedule=schedule, recompute=recompute,
+                    size=SIZES.get(name, (19, 16)), sequence_parallel=True,
+                )._replace(function="tests.sharded:sharded")  # fmt: skip
+                yield pytest.param(one, id=one.name, marks=() if first else pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> Callable[[Call], list[Any]]:
+    """What a call returned on every rank. The job it is part of runs when its first result is asked for."""
+    return results_of(selected_calls(request))
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", list(cells()))
+def test_training_by_rows_equals_plain_training(case: Call, results: Callable[[Call], list[Any]]) -> None:
+    assert max(results(case)) <= 1e-10
