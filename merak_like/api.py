@@ -114,8 +114,9 @@ def auto_parallel(
             mesh = plan.mesh
         elif chosen:
             wanted = Wanted(
-                world.size, rows(example), **degrees, micro_batches=micro_batches, schedule=schedule, chunks=chunks,
-                recompute=None if recompute == "auto" else recompute, memory_limit=memory_limit, executable=ENGINE,
+                world.size, rows(example), degrees["dp"], degrees["pp"], degrees["tp"], micro_batches=micro_batches,
+                schedule=schedule, chunks=chunks, recompute=None if recompute == "auto" else recompute,
+                memory_limit=memory_limit, executable=ENGINE,
             )  # fmt: skip
             layout = _chosen(model, example, loss_fn, wanted, hardware)
             mesh, micro_batches, recompute = layout.mesh, layout.micro_batches, layout.recompute

@@ -77,7 +77,8 @@ class Meter:
         self.peak = max(self.peak, sum(storages.values()))
 
     def _held(self) -> Iterable[Tensor]:
-        for stage in {id(s): s for program in self._engine._running for s in program.stages.values()}.values():
+        stages: dict[int, Any] = {id(s): s for program in self._engine._running for s in program.stages.values()}
+        for stage in stages.values():
             for live in stage.live.values():
                 yield from (*live.received.values(), *live.made.values())
                 for again in live.again:

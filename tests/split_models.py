@@ -65,7 +65,7 @@ def bert(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     """A classifier with padding and so many classes that a label is no small number."""
     import transformers
 
-    config = transformers.BertConfig(
+    config = transformers.BertConfig(  # type: ignore[call-arg]
         vocab_size=WORDS, hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
         max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=CLASSES,
         **options,

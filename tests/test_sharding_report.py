@@ -14,9 +14,9 @@ import torch
 import transformers
 from rich.console import Console
 
+from merak_like.cli.decide import Question, decide
 from merak_like.cli.models import Loaded
-from merak_like.cli.plan import _plan
-from merak_like.partitioner.mesh import Mesh
+from merak_like.partitioner.hardware import hardware_named
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.report.drawing import unit_tips
 from merak_like.partitioner.report.page import page
@@ -168,7 +168,8 @@ class Gpt:
 
 
 def test_the_command_derives_and_proves() -> None:
-    plan = _plan(Gpt(), 2, Mesh(1, 2, 2), batch=8, micro_batch=2, hardware="a100-80gb")  # type: ignore[arg-type]
+    asked = Question(Gpt(), hardware_named("a100-80gb"), dp=1, pp=2, tp=2, batch=8, micro_batch=2)  # type: ignore[arg-type]
+    plan, _ = decide(asked)
     first, outside = plan.sharding
     assert first.like == ("transformer.h.1",)
     assert first.weights["transformer.h.0.attn.c_attn.weight"] == "32, 3 x 4/2 x 8"

@@ -267,6 +267,7 @@ def test_a_batch_comes_back_from_its_outline():
 def test_masks_travel_as_lengths_in_front_and_behind():
     mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
     lengths = lengths_of({"attention_mask": mask})
+    assert lengths is not None
     assert lengths == (2, -2, 4, 0)
     assert mask_of(lengths, 4).equal(mask)
     with pytest.raises(ValueError, match="holes"):

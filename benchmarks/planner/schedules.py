@@ -20,7 +20,7 @@ CHUNKS = {22: 3, 30: 4}
 def _costs(row: Any, chunks: int) -> Costs:
     f, b, w = (row[f"{kind}_us"] / 1e6 / chunks for kind in ("TF", "TB", "TW"))
     stages = row["p=GPUs"] * chunks
-    return Costs((StageCosts(f, b, weight=w),) * stages, dict.fromkeys(chain(stages), row["Tc_us"] / 1e6))
+    return Costs((StageCosts(f, b, weight=w),) * stages, dict.fromkeys(chain(stages), float(row["Tc_us"]) / 1e6))
 
 
 def _steps(row: Any) -> dict[str, float]:

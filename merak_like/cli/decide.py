@@ -35,22 +35,22 @@ class Question:
 
     source: Source
     hardware: Hardware
-    world: int | None
-    dp: int | None
-    pp: int | None
-    tp: int | None
-    batch: int | None
-    micro_batches: int | None
-    micro_batch: int | None
-    schedule: str | None
-    chunks: int | None
-    recompute: str | None
-    zero: int | None
-    sequence_parallel: bool | None
-    kernels: str
-    attention: str
-    optimizer: str | None
-    memory_limit: int | None
+    world: int | None = None
+    dp: int | None = None
+    pp: int | None = None
+    tp: int | None = None
+    batch: int | None = None
+    micro_batches: int | None = None
+    micro_batch: int | None = None
+    schedule: str | None = None
+    chunks: int | None = None
+    recompute: str | None = None
+    zero: int | None = None
+    sequence_parallel: bool | None = None
+    kernels: str = "torch"
+    attention: str = "flash"
+    optimizer: str | None = None
+    memory_limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.recompute is not None:

@@ -111,7 +111,8 @@ def _cut(work: Floats, stages: int) -> Ints:
         middle = low if not len(starts) else (low + high) / 2
         made = [0]
         while made[-1] < len(work) - 1 and len(made) <= stages:
-            made.append(int(np.searchsorted(work, work[made[-1]] + middle * (1 + 1e-9), side="right")) - 1)
+            reach = float(work[made[-1]]) + middle * (1 + 1e-9)
+            made.append(int(np.searchsorted(work, reach, side="right")) - 1)  # pyright: ignore[reportUnknownArgumentType]
         if made[-1] == len(work) - 1:
             high, starts = middle, np.array(made, np.int64)
             if middle == low or high - low < 3e-3 * high:

@@ -92,7 +92,7 @@ class Witness:
         """Micro-batch to stage and what it was."""
 
     @contextmanager
-    def watching(self) -> Iterator[Callable[[Callable[[Action], None]], Callable[[Action], None]]]:
+    def watching(self) -> Iterator[Callable[[Callable[[Action], object]], Callable[[Action], object]]]:
         """Hooks on every module; yields what to wrap the forward action with. Buffers are put back at the end."""
         buffers = [(b, b.clone()) for b in self.model.buffers() if not b.is_meta]
         hooks = [
@@ -109,7 +109,7 @@ class Witness:
                 for buffer, before in buffers:
                     buffer.copy_(before)
 
-    def _noting(self, forward: Callable[[Action], None]) -> Callable[[Action], None]:
+    def _noting(self, forward: Callable[[Action], object]) -> Callable[[Action], object]:
         def noting(action: Action) -> None:
             self._now = action
             if _bad(self.batches[action.micro_batch]):

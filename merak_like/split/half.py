@@ -156,5 +156,5 @@ def _plan(
     return Plan(
         model=kind.__name__, mesh=Mesh(), schedule="split", orders=(order(side, cut, task.micro_batches, task.window),),
         micro_batches=task.micro_batches, micro_batch=micro_batch, stages=stages, crossings=(), units=(), ties=ties,
-        shared={}, hardware="", memory_limit=0, rank_activation_bytes=(0,), step_seconds=0.0, bubble=0.0,
+        shared={}, hardware="", memory_limit=0, rank_activation_bytes=(0,), pipeline_seconds=0.0, after={}, bubble=0.0,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 
 from merak_like.partitioner.tensor_parallel.axes import Axes, Dim
@@ -58,7 +58,7 @@ def _leading(axes: Axes, dim: Dim, samples: int) -> tuple[int, ...] | None:
     return None
 
 
-def _ties(followed: Followed, marked: set[int]) -> Iterable[str]:
+def _ties(followed: Followed, marked: set[int]) -> Iterator[str]:
     axes = followed.axes
     for axis in marked:
         for leaf in axes.leaves((axis,)):

@@ -24,9 +24,11 @@ from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.dry_run import echo
 from merak_like.runtime.dry_run.stages import OnePrograms, Real, ShapeLinks
 from merak_like.runtime.engine import Engine
+from merak_like.runtime.finite import Guard
 from merak_like.runtime.groups import Groups, make_groups
 from merak_like.runtime.initialize import World
 from merak_like.runtime.links import NoLinks
+from merak_like.runtime.optimizer import Update
 from merak_like.runtime.programs import Programs
 from merak_like.runtime.tensor_parallel.sharding import sharding
 from merak_like.runtime.tensor_parallel.shards import Shards
@@ -97,7 +99,7 @@ class Cast:
             pending = Counter[int]()
             programs = Programs(
                 self.model, plan, traced, self.micro, groups.coord.pp, device, self.parts,
-                self.parts.rewrite(groups, watch), pending,
+                self.parts.prepare(groups, watch), pending,
             )  # fmt: skip
             links = ShapeLinks(groups, watch, device) if plan.mesh.pp > 1 else NoLinks()
             if isinstance(links, ShapeLinks):
@@ -110,9 +112,10 @@ class Cast:
             talks = [group for group in groups.tensor.values() if group is not None]
             once = OnePrograms(programs, self.micro, self.mode, self.real, talks)
             engine = Engine(
-                plan=plan, model=self.model, parameters=parameters, owned=[], programs=cast(Programs, once),
-                links=links, reducer=reducer, optimizer=None, world=world, groups=groups, watch=watch,
-                loss_weight=rows, max_grad_norm=None, seed=0, save=lambda *_: None, shards=shards,
+                plan=plan, model=self.model, parameters=parameters, programs=cast(Programs, once), links=links,
+                reducer=reducer, update=Update([], None, max_grad_norm=None, guard=Guard(0)), world=world,
+                groups=groups, watch=watch, prepare=lambda batch: batch, loss_weight=rows, seed=0,
+                save=lambda *_: None, shards=shards,
             )  # fmt: skip
             self._step(engine, reducer)
             return Did(rank, _made(groups), echo.heard(groups.made))

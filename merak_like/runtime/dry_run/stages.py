@@ -16,8 +16,8 @@ from merak_like.runtime import rng
 from merak_like.runtime.batches import signature
 from merak_like.runtime.dry_run.echo import Call, Echo, call_again, calls_of
 from merak_like.runtime.links import DistLinks, Spec
+from merak_like.runtime.prepared import StageLike
 from merak_like.runtime.programs import Program, Programs
-from merak_like.runtime.stage import Stage
 
 
 class Real(NamedTuple):
@@ -37,7 +37,7 @@ class OnceStage:
     the last backward, and repeated for those between.
     """
 
-    def __init__(self, stage: Stage, example: Any, mode: FakeTensorMode, real: Real, talks: Sequence[Echo]) -> None:
+    def __init__(self, stage: StageLike, example: Any, mode: FakeTensorMode, real: Real, talks: Sequence[Echo]) -> None:
         self.code = stage.code
         self._stage, self._example, self._mode, self._real, self._talks = stage, example, mode, real, talks
         self._made: dict[str, Tensor] = {}

@@ -122,8 +122,8 @@ class Creation(Draw):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if args and isinstance(args[0], Tensor):
             return self.cut(self.function(self.cut.ones(args[0]), *args[1:], **kwargs))
-        args, kwargs = self.whole or (args, kwargs)
-        return self.cut(self.function(*args, **kwargs))
+        positional, keywords = self.whole or (args, kwargs)
+        return self.cut(self.function(*positional, **keywords))
 
 
 KINDS: Mapping[str, type[Draw]] = {

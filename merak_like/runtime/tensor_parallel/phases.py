@@ -262,7 +262,8 @@ class _Phases:
             return False
         start, stop = self.shares[which - 1]
         rows = self.traces[0].graph.values[node.name].shape[dim] // self.shares[-1][1]
-        node.target = draw.for_rows(Rows(dim, start * rows, stop * rows), whole.args, whole.kwargs)
+        drawn: Any = draw.for_rows(Rows(dim, start * rows, stop * rows), whole.args, whole.kwargs)
+        node.target = drawn
         return True
 
     def dim(self, name: str) -> int | None:

@@ -120,7 +120,7 @@ class _Writer:
             )
         self.call(step, node, target)
 
-    def call(self, step: Step, node: fx.Node, target: Target) -> None:
+    def call(self, step: Step, node: fx.Node, target: Any) -> None:
         self.touched.add(step.index)
         node.op, node.target = "call_function", target
 
