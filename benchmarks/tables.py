@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACES = ("README.md", "benchmarks/pipeline/README.md", "benchmarks/paced/README.md", "benchmarks/planner/README.md")
+PLACES = (
+    "README.md", "benchmarks/pipeline/README.md", "benchmarks/paced/README.md", "benchmarks/planner/README.md",
+    "benchmarks/tensor_parallel/README.md",
+)  # fmt: skip
 
 
 def pipeline() -> str:
@@ -50,6 +53,28 @@ def paced() -> str:
         times = ((row["simulated"] / unit, row["measured"] / unit, row["measured"] / row["simulated"]) for row in rows)
         cells = " | ".join(f"{a:.1f} | {b:.1f} | {c:.3f}" for a, b, c in times)
         lines.append(f"| {rows[0]['schedule']} | {cells} |")
+    return "\n".join([*lines, "", _setting(data["setting"])])
+
+
+def tensor_parallel() -> str:
+    """A pass beside peers, and steps on a link that is shaped and one that is not."""
+    data = json.loads((ROOT / "benchmarks/tensor_parallel/results.json").read_text())
+    own = data["mlp"]["CPU microseconds a pass"]
+    lines = ["| MLP pass, 2 ranks, width 64 | CPU, microseconds | to by hand |", "|---|---:|---:|"]
+    lines += [f"| {name} | {us} | {us / own['by hand']:.2f} |" for name, us in own.items()]
+    if "overlap" in data:
+        found = data["overlap"]
+        plain, free = (
+            found["shaped"]["rows"]["plain"]["milliseconds"],
+            found["unshaped"]["rows"]["plain"]["milliseconds"],
+        )
+        share, rate = 1 - free / plain, found["megabits per second"]
+        lines += ["", f"Communication is {share:.0%} of a plain step at {rate:.0f} Mbit/s.", ""]
+        lines += ["| GPT-2 step, tp=2 | unshaped, ms | shaped, ms | to plain | hidden |", "|---|---:|---:|---:|---:|"]
+        for name, row in found["shaped"]["rows"].items():
+            step, loose = row["milliseconds"], found["unshaped"]["rows"][name]["milliseconds"]
+            hidden = (plain - step) / (plain - free)
+            lines.append(f"| {name} | {loose:.0f} | {step:.0f} | {step / plain:.2f} | {hidden:.0%} |")
     return "\n".join([*lines, "", _setting(data["setting"])])
 
 
@@ -116,6 +141,7 @@ def _setting(setting: dict[str, Any]) -> str:
 
 
 TABLES = {
+    "tensor_parallel": tensor_parallel,
     "pipeline": pipeline, "overhead": overhead, "paced": paced,
     "published": published, "chosen": chosen, "every": every,
 }  # fmt: skip

@@ -65,9 +65,10 @@ def bert(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     """A classifier with padding and so many classes that a label is no small number."""
     import transformers
 
-    config = transformers.BertConfig(  # type: ignore[call-arg]
+    config = transformers.BertConfig(
         vocab_size=WORDS, hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=CLASSES,
+        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        num_labels=CLASSES,  # pyright: ignore[reportCallIssue]
         **options,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -32,8 +32,9 @@ def main() -> None:
     """Print the table."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(  # type: ignore[call-arg]
-        vocab_size=1000, num_hidden_layers=3, max_position_embeddings=TOKENS, num_labels=2, hidden_dropout_prob=0.0,
+    config = BertConfig(
+        vocab_size=1000, num_hidden_layers=3, max_position_embeddings=TOKENS, num_labels=2,  # pyright: ignore[reportCallIssue]
+        hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -16,7 +16,6 @@ from merak_like.runtime import rng
 from merak_like.runtime.batches import signature
 from merak_like.runtime.dry_run.echo import Call, Echo, call_again, calls_of
 from merak_like.runtime.links import DistLinks, Spec
-from merak_like.runtime.prepared import StageLike
 from merak_like.runtime.programs import Program, Programs
 
 
@@ -37,7 +36,7 @@ class OnceStage:
     the last backward, and repeated for those between.
     """
 
-    def __init__(self, stage: StageLike, example: Any, mode: FakeTensorMode, real: Real, talks: Sequence[Echo]) -> None:
+    def __init__(self, stage: Any, example: Any, mode: FakeTensorMode, real: Real, talks: Sequence[Echo]) -> None:
         self.code = stage.code
         self._stage, self._example, self._mode, self._real, self._talks = stage, example, mode, real, talks
         self._made: dict[str, Tensor] = {}
