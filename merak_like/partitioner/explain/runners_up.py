@@ -36,7 +36,8 @@ class RunnerUp:
 
 def runners_up(plan: Plan, again: Again | None) -> tuple[RunnerUp, ...]:
     """The plan's own list where it has one."""
-    held = plan.basis.source.get("alternatives", ()) if plan.basis is not None else ()
+    basis = getattr(plan, "basis", None)
+    held = basis.source.get("alternatives", ()) if basis is not None else ()
     carried = [_read(item) for item in (*(getattr(plan, "alternatives", ()) or ()), *held)]
     known = tuple(item for item in carried if item is not None and (item.dp, item.pp, item.tp) != _degrees(plan.mesh))
     if known or again is None:
