@@ -44,6 +44,15 @@ GOING_ON = [
     call("go_on", 4, 1, "sharded", name="gpt2", exact=False),
     call("go_on", 2, 1, "square", name="gpt2", exact=False, tp=2),
 ]
+USUAL = (SAVING[0], SAVING[2], GOING_ON[0], GOING_ON[4], GOING_ON[5])
+"""Run by default."""
+
+
+def marked(cases: list[Call]) -> list[Any]:
+    """A test for each, most of them slow."""
+    return [pytest.param(one, id=one.name, marks=() if one in USUAL else pytest.mark.slow) for one in cases]
+
+
 REFUSED = call("refusals", 2, 2, "square")
 
 
@@ -58,7 +67,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(root: Path, request: pytest.FixtureRequest) -> Callable[[Call], list[Any]]:
     """What a call returned on every rank, in one job of four."""
-    chosen = [*SAVING, *(one for one in selected_calls(request) if one in GOING_ON), REFUSED]
+    going_on = [one for one in selected_calls(request) if one in GOING_ON]
+    read = {"square", *(one.arguments["folder"] for one in going_on)}
+    chosen = [*(one for one in SAVING if one.arguments["folder"] in read), *going_on, REFUSED]
     found = results_of([here(one, root) for one in chosen])
     return lambda one: found(here(one, root))
 
@@ -68,13 +79,13 @@ def here(one: Call, root: Path) -> Call:
     return one._replace(arguments={**one.arguments, "folder": str(root / one.arguments["folder"])})
 
 
-@pytest.mark.parametrize("case", SAVING, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", marked(SAVING))
 def test_saving_does_not_disturb_and_all_ranks_wait_for_it(case: Call, results: Callable[[Call], list[Any]]) -> None:
     losses = [one[::2] for one in results(case)]
     assert losses == [losses[0]] * 4
 
 
-@pytest.mark.parametrize("case", GOING_ON, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", marked(GOING_ON))
 def test_job_goes_on_in_any_layout(case: Call, results: Callable[[Call], list[Any]]) -> None:
     # sums over shards come in another order, which the float32 that transformers computes losses and norms in shows
     sharded = "tp" in case.arguments or case.arguments["folder"] == "sharded"

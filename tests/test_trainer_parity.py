@@ -80,7 +80,8 @@ def calls() -> Iterator[Any]:
         for kind, layouts in (("llama", LAYOUTS), ("bert", LAYOUTS[3:])):
             for dp, pp, tp in layouts:
                 arguments = {"kind": kind, "dp": dp, "pp": pp, "tp": tp}
-                name, marks = f"{function}-{kind}-{dp}x{pp}x{tp}", [pytest.mark.slow] * (kind == "bert")
+                usual = kind == "llama" and (dp, pp, tp) in (LAYOUTS[1], LAYOUTS[2])
+                name, marks = f"{function}-{kind}-{dp}x{pp}x{tp}", [pytest.mark.slow] * (not usual)
                 yield pytest.param(Call(name, f"tests.trainer_runs:{function}", arguments), id=name, marks=marks)
 
 
@@ -128,7 +129,9 @@ def test_lora_alone_is_plain_pytorch(tmp_path: Path) -> None:
 
 @pytest.mark.ranks
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("call", [pytest.param(call, id=call.name) for call in LORA])
+@pytest.mark.parametrize(
+    "call", [pytest.param(call, id=call.name, marks=[pytest.mark.slow] * (call is not LORA[-1])) for call in LORA]
+)
 def test_lora_on_several_ranks_as_in_one_process(call: Call, result: Callable[[Call], list[Any]]) -> None:
     assert max(result(call)) < 1e-10
 
