@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from merak_like import Mesh, Plan, make_plan, trace
+from merak_like.partitioner.hardware import Hardware
 from merak_like.partitioner.plan import Unit
 from merak_like.partitioner.planned import named_schedule
 from merak_like.partitioner.schedules import AS_DATA, AUTO, AUTO_V
@@ -27,14 +28,15 @@ RECOMPUTE: dict[str, Callable[[int, Unit], bool]] = {
 
 
 def rich_plan(
-    one: Subject, example: Any, dp: int, ranks: int, micro_batches: int, schedule: str, recompute: str, chunks: int = 2
-) -> Plan:
+    one: Subject, example: Any, dp: int, ranks: int, micro_batches: int, schedule: str, recompute: str, chunks: int = 2,
+    hardware: Hardware | str = "a100-80gb",
+) -> Plan:  # fmt: skip
     """A plan of these ranks for any schedule; equal stages as far as the model has them."""
     traced = trace(one.model, split(example, dp * micro_batches)[0], one.loss_fn)
     order = built(schedule, ranks, micro_batches, chunks, recompute)
     batch = -(-rows(example) // (dp * micro_batches)) * dp * micro_batches
     base = make_plan(
-        traced.graph, Mesh(dp, order.stages), hardware="a100-80gb", batch=batch, micro_batches=micro_batches,
+        traced.graph, Mesh(dp, order.stages), hardware=hardware, batch=batch, micro_batches=micro_batches,
         schedule="1f1b",
     )  # fmt: skip
     chosen = RECOMPUTE[recompute]

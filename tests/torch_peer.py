@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
+from merak_like.partitioner.hardware import hardware_named
 from merak_like.partitioner.schedules.action import Schedule
 from merak_like.partitioner.schedules.grid import from_csv
 from merak_like.runtime.batches import rows
@@ -24,6 +25,8 @@ TORCHS = {
     "DualPipeV": 2,
 }  # fmt: skip
 WIDTH, LAYERS, MICRO_BATCHES = 8, 8, 8
+SLOW = replace(hardware_named("a100-80gb"), name="slow", memory_bandwidth=1e6, launch_seconds=0.0)
+"""Here the layers take longer than the loss, and each gets a stage."""
 
 
 def torchs(name: str, ranks: int, micro_batches: int, chunks: int) -> Schedule:
@@ -64,7 +67,7 @@ def beside_torch(dp: int, pp: int, name: str) -> float:
     batch = {k: torch.randn(2 * MICRO_BATCHES, WIDTH, generator=generator, dtype=torch.float64) for k in "xy"}
     one = Subject(Chain(), lambda: batch, loss_of, rows)
     named = name.lower() if chunks == 1 else "interleaved"
-    plan = rich_plan(one, batch, dp, pp, MICRO_BATCHES, named, "none", chunks)
+    plan = rich_plan(one, batch, dp, pp, MICRO_BATCHES, named, "none", chunks, SLOW)
     if chunks > 1:  # the two with one stage per rank are loops in torch, and no tables
         order = torchs(name, pp, MICRO_BATCHES, chunks)
         orders = tuple(" ".join(map(str, actions)) for actions in order.orders)
