@@ -58,6 +58,7 @@ bench: $(READY)
 	$(BIN)/torchrun --nproc-per-node 2 benchmarks/pipeline/overhead.py
 	$(BIN)/torchrun --nproc-per-node 2 benchmarks/pipeline/main.py
 	$(BIN)/python benchmarks/paced/main.py
+	$(BIN)/python benchmarks/tensor_parallel/main.py
 	$(BIN)/python benchmarks/tables.py
 
 # The site, in build/docs; its tools are the extra `docs`, installed when first asked for.
