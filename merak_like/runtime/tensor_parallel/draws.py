@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from merak_like.partitioner.tensor_parallel.layout import Axis, Layout, whole_size
+from merak_like.partitioner.tensor_parallel.ranks import take
 from merak_like.runtime.tensor_parallel.collectives import Target
-from merak_like.runtime.tensor_parallel.shards import part
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Cut:
     rows: Rows | None = None
 
     def __call__(self, whole: Tensor) -> Tensor:
-        own = part(whole, self.layout, self.rank)
+        own = take(whole, self.layout, self.rank)
         return (
             own if self.rows is None else own.narrow(self.rows.dim, self.rows.start, self.rows.stop - self.rows.start)
         )

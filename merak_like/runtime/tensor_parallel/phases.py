@@ -255,7 +255,7 @@ class _Phases:
 
     def draw_share(self, node: fx.Node, which: int) -> bool:
         """Let a step of a share draw its rows of what all samples would draw."""
-        whole = next(n for n in self.nodes if n.name == node.name) if self.op(node).random else None
+        whole = self.builders[0].named[node.name] if self.op(node).random else None
         draw = self.drawn(whole) if whole is not None and self.draws(whole) else None
         dim = None if draw is None else self.dim(node.name)
         if draw is None or whole is None or dim is None:

@@ -17,13 +17,13 @@ from merak_like.partitioner.tensor_parallel.call import flatten
 from merak_like.partitioner.tensor_parallel.derived import Derived, DerivedBlock, Group
 from merak_like.partitioner.tensor_parallel.layout import Layout, pieces, whole_size
 from merak_like.partitioner.tensor_parallel.local import local_graph
+from merak_like.partitioner.tensor_parallel.ranks import take
 from merak_like.partitioner.tensor_parallel.rows import Rows
 from merak_like.partitioner.tracer import Trace
 from merak_like.partitioner.tracer.fine import Step, steps
 from merak_like.runtime.tensor_parallel.collectives import Enter, Reduce, Scale, Target, TensorGroup
 from merak_like.runtime.tensor_parallel.draws import drawing
 from merak_like.runtime.tensor_parallel.forms import CrossEntropy, Embedding, Mean, Norm
-from merak_like.runtime.tensor_parallel.shards import part
 
 Groups = Mapping[tuple[int, int], TensorGroup]
 """By ``(degree, repeat)``: the process groups of this rank."""
@@ -37,7 +37,7 @@ class Slice(Target):
         self.layout, self.rank = layout, rank
 
     def __call__(self, whole: torch.Tensor) -> torch.Tensor:
-        return part(whole, self.layout, self.rank)
+        return take(whole, self.layout, self.rank)
 
 
 def shard(

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from merak_like.partitioner.tensor_parallel.layout import Layout, whole_size
+from merak_like.partitioner.tensor_parallel.ranks import take
 from merak_like.runtime.tensor_parallel.collectives import PEER, Target, TensorGroup
-from merak_like.runtime.tensor_parallel.shards import part
 
 # torch 2.13 renamed them and warns of the old names
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -46,7 +46,7 @@ class OnRows(Target):
         """This rank's rows of the sum over ranks."""
         order, (before, after), _ = self._lies(partial)
         given = partial.permute(order).reshape(before, self.group.degree, -1, after).transpose(0, 1).contiguous()
-        local = part(partial, self.layout, self.rank).permute(order).shape
+        local = take(partial, self.layout, self.rank).permute(order).shape
         found = given.new_empty(local)
         self.group.watch.wait(self._begin(_reduce_scatter, found.view(-1), given.view(-1)), self.what, PEER)
         return _back(found, order)
@@ -54,7 +54,7 @@ class OnRows(Target):
     def cut(self, whole: Tensor) -> Tensor:
         """This rank's rows, with memory of their own."""
         order, _, _ = self._lies(whole)
-        rows = part(whole, self.layout, self.rank).permute(order)
+        rows = take(whole, self.layout, self.rank).permute(order)
         return _back(rows.clone(memory_format=torch.contiguous_format), order)
 
     def _lies(self, tensor: Tensor) -> tuple[list[int], tuple[int, int], tuple[int, ...]]:
@@ -143,7 +143,7 @@ class Take(OnRows):
 
     def __call__(self, whole: Tensor) -> Tensor:
         if not whole.requires_grad:
-            return part(whole, self.layout, self.rank)
+            return take(whole, self.layout, self.rank)
         return _Take.apply(whole, self)  # type: ignore[return-value]
 
 

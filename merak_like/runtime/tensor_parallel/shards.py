@@ -11,17 +11,9 @@ import torch
 from torch import Tensor
 
 from merak_like.partitioner.tensor_parallel.layout import Layout, is_sharded, local_size, pieces, whole_size
+from merak_like.partitioner.tensor_parallel.ranks import take
 
 Slices = tuple[slice, ...]
-
-
-def part(tensor: Tensor, layout: Layout, rank: int) -> Tensor:
-    """A rank's part of a whole tensor."""
-    for dim, factors in enumerate(layout):
-        if is_sharded(factors):
-            parts = [tensor.narrow(dim, start, stop - start) for start, stop in pieces(factors, rank)]
-            tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-    return tensor
 
 
 @dataclass(frozen=True)
@@ -35,7 +27,7 @@ class Shards:
     def cut(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part, with memory of its own; the tensor itself if it is on every rank."""
         layout = self.layouts.get(name)
-        return whole if layout is None else part(whole, layout, self.rank).clone(memory_format=torch.contiguous_format)
+        return whole if layout is None else take(whole, layout, self.rank).clone(memory_format=torch.contiguous_format)
 
     def shape(self, name: str, whole: Sequence[int]) -> tuple[int, ...]:
         """Of this rank's part."""
