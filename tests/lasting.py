@@ -17,7 +17,7 @@ from tests import training
 from tests.faults import items, rank, small
 from tests.ranks import here
 from tests.scenarios import PARTS, SAMPLES, digest, is_statistics, leads
-from tests.training import Subject, subject
+from tests.training import Subject, in_one_precision, subject
 
 STEPS, SAVED = 6, 3
 """Of an unbroken run, and where it saves."""
@@ -32,7 +32,7 @@ def groups(parameters: Any) -> torch.optim.Optimizer:
 
 def job(name: str, dp: int, pp: int, **more: Any) -> tuple[Subject, Engine, Any]:
     """A model with dropout or batch norm, its engine and its schedule."""
-    one = subject(name)
+    one = subject(name) if "precision" in more else in_one_precision(name)
     engine = training.engine(one, one.batch(SAMPLES), dp, pp, PARTS // dp, optimizer=groups, **more)
     assert engine.optimizer is not None
     return one, engine, torch.optim.lr_scheduler.CosineAnnealingLR(engine.optimizer, 10)
