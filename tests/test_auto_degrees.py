@@ -10,14 +10,14 @@ import torch
 from merak_like import auto_parallel
 from tests.graphs import TOY
 from tests.ranks import Call, torchrun
-from tests.training import subject
+from tests.training import in_one_precision
 
 SAMPLES = 8
 
 
 def train(**degrees: Any) -> dict[str, Any]:
     """Two steps without dropout; the losses, and what was chosen."""
-    one = subject("gpt2", dropout=False)
+    one = in_one_precision("gpt2", dropout=False)
     batch = one.batch(SAMPLES)
     engine = auto_parallel(
         one.model, **degrees, example=batch, loss_fn=one.loss_fn, optimizer=lambda ps: torch.optim.SGD(ps, lr=0.1),
@@ -50,5 +50,5 @@ def test_two_ranks_choose_the_same_and_train_as_one():
     job, alone = torchrun(calls, world=2), train()["losses"]
     for name in asked:
         for found in job.results(name):
-            assert found["losses"] == pytest.approx(alone, rel=1e-6)  # a loss in float32
+            assert found["losses"] == pytest.approx(alone, rel=1e-10)
     assert job.results("tp")[0]["mesh"] == [1, 1, 2]
