@@ -71,6 +71,7 @@ def auto_parallel(
     hardware: Hardware | str | None = None,
     memory_limit: int | None = None,
     tp_shares: int = 1,
+    fuse: bool = True,
     device: torch.device | str | None = None,
     timeout: float = 600.0,
     seed: int = 0,
@@ -88,7 +89,8 @@ def auto_parallel(
     A degree ``"auto"`` is chosen, with the number of micro-batches, for the ranks that torchrun started, the example's
     batch and the memory; degrees that are given stay. ``tp_shares`` of 2 or more runs each micro-batch in so many
     parts, the sums over tensor-parallel ranks of one part under the compute of another. ``sequence_parallel`` divides
-    activations outside of sharded weights among these ranks too, by rows. ``plan`` obeys a plan made before.
+    activations outside of sharded weights among these ranks too, by rows. ``plan`` obeys a plan made before. ``fuse``
+    runs activations that the model spells out as the one kernel of torch that computes the same up to rounding.
     ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
@@ -127,7 +129,7 @@ def auto_parallel(
         if zero and mesh.tp > 1:
             raise ValueError(f"zero={zero} does not go with tp={mesh.tp} yet: use zero=0, or more dp or pp instead")
         micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
-        parts = sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel)
+        parts = sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel, fuse)
         # on the CPU whatever the device, so that a plan does not depend on where it was made
         rough = parts.trace(micro, "cpu")
         proof = collect.from_first(partial(parts.prove, rough, micro) if world.rank == 0 else None, world, watch)
@@ -147,7 +149,7 @@ def auto_parallel(
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
         choices = {
             "seed": seed, "max_grad_norm": max_grad_norm, "precision": precise, "zero": zero,
-            "sequence_parallel": sequence_parallel, "tp_shares": tp_shares,
+            "sequence_parallel": sequence_parallel, "tp_shares": tp_shares, "fuse": fuse,
         }  # fmt: skip
         collect.agree(facts | {name: str(choice) for name, choice in choices.items()}, world, watch)
         if world.device.type != "cpu":

@@ -29,6 +29,7 @@ from merak_like.partitioner.tracer.fakes import (
     no_garbage,
     plain_attributes,
 )
+from merak_like.partitioner.tracer.kernels import kernels
 from merak_like.partitioner.tracer.recorder import Recorder
 from merak_like.partitioner.tracer.repeatable import accept_changes, surely
 from merak_like.partitioner.tracer.shadow import Question, questions
@@ -73,22 +74,25 @@ def trace(
     *,
     atomic: Collection[str] = (),
     device: torch.device | str | None = None,
+    fuse: bool = True,
 ) -> Trace:
     """Record one forward pass of an unmodified model, without allocating a weight.
 
     ``example`` is a batch as training will see it (tensors, nested containers, scalars, None); its values are looked
     at only where the model's Python asks for data. ``loss_fn(outputs, batch)`` is recorded too; without it the model
-    must give its own loss. ``atomic`` names modules (by path or class) that must stay whole. The model may be on the
-    meta device and is left exactly as it was.
+    must give its own loss. ``atomic`` names modules (by path or class) that must stay whole. With ``fuse``, activations
+    that the model spells out become the one kernel that computes the same, up to rounding (see ``kernels``). The model
+    may be on the meta device and is left exactly as it was.
 
     Raises TraceError (a ValueError) for whatever cannot be recorded faithfully.
     """
     if torch.is_inference_mode_enabled():
         raise TraceError("tracing under torch.inference_mode() would record no gradients: leave that context")
     where = torch.device(device) if device is not None else _device_of(model)
+    choices = Choices(frozenset(atomic), kernels=kernels(model) if fuse else {})
 
     def attempt() -> Trace:
-        return surely(lambda: _with_choices(model, example, loss_fn, Choices(frozenset(atomic)), where))
+        return surely(lambda: _with_choices(model, example, loss_fn, choices, where))
 
     with as_in_a_real_run() as asked:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from merak_like.partitioner.tracer.counting import tensors_in
 from merak_like.partitioner.tracer.draft import CannotStayWhole, Draft
 from merak_like.partitioner.tracer.encode import Attribute, Opaque, encode, results
 from merak_like.partitioner.tracer.errors import TraceError
+from merak_like.partitioner.tracer.kernels import Kernel
 from merak_like.partitioner.tracer.recorder import Recorder
 from merak_like.partitioner.tracer.rehearsal import rehearse
 from merak_like.partitioner.tracer.writer import outputs_of
@@ -59,6 +60,8 @@ class Choices:
     """Childless, but recorded inside."""
     rehearse: frozenset[str] = frozenset()
     """One op each, run for real because they look at their data."""
+    kernels: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
+    """By path, for activations that one torch function computes as well."""
 
 
 class CustomFunction:
@@ -97,6 +100,8 @@ class Calls:
             return call_module(module, *args, **kwargs)
         if path in self.choices.rehearse:
             return self.leaf(module, path, args, kwargs)
+        if path in self.choices.kernels and len(args) == 1 and not kwargs and not any(c.atomic for c in self.open):
+            return self.kernel(self.choices.kernels[path], path, args[0])
         if path and not module._modules and path not in self.choices.descend:
             return self.leaf(module, path, args, kwargs)
         return self.inside(module, path, args, kwargs)
@@ -139,6 +144,16 @@ class Calls:
         call.opaque = "a leaf"
         self.calls.append(call)
         return out
+
+    def kernel(self, kernel: Kernel, path: str, argument: Any) -> Any:
+        """One torch function in place of the call; what is around it can no longer be one node."""
+        for call in self.open:
+            call.opaque = call.opaque or f"a kernel stands for {path}"
+        self.writer.scope.append(path)
+        try:
+            return kernel(argument)
+        finally:
+            self.writer.scope.pop()
 
     def rehearse(self, draft: Draft, module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """What a module that looks at its data gives and changes."""

@@ -17,6 +17,7 @@ from merak_like._compat import as_in_a_real_run
 from merak_like.partitioner.graph import Value
 from merak_like.partitioner.tracer import LossFn, Trace, TraceError, _device_of, _with_choices
 from merak_like.partitioner.tracer.calls import Choices, CustomFunction
+from merak_like.partitioner.tracer.kernels import kernels
 from merak_like.partitioner.tracer.repeatable import surely
 
 __all__ = ["Name", "Step", "fine_trace", "steps"]
@@ -57,14 +58,17 @@ class Step:
 
 
 def fine_trace(
-    model: nn.Module, example: Any, loss_fn: LossFn | None = None, *, device: torch.device | str | None = None
-) -> Trace:
+    model: nn.Module, example: Any, loss_fn: LossFn | None = None, *, device: torch.device | str | None = None,
+    fuse: bool = True,
+) -> Trace:  # fmt: skip
     """Like ``trace``, but with the inside of every childless module recorded, torch's own layers included."""
     where = torch.device(device) if device is not None else _device_of(model)
     childless = frozenset(path for path, module in model.named_modules() if path and not module._modules)
 
+    choices = Choices(descend=childless, kernels=kernels(model) if fuse else {})
+
     def attempt() -> Trace:
-        return surely(lambda: _with_choices(model, example, loss_fn, Choices(descend=childless), where))
+        return surely(lambda: _with_choices(model, example, loss_fn, choices, where))
 
     with as_in_a_real_run() as asked:
         try:

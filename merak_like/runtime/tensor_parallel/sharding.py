@@ -87,9 +87,10 @@ class Sharding(Protocol):
 
 
 def sharding(
-    model: nn.Module, tp: int, loss_fn: LossFn | None, shares: int = 1, sequence_parallel: bool = False
+    model: nn.Module, tp: int, loss_fn: LossFn | None, shares: int = 1, sequence_parallel: bool = False,
+    fuse: bool = True,
 ) -> Sharding:  # fmt: skip
-    """How a model lies over ``tp`` ranks.
+    """How a model lies over ``tp`` ranks; ``fuse`` as in ``trace``.
 
     ``shares``: micro-batches are run in so many parts, one's collectives under another's compute.
     ``sequence_parallel``: what lies between the sharded products runs on each rank's rows only.
@@ -104,17 +105,19 @@ def sharding(
             f"tp_shares={shares} hides sums over tensor-parallel ranks, of which sequence_parallel=True leaves none: "
             "use one of them"
         )
-    return Sharded(model, tp, loss_fn, shares, sequence_parallel) if tp > 1 else Unsharded(model, loss_fn)
+    if tp == 1:
+        return Unsharded(model, loss_fn, fuse)
+    return Sharded(model, tp, loss_fn, shares, sequence_parallel, fuse)
 
 
 class Unsharded:
     """One tensor-parallel rank: everything is as it is."""
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn | None) -> None:
-        self.model, self.loss_fn = model, loss_fn
+    def __init__(self, model: nn.Module, loss_fn: LossFn | None, fuse: bool = True) -> None:
+        self.model, self.loss_fn, self.fuse = model, loss_fn, fuse
 
     def trace(self, batch: Any, device: torch.device | str) -> Trace:
-        return trace(self.model, batch, self.loss_fn, device=device)
+        return trace(self.model, batch, self.loss_fn, device=device, fuse=self.fuse)
 
     def prove(self, traced: Trace, batch: Any) -> Proof:
         return Proof()
@@ -146,10 +149,11 @@ class Sharded:
     the model itself will have parts of weights only."""
 
     def __init__(
-        self, model: nn.Module, tp: int, loss_fn: LossFn | None, shares: int = 1, sequence_parallel: bool = False
+        self, model: nn.Module, tp: int, loss_fn: LossFn | None, shares: int = 1, sequence_parallel: bool = False,
+        fuse: bool = True,
     ) -> None:  # fmt: skip
         self.model, self.tp, self.loss_fn, self.count = model, tp, loss_fn, shares
-        self.sequence_parallel = sequence_parallel
+        self.sequence_parallel, self.fuse = sequence_parallel, fuse
         self.blueprint = on_meta(model)
         self._kept: Mapping[str, str] = {}
         self._derived: Derived | None = None
@@ -166,7 +170,7 @@ class Sharded:
     def trace(self, batch: Any, device: torch.device | str) -> Trace:
         for ours, theirs in zip(self.model.modules(), self.blueprint.modules(), strict=True):
             theirs.training = ours.training
-        return fine_trace(self.blueprint, batch, self.loss_fn, device=device)
+        return fine_trace(self.blueprint, batch, self.loss_fn, device=device, fuse=self.fuse)
 
     def prove(self, traced: Trace, batch: Any) -> Proof:
         proven = prove(self.blueprint, traced, self._derive(traced), batch)
