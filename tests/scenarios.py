@@ -52,11 +52,13 @@ def is_statistics(name: str) -> bool:
     return "running_" in name or "num_batches_tracked" in name
 
 
-def train(name: str, dp: int, pp: int, schedule: str, dropout: bool, dtype: str = "float64", steps: int = 5) -> float:
+def train(
+    name: str, dp: int, pp: int, schedule: str, dropout: bool, dtype: str = "float64", steps: int = 5, **more: Any
+) -> float:
     """One cell of the matrix: how far the engine is from plain training. Two axes at once take uneven micro-batches."""
     samples = SAMPLES if min(dp, pp) > 1 else 2 * PARTS
     one, batches, plain = reference(name, dropout, dtype, steps, samples)
-    ours = by_engine(one, batches, dp, pp, PARTS // dp, schedule=schedule)
+    ours = by_engine(one, batches, dp, pp, PARTS // dp, schedule=schedule, **more)
     if plain is None:
         return 0.0
     assert plain.steps[0].norm > training.LIMIT, "clipping would have nothing to do"

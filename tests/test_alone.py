@@ -15,7 +15,7 @@ from tests.training import DENSE, MODELS, by_engine, engine, plainly, same, subj
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 @pytest.mark.parametrize("name", MODELS)
 def test_one_process_trains_bitwise_as_plain_pytorch(name: str, schedule: str) -> None:
-    assert scenarios.train(name, 1, 1, schedule, True, steps=2) <= (1e-13 if name == "t5" else 0.0)
+    assert scenarios.train(name, 1, 1, schedule, True, steps=2, fuse=False) <= (1e-13 if name == "t5" else 0.0)
 
 
 @pytest.mark.parametrize(

@@ -117,10 +117,10 @@ def test_programs_keep_a_trace_for_each_shape_and_not_without_end() -> None:
 
 
 def test_calls_inside_a_stage_stay_calls_of_the_users_modules() -> None:
-    one = subject("gpt2")
+    one = subject("llama")
     plan, traced = plan_of(one.model, one.batch(2), None, 2)
     folded = [call.path for call in foldable(traced, plan.starts)]
-    blocks = {f"transformer.h.{i}" for i in range(4)}
+    blocks = {f"model.layers.{i}" for i in range(4)}
     cut = [path for path in folded if path in blocks]
     assert len(cut) >= 3, f"at most one block is cut in two: {folded}"
     assert not any(a != b and b.startswith(a + ".") for a in folded for b in folded), "a call inside a folded call"

@@ -53,12 +53,14 @@ def one_process(config: GPT2Config, ids: Tensor, micro_batches: int) -> Callable
     return step
 
 
-def merak(config: GPT2Config, ids: Tensor, micro_batches: int, schedule: str) -> tuple[Callable[[], float], int]:
+def merak(
+    config: GPT2Config, ids: Tensor, micro_batches: int, schedule: str, **more: Any
+) -> tuple[Callable[[], float], int]:
     """Ours, and the block its second stage begins with."""
     batch = {"input_ids": ids, "labels": ids}
     engine = auto_parallel(
         model_of(config), dp=1, pp=dist.get_world_size(), example=batch, schedule=schedule,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=LR), micro_batches=micro_batches,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=LR), micro_batches=micro_batches, **more,
     )  # fmt: skip
     first = next(name for name in engine.plan.stages[1].params if ".h." in name)
     return lambda: engine.step(batch).loss, int(first.split(".")[2])

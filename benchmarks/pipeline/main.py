@@ -71,6 +71,7 @@ def main() -> None:
     contenders: dict[str, Callable[[], float]] = {
         "one process": one_process(config, ids, MICRO_BATCHES) if rank == 0 else float,
         "ours (1f1b)": ours,
+        "ours (1f1b, fuse=False)": merak(config, ids, MICRO_BATCHES, "1f1b", fuse=False)[0],
         **{f"ours ({name})": merak(config, ids, MICRO_BATCHES, name)[0] for name in ("gpipe", "zb-v", "auto")},
         "torch Schedule1F1B": torch_pipelining(config, ids, MICRO_BATCHES, cut, "1F1B"),
         "torch ScheduleGPipe": torch_pipelining(config, ids, MICRO_BATCHES, cut, "GPipe"),

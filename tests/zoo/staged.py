@@ -81,7 +81,7 @@ def compare(
     ``settled``: compare with the second forward of the plain model. Some replace modules in their first one, and draw
     random numbers to fill weights that they then throw away.
     """
-    recorded = trace(model, copy.deepcopy(batch), loss_fn)
+    recorded = trace(model, copy.deepcopy(batch), loss_fn, fuse=False)  # what is compared is the cutting
     plain = copy.deepcopy(model)
     if settled:
         with torch.no_grad():
