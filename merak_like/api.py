@@ -203,7 +203,7 @@ def auto_parallel(
                 model, plan, rough, micro, groups.coord.pp, world.device, parts, parts.prepare(groups, watch), pending
             ),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
-            reducer=plugged.gradients(reducer, groups, watch, trainable),
+            reducer=plugged.gradients(reducer, groups, watch, trainable, learner),
             update=Update(
                 slots,
                 learner,

@@ -6,7 +6,7 @@ the innermost, so it sees a layer whatever else is on: a backward in two halves,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,41 +15,43 @@ from torch.overrides import TorchFunctionMode
 
 from merak_like.runtime.split_backward import ROWS, Operands
 
-Around = Callable[[Any, Operands, Callable[[], Tensor]], Tensor]
-"""(function, its operands, the call) to the call's result."""
+Around = Callable[[Operands, Callable[[Tensor], Tensor]], Tensor]
+"""(operands, the call as a function of the layer's input) to the call's result."""
+Also = Mapping[frozenset[Any], Callable[[Callable[[], Tensor]], Tensor]]
+"""Functions to what takes their call."""
 
 
 class Watched:
     """Code of a stage whose layers go through ``around``."""
 
-    watches = True
-
-    def __init__(self, code: Callable[..., Any], around: Around) -> None:
-        self._code, self._around = code, around
+    def __init__(self, code: Callable[..., Any], around: Around, also: Also | None = None) -> None:
+        """``also``: what goes around other functions."""
+        self._code, self._around, self._also = code, around, also or {}
 
     def __call__(self, *args: Tensor) -> Any:
         if not torch.is_grad_enabled():
             return self._code(*args)
-        with _Layers(self._around):
+        with _Layers(self._around, self._also):
             return self._code(*args)
 
 
 class _Layers(TorchFunctionMode):
-    def __init__(self, around: Around) -> None:
+    def __init__(self, around: Around, also: Also) -> None:
         super().__init__()
         self._around = around
+        self._also = {func: inner for some, inner in also.items() for func in some}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         row, more = ROWS.get(func), kwargs or {}
-        if row is not None and row.autocast and torch.is_grad_enabled():
-            found = row.operands(*args, **more)
-            if found is not None and isinstance(found.weight, nn.Parameter) and found.weight.requires_grad:
-                return self._around(func, found, lambda: func(*args, **more))
-        if func in ALSO and torch.is_grad_enabled():
-            return self._around(func, ALSO[func], lambda: func(*args, **more))
-        return func(*args, **more)
+        if func in self._also and torch.is_grad_enabled():
+            return self._also[func](lambda: func(*args, **more))
+        if row is None or not row.autocast or not torch.is_grad_enabled():
+            return func(*args, **more)
+        found = row.operands(*args, **more)
+        if found is None or not isinstance(found.weight, nn.Parameter) or not found.weight.requires_grad:
+            return func(*args, **more)
 
+        def call(x: Tensor) -> Tensor:
+            return func(*(x if a is found.x else a for a in args), **{k: x if a is found.x else a for k, a in more.items()})
 
-NOTHING: Any = Operands(None, None, None)  # type: ignore[arg-type]
-ALSO: dict[Any, Operands] = {torch.nn.functional.relu: NOTHING, torch.relu: NOTHING, Tensor.relu: NOTHING}
-"""Functions without weights that keep their result, which the next layer keeps as well."""
+        return self._around(found, call)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from merak_like.partitioner.schedules import AUTO, AUTO_V, data_builder
@@ -53,7 +54,13 @@ class Place:
     parameters: Mapping[str, nn.Parameter]
     replicas: Group
     """The ranks that hold the same stages; None for one alone."""
+    optimizer: torch.optim.Optimizer | None
     watch: Watch
+
+    @property
+    def count(self) -> int:
+        """How many replicas there are."""
+        return 1 if self.replicas is None else dist.get_world_size(self.replicas)
 
 
 class Method:
@@ -98,9 +105,12 @@ class Methods:
         """A model's traces and stages, as the methods want them."""
         return Wrapped(parts, self._methods) if self._methods else parts  # type: ignore[return-value]
 
-    def gradients(self, reducer: Gradients, groups: Groups, watch: Watch, own: Mapping[str, nn.Parameter]) -> Gradients:
+    def gradients(
+        self, reducer: Gradients, groups: Groups, watch: Watch, own: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer | None,
+    ) -> Gradients:  # fmt: skip
         """What brings gradients together, as the methods want it."""
-        place = Place(own, groups.sums.get(((), ())), watch)
+        place = Place(own, groups.sums.get(((), ())), optimizer, watch)
         for method in self._methods:
             reducer = method.gradients(reducer, place)
         return reducer

@@ -19,7 +19,7 @@ from torch import Tensor
 from merak_like.runtime.codecs.bits import pack, packed_bytes, unpack
 from merak_like.runtime.codecs.wire import from_bytes
 
-WIDTHS = (3, 4, 5, 6, 7, 8)
+WIDTHS = range(3, 13)
 ODD_BYTES = 4
 """Of the place of an element that is kept as it is; its value comes on top."""
 
@@ -47,7 +47,8 @@ class Packed:
         """The tensor again, within the bound."""
         count = self.shape.numel()
         if isinstance(self.codes, bytes):
-            codes = from_bytes(zlib.decompress(self.codes), torch.uint8, self.odd.device)
+            planes = from_bytes(zlib.decompress(self.codes), torch.uint8, self.odd.device).view(-1, count)
+            codes = planes[0].int() if len(planes) == 1 else planes[0].int() | planes[1].int() << 8
         else:
             codes = unpack(self.codes, self.width, count)
         table = _levels(self.width, self.bound, self.odd.device)
@@ -62,6 +63,7 @@ def quantise(x: Tensor, bound: float, *, entropy: bool = False) -> Packed | None
     if not flat.numel() or not 0 < bound < float("inf"):
         return None
     wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    bound *= 1 - 2**-10  # so that rounding puts little outside
     steps = torch.ceil(wide.abs() / (2 * bound)).nan_to_num_(2**30, 2**30).clamp_(max=2**30)
     width = _width(steps, flat)
     limit = 2 ** (width - 1) - 1
@@ -69,15 +71,17 @@ def quantise(x: Tensor, bound: float, *, entropy: bool = False) -> Packed | None
     codes = torch.where(small, steps * wide.sign().nan_to_num_(0), 0).to(torch.int16)
     table = _levels(width, bound, flat.device)
     codes = codes + limit
-    exact = (table[codes.int()].to(flat.dtype).to(wide.dtype) - wide).abs() <= bound
+    # a difference in float32 is rounded: what is within this is within the bound
+    exact = (table[codes.int()].to(flat.dtype).to(wide.dtype) - wide).abs() <= bound * (1 + 2**-11)
     places = (~(exact & small)).nonzero().view(-1).int()
     odd = flat[places.long()]
     if entropy:
-        raw = codes.to(torch.uint8).cpu().numpy().tobytes()
+        planes = [codes & 255, codes >> 8] if width > 8 else [codes]
+        raw = torch.stack(planes).to(torch.uint8).cpu().numpy().tobytes()
         coder = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
         made: Tensor | bytes = coder.compress(raw) + coder.flush()
     else:
-        made = pack(codes, width)
+        made = pack(codes.long(), width)
     found = Packed(x.shape, x.dtype, bound, width, made, places, odd)
     return found if found.nbytes < flat.nbytes else None
 
