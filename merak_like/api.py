@@ -130,7 +130,8 @@ def auto_parallel(
         if zero and mesh.tp > 1:
             raise ValueError(f"zero={zero} does not go with tp={mesh.tp} yet: use zero=0, or more dp or pp instead")
         micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
-        plugged = Methods(methods, Job(plan.schedule if plan else schedule, mesh.tp, tp_shares, zero))
+        job = Job(plan.schedule if plan else schedule, mesh.tp, tp_shares, zero, precise.loss_scale is not None)
+        plugged = Methods(methods, job)
         parts = plugged.around(sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel))
         # on the CPU whatever the device, so that a plan does not depend on where it was made
         rough = parts.trace(micro, "cpu")
@@ -203,7 +204,7 @@ def auto_parallel(
                 model, plan, rough, micro, groups.coord.pp, world.device, parts, parts.prepare(groups, watch), pending
             ),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
-            reducer=plugged.gradients(reducer, groups, watch, trainable, learner),
+            reducer=plugged.gradients(reducer, model, trainable, learner, groups, world, watch),
             update=Update(
                 slots,
                 learner,

@@ -105,7 +105,9 @@ class Compress(Method):
     def check(self, job: Job) -> None:
         """Shares of the momentum say nothing of a whole weight."""
         if job.zero and self.adapt:
-            raise ValueError(f"Compress looks at the momentum of whole weights, zero={job.zero} has shares: adapt=False")
+            raise ValueError(
+                f"Compress looks at the momentum of whole weights, zero={job.zero} has shares: adapt=False"
+            )
 
     def piece(self, piece: Piece) -> Piece:
         """Compress what it keeps, unless it is run again."""
@@ -119,7 +121,7 @@ class Compress(Method):
 
     # --- while a stage runs --------------------------------------------------------------------------------------
 
-    def _around(self, found: Operands, call: Callable[[Tensor], Tensor]) -> Tensor:
+    def _around(self, func: Any, found: Operands, call: Callable[[Tensor], Tensor]) -> Tensor:
         x, kind = found.x, found.x.device.type
         if not x.is_floating_point() or x.numel() < SMALLEST:
             return call(x)

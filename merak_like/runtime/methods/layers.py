@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from merak_like.runtime.split_backward import ROWS, Operands
 
-Around = Callable[[Operands, Callable[[Tensor], Tensor]], Tensor]
-"""(operands, the call as a function of the layer's input) to the call's result."""
+Around = Callable[[Any, Operands, Callable[[Tensor], Tensor]], Tensor]
+"""(function, its operands, the call as a function of the layer's input) to the call's result."""
 Also = Mapping[frozenset[Any], Callable[[Callable[[], Tensor]], Tensor]]
 """Functions to what takes their call."""
 
@@ -52,6 +52,8 @@ class _Layers(TorchFunctionMode):
             return func(*args, **more)
 
         def call(x: Tensor) -> Tensor:
-            return func(*(x if a is found.x else a for a in args), **{k: x if a is found.x else a for k, a in more.items()})
+            return func(
+                *(x if a is found.x else a for a in args), **{k: x if a is found.x else a for k, a in more.items()}
+            )
 
-        return self._around(found, call)
+        return self._around(func, found, call)

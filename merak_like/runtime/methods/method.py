@@ -1,8 +1,8 @@
 """How a method plugs into an engine: it wraps what the engine is made of, and the engine does not know.
 
-    traced(trace, model)        the recorded model, before anything is decided    (a pass over the graph)
-    piece(piece)                the code of a run of ops                          (compiled, or watched as it runs)
-    gradients(reducer, place)   what brings gradients together                    (what becomes of sums, before the norm)
+    traced(trace, model)       the recorded model, before anything is decided   (a pass over the graph)
+    piece(piece)               the code of a run of ops                         (compiled, or watched as it runs)
+    gradients(reducer, place)  what brings gradients together                   (what becomes of sums before the norm)
 
 Each gives back what it was given where the method has nothing to do there.
 """
@@ -23,6 +23,7 @@ from merak_like.partitioner.schedules.action import Kind
 from merak_like.partitioner.tracer import Trace
 from merak_like.runtime.data_parallel import Gradients
 from merak_like.runtime.groups import Group, Groups
+from merak_like.runtime.initialize import World
 from merak_like.runtime.prepared import Prepared, Ranges, StageLike
 from merak_like.runtime.stage import Stage
 from merak_like.runtime.stage_code import Piece
@@ -38,6 +39,8 @@ class Job:
     tp: int
     shares: int
     zero: int
+    scaled: bool = False
+    """Whether the loss is multiplied, so that small gradients are not lost."""
 
     @property
     def waits(self) -> bool:
@@ -51,10 +54,12 @@ class Job:
 class Place:
     """Where on the mesh a rank is, and what it trains."""
 
+    model: nn.Module
     parameters: Mapping[str, nn.Parameter]
     replicas: Group
     """The ranks that hold the same stages; None for one alone."""
     optimizer: torch.optim.Optimizer | None
+    world: World
     watch: Watch
 
     @property
@@ -106,11 +111,11 @@ class Methods:
         return Wrapped(parts, self._methods) if self._methods else parts  # type: ignore[return-value]
 
     def gradients(
-        self, reducer: Gradients, groups: Groups, watch: Watch, own: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer | None,
+        self, reducer: Gradients, model: nn.Module, own: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer | None, groups: Groups, world: World, watch: Watch,
     ) -> Gradients:  # fmt: skip
         """What brings gradients together, as the methods want it."""
-        place = Place(own, groups.sums.get(((), ())), optimizer, watch)
+        place = Place(model, own, groups.sums.get(((), ())), optimizer, world, watch)
         for method in self._methods:
             reducer = method.gradients(reducer, place)
         return reducer
