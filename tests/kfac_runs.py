@@ -64,6 +64,17 @@ def batches(count: int, size: int, dtype: torch.dtype = torch.float32) -> list[d
     return found
 
 
+def digits(count: int, size: int) -> list[dict[str, Tensor]]:
+    """Batches of scikit-learn's digits."""
+    from sklearn.datasets import load_digits  # type: ignore[import-not-found]
+
+    data = load_digits()
+    x, y = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
+    order = torch.Generator().manual_seed(1)
+    chosen = [torch.randperm(1797, generator=order)[:size] for _ in range(count)]
+    return [{"x": x[some], "labels": y[some]} for some in chosen]
+
+
 def sgd(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
     return lambda parameters: torch.optim.SGD(parameters, rate)
 
@@ -162,21 +173,21 @@ def steps_to_target(losses: list[float]) -> int:
 
 
 def on_ranks(
-    dp: int, pp: int, kind: str, rate: float, steps: int, tp: int = 1, size: int = 128, **more: Any
+    dp: int, pp: int, kind: str, rate: float, steps: int, tp: int = 1, size: int = 128, data: str = "made", **more: Any
 ) -> dict[str, Any]:
     """One training: steps to the target, bytes on the wire of a step, factors of this rank."""
     methods = [] if kind == "sgd" else [Kfac(share_factors=kind == "mpd", **more)]
-    data = batches(steps, size)
+    some = batches(steps, size) if data == "made" else digits(steps, size)
     engine = auto_parallel(
-        model(), dp, pp, tp, example=data[0], optimizer=sgd(rate), methods=methods, hardware="a100-80gb", device="cpu",
+        model(), dp, pp, tp, example=some[0], optimizer=sgd(rate), methods=methods, hardware="a100-80gb", device="cpu",
         timeout=60,
     )  # fmt: skip
-    losses = [engine.step(data[0]).loss]
+    losses = [engine.step(some[0]).loss]
     with wire() as sent:
-        losses.append(engine.step(data[1]).loss)
+        losses.append(engine.step(some[1]).loss)
     begin = time.process_time()
-    losses += [engine.step(batch).loss for batch in data[2:]]
-    seconds = (time.process_time() - begin) / max(1, len(data) - 2)
+    losses += [engine.step(batch).loss for batch in some[2:]]
+    seconds = (time.process_time() - begin) / max(1, len(some) - 2)
     weights = engine.full_state_dict()
     engine.close()
     owned = methods[0].owned() if methods else ()

@@ -10,12 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from merak_like.partitioner.tracer import trace
+from merak_like.runtime.batches import rows
 from merak_like.runtime.methods.chunked_loss import linear_cross_entropy
 from merak_like.runtime.methods.compiled import Compiled
+from merak_like.runtime.methods.compress import Compress
 from merak_like.runtime.methods.flat_adamw import FlatAdamW
 from merak_like.runtime.methods.head_loss import ChunkedLoss
 from merak_like.runtime.methods.method import Job, Methods
-from tests.training import by_engine, in_one_precision, plainly, same
+from merak_like.trainer.groups import optimizer_factory
+from merak_like.trainer.methods import methods_of
+from merak_like.trainer.settings import Settings
+from tests.training import Subject, by_engine, in_one_precision, plainly, same
 
 CHUNK = 4 * 64 * 5
 """Some rows of the tests' vocabularies."""
@@ -109,14 +114,49 @@ def test_methods_refuse_the_jobs_they_cannot_serve():
         Methods([Compiled()], Job("zb-h1", 1, 1, 0))
     with pytest.raises(ValueError, match="tp_shares=1"):
         Methods([Compiled()], Job("1f1b", 2, 2, 0))
+    with pytest.raises(ValueError, match="Compress sees each layer"):
+        Methods([Compiled(), Compress()], Job("1f1b", 1, 1, 0))
     with pytest.raises(ValueError, match="methods= takes"):
         Methods(["compile"], Job("1f1b", 1, 1, 0))  # type: ignore[list-item]
 
 
+class Block(nn.Module):
+    """What a compiler fuses: a norm, a product, a GELU, a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return F.cross_entropy(x, labels)
+
+
+def block_batch(size: int) -> dict[str, Tensor]:
+    torch.manual_seed(size)
+    return {"x": torch.randn(size, 16, dtype=torch.float64), "labels": torch.randint(16, (size,))}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("recompute", "backend"), [("none", "aot_eager"), ("full", "aot_eager"), ("none", "inductor")])
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("recompute", "backend"), [("none", "inductor"), ("full", "inductor"), ("full", "aot_eager")])
 def test_compiled_stages_give_the_same_numbers(recompute: str, backend: str):
-    one = in_one_precision("gpt2", dropout=False)
-    batches = [one.batch(4, 12)]
+    torch.manual_seed(0)
+    one = Subject(Block().double(), block_batch, None, rows)
+    batches = [block_batch(8), block_batch(12)]  # two shapes, two programs
     ours = by_engine(one, batches, 1, 1, 2, methods=[Compiled(backend=backend)], recompute=recompute)
-    same(ours, plainly(one, batches, 2), 1e-10)
+    steps = plainly(Subject(one.model, block_batch, lambda out, batch: out, rows), batches, 2)
+    same(ours, steps, 1e-10)
+
+
+def test_a_file_switches_them_on():
+    asked = Settings.model_validate({
+        "training": {"steps": 1}, "optimizer": {"flat": True},
+        "methods": {"chunked_loss": True, "compile": True, "compress": {"bound": 0.02}, "kfac": {}},
+    })  # fmt: skip
+    assert [type(m).__name__ for m in methods_of(asked.methods)] == ["ChunkedLoss", "Compiled", "Compress", "Kfac"]
+    model = nn.Linear(2, 2)
+    assert type(optimizer_factory(model, asked.optimizer)(model.parameters())) is FlatAdamW
+    assert not methods_of(Settings.model_validate({"training": {"steps": 1}}).methods)
+    with pytest.raises(ValueError, match="way to run adamw"):
+        Settings.model_validate({"training": {"steps": 1}, "optimizer": {"name": "sgd", "flat": True}})

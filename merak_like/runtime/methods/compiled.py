@@ -19,6 +19,8 @@ from merak_like.runtime.stage_code import Piece
 class Compiled(Method):
     """Compiles every piece. ``options`` go to ``torch.compile``; shapes are static, as each has its own program."""
 
+    compiles = True
+
     def __init__(self, **options: Any) -> None:
         self.options = {"dynamic": False, **options}
 

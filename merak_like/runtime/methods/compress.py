@@ -27,6 +27,7 @@ from merak_like.runtime.data_parallel import Gradients
 from merak_like.runtime.methods.layers import Watched
 from merak_like.runtime.methods.method import Job, Method, Place
 from merak_like.runtime.methods.quantiser import Packed, quantise
+from merak_like.runtime.methods.wrapped import AfterSum
 from merak_like.runtime.split_backward import Operands
 from merak_like.runtime.stage_code import Piece
 
@@ -84,6 +85,8 @@ class Compress(Method):
     all that was kept, before and after.
     """
 
+    watches = True
+
     def __init__(self, bound: float = 0.01, *, entropy: bool = False, adapt: bool = True) -> None:
         if not 0 < bound < 1:
             raise ValueError(f"bound={bound}: it is a share of a tensor's range, above 0 and below 1")
@@ -117,7 +120,9 @@ class Compress(Method):
 
     def gradients(self, reducer: Gradients, place: Place) -> Gradients:
         """The same, and at its end a look at the momentum."""
-        return Adapting(reducer, self, place) if self.adapt else reducer
+        if not self.adapt:
+            return reducer
+        return AfterSum(reducer, lambda _: self.settle(place), self.begin)
 
     # --- while a stage runs --------------------------------------------------------------------------------------
 
@@ -209,26 +214,6 @@ class Compress(Method):
             if spread > 0:
                 wanted = NOISE * float(momentum.abs().mean()) / spread
                 layer.bound = min(LOOSEST, max(TIGHTEST, wanted))
-
-
-class Adapting:
-    """A reducer whose steps are told to the method."""
-
-    def __init__(self, inner: Gradients, method: Compress, place: Place) -> None:
-        self._inner, self._method, self._place = inner, method, place
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def begin(self) -> None:
-        """Forget the last step."""
-        self._method.begin()
-        self._inner.begin()
-
-    def finish(self) -> None:
-        """Sum what is left, wait, look."""
-        self._inner.finish()
-        self._method.settle(self._place)
 
 
 def _unpack(kept: Any) -> Tensor:

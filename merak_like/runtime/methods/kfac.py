@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from merak_like.runtime.data_parallel import Gradients
 from merak_like.runtime.methods.layers import Watched
 from merak_like.runtime.methods.method import Job, Method, Place
+from merak_like.runtime.methods.wrapped import AfterSum
 from merak_like.runtime.optimizer import agree_on
 from merak_like.runtime.split_backward import Operands
 from merak_like.runtime.stage_code import Piece
@@ -100,6 +101,8 @@ class Kfac(Method):
     Averages are not in checkpoints: they are there again after a step.
     """
 
+    watches = True
+
     def __init__(
         self, *, damping: float = 0.003, weight: float = 0.95, every: int = 1, kl_clip: float | None = 0.001,
         share_factors: bool = False,
@@ -132,7 +135,7 @@ class Kfac(Method):
         found = {n: p for n, p in place.parameters.items() if p.ndim in (2, 4) and id(p) not in embedded}
         owners = owners_of({n: _bytes(p) for n, p in found.items()}, place.count)
         self._layers = {id(p): Curved(n, p, owners[n]) for n, p in found.items()}
-        return Preconditioned(reducer, self, place)
+        return AfterSum(reducer, lambda step: self.precondition(step, place))
 
     def owned(self) -> tuple[str, ...]:
         """Names of the weights whose factors this rank has."""
@@ -214,22 +217,6 @@ class Kfac(Method):
         rate = place.optimizer.param_groups[0]["lr"] if place.optimizer is not None else 1.0
         length = abs(total) * float(rate) ** 2
         return min(1.0, (self.kl_clip / length) ** 0.5) if length > 0 else 1.0
-
-
-class Preconditioned:
-    """A reducer whose sums are preconditioned."""
-
-    def __init__(self, inner: Gradients, method: Kfac, place: Place) -> None:
-        self._inner, self._method, self._place, self._step = inner, method, place, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def finish(self) -> None:
-        """Sum what is left, wait, precondition."""
-        self._inner.finish()
-        self._method.precondition(self._step, self._place)
-        self._step += 1
 
 
 def inverses(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tensor]:

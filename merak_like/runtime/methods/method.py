@@ -71,6 +71,11 @@ class Place:
 class Method:
     """Changes nothing; methods override what concerns them."""
 
+    watches = False
+    """Whether it sees each layer's call."""
+    compiles = False
+    """Whether layers are no longer called one by one."""
+
     def __repr__(self) -> str:
         """With its options: all ranks must have the same."""
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items() if k[0] != '_')})"
@@ -105,6 +110,9 @@ class Methods:
                     "its own way: use tp_shares=1"
                 )
             method.check(job)
+        watching = [type(m).__name__ for m in self._methods if m.watches]
+        if watching and (whole := [type(m).__name__ for m in self._methods if m.compiles]):
+            raise ValueError(f"{watching[0]} sees each layer as it is called, which {whole[0]} hides: use one of them")
 
     def around(self, parts: Sharding) -> Sharding:
         """A model's traces and stages, as the methods want them."""
