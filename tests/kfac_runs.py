@@ -55,11 +55,11 @@ def batches(count: int, size: int, dtype: torch.dtype = torch.float32) -> list[d
     """Ten noisy classes in 64 features of very different sizes, the same for everyone."""
     made = torch.Generator().manual_seed(1)
     centres, mix = torch.randn(10, 64, generator=made), torch.randn(64, 64, generator=made) / 8
-    sizes = torch.logspace(0, -1.5, 64)
+    sizes = torch.logspace(0, -2, 64)
     found: list[dict[str, Tensor]] = []
     for _ in range(count):
         labels = torch.randint(10, (size,), generator=made)
-        x = (centres[labels] + torch.randn(size, 64, generator=made)) * sizes @ mix
+        x = (centres[labels] + 0.7 * torch.randn(size, 64, generator=made)) * sizes @ mix
         found.append({"x": x.to(dtype), "labels": labels})
     return found
 

@@ -21,7 +21,7 @@ OPTIONS = {"damping": 0.003, "weight": 0.95}
 @pytest.mark.parametrize("more", [{}, {"micro_batches": 2, "recompute": "full"}, {"schedule": "zb-h1"}])
 def test_one_rank_is_plain_kfac(kind: str, more: dict[str, Any]):
     data = batches(4, 64, torch.float64)
-    theirs = by_hooks(model(kind, torch.float64), data, 0.1, **OPTIONS, clip=0.001)
+    theirs = by_hooks(model(kind, torch.float64), data, 0.1, **OPTIONS, clip=0.01)
     _, ours = by_engine(model(kind, torch.float64), data, 0.1, Kfac(**OPTIONS), **more)
     assert worst(ours, theirs)[0] < 1e-6
 
@@ -80,9 +80,9 @@ def test_no_factor_is_on_the_wire_and_each_has_one_owner(sgd: Call, kfac: Call, 
 
 
 FOUR = {
-    "mpd": [run(f"four-mpd-{r}", 4, 1, "mpd", r, 40) for r in (0.1, 0.3)],
-    "kfac": [run(f"four-kfac-{r}", 4, 1, "kfac", r, 40) for r in (0.1, 0.3)],
-    "sgd": [run(f"four-sgd-{r}", 4, 1, "sgd", r, 90) for r in (0.1, 0.3, 0.5, 1.0)],
+    "mpd": [run(f"four-mpd-{r}", 4, 1, "mpd", r, 30, kl_clip=None) for r in (0.1, 0.3)],
+    "kfac": [run(f"four-kfac-{r}", 4, 1, "kfac", r, 30, kl_clip=None) for r in (0.1, 0.3)],
+    "sgd": [run(f"four-sgd-{r}", 4, 1, "sgd", r, 40) for r in (0.3, 0.5, 1.0, 2.0)],
 }
 
 
@@ -91,7 +91,8 @@ FOUR = {
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("call", [c for calls in FOUR.values() for c in calls], ids=lambda c: c.name)
 def test_four_replicas_train(call: Call, result: Any):
-    assert result(call)[0]["losses"][-1] < 1.5
+    losses = result(call)[0]["losses"]
+    assert losses[-1] < losses[0] / 2
 
 
 @pytest.mark.slow
@@ -106,10 +107,12 @@ def test_steps_are_those_of_shared_factors_and_half_of_tuned_sgd(result: Any):
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    "call", [run("pipeline", 1, 2, "kfac", 0.1, 6), run("tensor", 1, 1, "kfac", 0.1, 6, tp=2)], ids=lambda c: c.name
+    "call",
+    [run("pipeline", 1, 2, "kfac", 0.1, 6, kl_clip=None), run("tensor", 1, 1, "kfac", 0.1, 6, tp=2, kl_clip=None)],
+    ids=lambda c: c.name,
 )
 def test_stages_and_shards_train(call: Call, result: Any):
-    losses, _ = by_engine(model(), batches(6, 128), 0.1, Kfac())
+    losses, _ = by_engine(model(), batches(6, 128), 0.1, Kfac(kl_clip=None))
     found = result(call)[0]["losses"]
     if call.name == "pipeline":
         assert found == pytest.approx(losses, rel=1e-4)

@@ -1,7 +1,7 @@
 """What does each method save and cost? See README.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/methods/main.py [ROW ...]     measure (all rows), write results.json, fill the table
-    python benchmarks/methods/main.py --table [--check]               only the table, from results.json
+    OMP_NUM_THREADS=1 python benchmarks/methods/main.py [ROW ...]   measure, write results.json and the table
+    python benchmarks/methods/main.py --table [--check]   only the table, from results.json
 
 Times are of CPU time, the best or the middle of several turns; peaks are those of a process of its own.
 """
@@ -26,9 +26,8 @@ PAGE, RESULTS = HERE / "README.md", HERE / "results.json"
 
 def alone(name: str) -> dict[str, Any]:
     """Run a row in a process of its own, so that its peak is its own."""
-    run = subprocess.run(
-        [sys.executable, str(HERE / "rows.py"), name], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, str(HERE / "rows.py"), name], capture_output=True, text=True, env=environment)
     if run.returncode:
         raise SystemExit(f"{name}:\n{run.stdout}{run.stderr}")
     return json.loads(run.stdout.splitlines()[-1])

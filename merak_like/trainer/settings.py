@@ -74,7 +74,7 @@ class Kfac(Section):
     damping: Annotated[float, Field(gt=0)] = 0.003
     weight: Annotated[float, Field(gt=0, le=1)] = 0.95
     every: Count = 1
-    kl_clip: Annotated[float, Field(gt=0)] | None = 0.001
+    kl_clip: Annotated[float, Field(gt=0)] | None = 0.01
 
 
 class Compress(Section):

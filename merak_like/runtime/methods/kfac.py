@@ -104,7 +104,7 @@ class Kfac(Method):
     watches = True
 
     def __init__(
-        self, *, damping: float = 0.003, weight: float = 0.95, every: int = 1, kl_clip: float | None = 0.001,
+        self, *, damping: float = 0.003, weight: float = 0.95, every: int = 1, kl_clip: float | None = 0.01,
         share_factors: bool = False,
     ) -> None:  # fmt: skip
         if damping <= 0 or not 0 < weight <= 1 or every < 1:
