@@ -62,17 +62,23 @@ def main() -> int:
     asked = parser.parse_args()
     data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}, "setting": {}}
     if not asked.table:
-        import torch
-
-        data["setting"] = {
-            "torch": torch.__version__,
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, 1 thread",
-        }
         for name in asked.rows or rows.ROWS:
-            data["rows"][name] = alone(name)
+            found = alone(name)
+            data = known()  # another process may have measured other rows meanwhile
+            data["rows"][name] = found
             RESULTS.write_text(json.dumps(data, indent=1) + "\n")
-            print(name, data["rows"][name], flush=True)
-    return fill(table(data), asked.check)
+            print(name, found, flush=True)
+    return fill(table(known()), asked.check)
+
+
+def known() -> dict[str, Any]:
+    """What was measured so far, and where."""
+    if RESULTS.exists():
+        return json.loads(RESULTS.read_text())
+    import torch
+
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, 1 thread"
+    return {"rows": {}, "setting": {"torch": torch.__version__, "machine": machine}}
 
 
 if __name__ == "__main__":

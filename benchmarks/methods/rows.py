@@ -327,6 +327,8 @@ ROWS = {
     "low_rank": Row("LowRank", small.low_rank),
     "element_weights": Row("factor_elements", small.element_weights),
     "powers": Row("powers", small.powers),
+    "binarised": Row("BinaryLinear, `sign`", small.binarised),
+    "superposed": Row("`c3sl`", small.superposed),
 }
 
 if __name__ == "__main__":

@@ -208,3 +208,98 @@ def experts(steps: int = 250) -> Lines:
         ],
         [where, "held-out loss: experts, dense", "<= dense", f"{means['experts']:.3f} {means['dense']:.3f}"],
     ]
+
+
+def binarised(epochs: int = 20) -> Lines:
+    """An edge layer of signs beside one of floats: accuracy, and what a decoder finds of the digits."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    from merak_like.runtime.codecs import Context, codec
+    from merak_like.split.binarised import Binary, BinaryLinear, leak_loss
+
+    x, y = digits()
+
+    def run(kind: str, seed: int) -> tuple[float, float, float]:
+        torch.manual_seed(seed)
+        first = nn.Linear(64, 512) if kind == "float" else BinaryLinear(64, 512)
+        edge = nn.Sequential(first, nn.BatchNorm1d(512), nn.Tanh() if kind == "float" else Binary())
+        host = nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 10))
+        optimizer = torch.optim.Adam([*edge.parameters(), *host.parameters()], 1e-3)
+        for _ in range(epochs):
+            for some in torch.randperm(1437).split(64):
+                z = edge(x[some])
+                loss = F.cross_entropy(host(z), y[some])
+                loss = loss + leak_loss(x[some], z) if kind == "leak" else loss
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        edge.eval()
+        with torch.no_grad():
+            z = edge(x)
+            right = float((host(z[1437:]).argmax(1) == y[1437:]).double().mean())
+            frame = codec("identity" if kind == "float" else "sign").encode(z[:64], Context(step=0))
+        decoder = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 64))
+        optimizer = torch.optim.Adam(decoder.parameters(), 1e-3)
+        for _ in range(epochs * 3):
+            for some in torch.randperm(1437).split(64):
+                optimizer.zero_grad()
+                F.mse_loss(decoder(z[some]), x[some]).backward()
+                optimizer.step()
+        with torch.no_grad():
+            error = float(F.mse_loss(decoder(z[1437:]), x[1437:]))
+        return right, error, z[:64].nbytes / frame.numel()
+
+    found = {kind: [run(kind, seed) for seed in range(SEEDS)] for kind in ("float", "binary", "leak")}
+    right, error = ({k: mean(r[i] for r in some) for k, some in found.items()} for i in (0, 1))
+    blind = float(F.mse_loss(x[:1437].mean(0).expand(360, 64), x[1437:]))
+    where = f"digits, 512 features at the cut, {SEEDS} seeds"
+    return [
+        [where, "fewer bytes of a batch of 64, frame included", "31 x", f"{found['binary'][0][2]:.1f} x"],
+        [where, "accuracy: float, signs, signs and leak loss", "-0.03", " ".join(f"{v:.3f}" for v in right.values())],
+        [where, "decoder's error to float's: signs, signs and leak loss", "3 x", f"{error['binary'] / error['float']:.1f} x {error['leak'] / error['float']:.1f} x"],
+        [where, "decoder's error: float, signs, with leak loss; by the mean", "", " ".join(f"{v:.4f}" for v in (*error.values(), blind))],
+    ]  # fmt: skip
+
+
+def superposed(epochs: int = 15) -> Lines:
+    """C3-SL at a wide cut: groups of 1, 4 and 16."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    from merak_like.runtime.codecs import Context, codec
+    from merak_like.runtime.codecs.convolution import C3SL
+    from merak_like.runtime.codecs.loopback import Loopback
+
+    x, y = digits()
+
+    def run(group: int, seed: int) -> float:
+        torch.manual_seed(seed)
+        edge, host = nn.Sequential(nn.Linear(64, 4096), nn.Tanh()), nn.Linear(4096, 10)
+        optimizer = torch.optim.Adam([*edge.parameters(), *host.parameters()], 3e-4)
+        link, step = Loopback(codec(f"c3sl({group})"), codec(f"c3sl({group})")), 0
+        for _ in range(epochs):
+            for some in torch.randperm(1437).split(64):
+                optimizer.zero_grad()
+                F.cross_entropy(host(link(edge(x[some]), Context(step=step))), y[some]).backward()
+                optimizer.step()
+                step += 1
+        with torch.no_grad():
+            z = link(edge(x[1437:]), Context(step=step, training=False))
+            return float((host(z).argmax(1) == y[1437:]).double().mean())
+
+    scores = {group: mean(run(group, seed) for seed in range(SEEDS)) for group in (1, 4, 16)}
+    torch.manual_seed(0)
+    coder, z = C3SL(group=4), torch.randn(4, 96)
+    keys = coder.keys(4, 96)
+    turned = torch.stack([torch.stack([k.roll(n) for n in range(96)], 1) for k in keys])
+    direct = torch.einsum("ijk,ik->j", turned, z.double())
+    off = float((coder.pack(z, Context(step=0))[0][0] - direct).abs().max())
+    where = f"digits, 4096 features at the cut, {SEEDS} seeds"
+    return [
+        ["4 samples of 96", "by FFT differs from direct convolution by", "1e-6", f"{off:.0e}"],
+        [where, "accuracy with groups of 1, 4, 16", "", " ".join(f"{s:.3f}" for s in scores.values())],
+        [where, "groups of 4 worse by", "0.025", f"{scores[1] - scores[4]:.3f}"],
+    ]
