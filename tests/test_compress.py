@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from merak_like import auto_parallel
+from merak_like import Mesh, Plan, auto_parallel, make_plan, trace
 from merak_like.runtime.methods.compress import Compress
 from merak_like.runtime.methods.quantiser import quantise
 
@@ -130,6 +130,26 @@ def test_each_layer_gets_a_bound_of_its_own():
     assert any(a != b for a, b in pairwise(method.bounds()))
     assert all(1e-3 <= bound <= 0.1 for bound in method.bounds())
     engine.close()
+
+
+def test_the_planner_weighs_packing_against_running_again():
+    torch.manual_seed(0)
+    model, some = Deep("relu", layers=8), batch("relu", 2048)
+    plain = trace(model, some)
+    packed = Compress().traced(plain, model)
+    saved = [sum(op.saved_bytes for op in t.graph.ops) for t in (plain, packed)]
+    assert saved[1] < saved[0] / 3
+
+    def plan(limit: int | None) -> list[Plan]:
+        more = {"hardware": "a100-80gb", "batch": 16384, "micro_batches": 8, "memory_limit": limit}
+        return [make_plan(t.graph, Mesh(1, 4), **more) for t in (plain, packed)]
+
+    plans = plan(None)
+    assert plans[1].rank_bytes[0] < plans[0].rank_bytes[0]
+    assert sum(s.forward_seconds for s in plans[1].stages) > sum(s.forward_seconds for s in plans[0].stages)
+    tight = plan((max(plans[0].rank_bytes) + max(plans[1].rank_bytes)) // 2)
+    assert any(stage.recompute for stage in tight[0].stages)  # without packing something is run again
+    assert not any(stage.recompute for stage in tight[1].stages)
 
 
 def test_a_bound_that_is_none_is_refused():

@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from merak_like._compat import storage_key
+from merak_like.partitioner.tracer import Trace
 from merak_like.runtime.data_parallel import Gradients
 from merak_like.runtime.methods.layers import Watched
 from merak_like.runtime.methods.method import Job, Method, Place
+from merak_like.runtime.methods.planned_bytes import with_packed_inputs
 from merak_like.runtime.methods.quantiser import Packed, quantise
 from merak_like.runtime.methods.wrapped import AfterSum
 from merak_like.runtime.split_backward import Operands
@@ -94,7 +96,7 @@ class Compress(Method):
         self._layers: dict[int, Layer] = {}
         self._known: dict[int, tuple[Any, int, Kept]] = {}
         self._counted = [0, 0]
-        self._step, self._looking = 0, False
+        self._step, self._looking, self._whole = 0, False, True
 
     @property
     def counted(self) -> tuple[int, int]:
@@ -107,10 +109,17 @@ class Compress(Method):
 
     def check(self, job: Job) -> None:
         """Shares of the momentum say nothing of a whole weight."""
+        self._whole = job.tp == 1
         if job.zero and self.adapt:
             raise ValueError(
                 f"Compress looks at the momentum of whole weights, zero={job.zero} has shares: adapt=False"
             )
+
+    def traced(self, trace: Trace, model: nn.Module) -> Trace:
+        """The same code; to the planner, fewer bytes kept and more time. Of a shard it counts nothing."""
+        if not trace.training or not self._whole:
+            return trace
+        return replace(trace, graph=with_packed_inputs(trace.graph, SMALLEST))
 
     def piece(self, piece: Piece) -> Piece:
         """Compress what it keeps, unless it is run again."""
