@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -35,6 +35,7 @@ from merak_like.runtime.groups import make_groups
 from merak_like.runtime.initialize import join, world_size
 from merak_like.runtime.links import DistLinks, NoLinks
 from merak_like.runtime.materialize import Initialiser, materialize
+from merak_like.runtime.methods.method import Job, Method, Methods
 from merak_like.runtime.optimizer import Slot, Update
 from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.programs import Programs
@@ -65,6 +66,7 @@ def auto_parallel(
     skip_not_finite: int = 0,
     precision: str | Precision | None = None,
     zero: int = 0,
+    methods: Sequence[Method] = (),
     loss_weight: LossWeight | None = None,
     weights: str | Path | None = None,
     plan: Plan | None = None,
@@ -89,8 +91,9 @@ def auto_parallel(
     A degree ``"auto"`` is chosen, with the number of micro-batches, for the ranks that torchrun started, the example's
     batch and the memory; degrees that are given stay. ``tp_shares`` of 2 or more runs each micro-batch in so many
     parts, the sums over tensor-parallel ranks of one part under the compute of another. ``sequence_parallel`` divides
-    activations outside of sharded weights among these ranks too, by rows. ``plan`` obeys a plan made before. ``fuse``
-    runs activations that the model spells out as the one kernel of torch that computes the same up to rounding.
+    activations outside of sharded weights among these ranks too, by rows. ``methods`` of ``merak_like.runtime.methods``
+    change how stages run or gradients are treated. ``plan`` obeys a plan made before. ``fuse`` runs activations that
+    the model spells out as the one kernel of torch that computes the same up to rounding.
     ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
@@ -129,7 +132,9 @@ def auto_parallel(
         if zero and mesh.tp > 1:
             raise ValueError(f"zero={zero} does not go with tp={mesh.tp} yet: use zero=0, or more dp or pp instead")
         micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
-        parts = sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel, fuse)
+        job = Job(plan.schedule if plan else schedule, mesh.tp, tp_shares, zero, precise.loss_scale is not None)
+        plugged = Methods(methods, job)
+        parts = plugged.around(sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel, fuse))
         # on the CPU whatever the device, so that a plan does not depend on where it was made
         rough = parts.trace(micro, "cpu")
         proof = collect.from_first(partial(parts.prove, rough, micro) if world.rank == 0 else None, world, watch)
@@ -149,7 +154,7 @@ def auto_parallel(
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
         choices = {
             "seed": seed, "max_grad_norm": max_grad_norm, "precision": precise, "zero": zero,
-            "sequence_parallel": sequence_parallel, "tp_shares": tp_shares, "fuse": fuse,
+            "sequence_parallel": sequence_parallel, "tp_shares": tp_shares, "fuse": fuse, "methods": tuple(methods),
         }  # fmt: skip
         collect.agree(facts | {name: str(choice) for name, choice in choices.items()}, world, watch)
         if world.device.type != "cpu":
@@ -201,7 +206,7 @@ def auto_parallel(
                 model, plan, rough, micro, groups.coord.pp, world.device, parts, parts.prepare(groups, watch), pending
             ),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
-            reducer=reducer,
+            reducer=plugged.gradients(reducer, model, trainable, learner, groups, world, watch),
             update=Update(
                 slots,
                 learner,

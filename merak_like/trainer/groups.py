@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from merak_like.runtime.methods.flat_adamw import FlatAdamW
 from merak_like.trainer.settings import Optimizer
 
 NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
@@ -38,6 +39,8 @@ def optimizer_factory(model: nn.Module, asked: Optimizer) -> Callable[[Iterable[
         ]
         if asked.name == "sgd":
             return torch.optim.SGD(groups, lr=asked.lr, momentum=asked.betas[0])
+        if asked.flat:
+            return FlatAdamW(groups, asked.lr, betas=asked.betas, eps=asked.eps)
         kind = torch.optim.AdamW if asked.name == "adamw" else torch.optim.Adam
         return kind(groups, lr=asked.lr, betas=asked.betas, eps=asked.eps)
 

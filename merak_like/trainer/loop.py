@@ -24,6 +24,7 @@ from merak_like.trainer.data.order import Order
 from merak_like.trainer.evaluation import Metrics, evaluated
 from merak_like.trainer.groups import optimizer_factory
 from merak_like.trainer.journal import METRICS, Journal
+from merak_like.trainer.methods import methods_of
 from merak_like.trainer.rates import rate, warmup_steps
 from merak_like.trainer.settings import Settings
 from merak_like.trainer.speed import meter, peak_bytes
@@ -282,6 +283,7 @@ def _engine(
         recompute=asked.recompute, micro_batches=asked.micro_batches, max_grad_norm=args.optimizer.max_grad_norm,
         weights=weights, plan=Plan.load(asked.plan) if asked.plan else None, hardware=asked.hardware,
         memory_limit=limit, device=asked.device, timeout=asked.timeout, seed=args.training.seed,
+        methods=methods_of(args.methods),
     )  # fmt: skip
 
 

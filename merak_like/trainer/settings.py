@@ -57,7 +57,43 @@ class Optimizer(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     decay_all: bool = False
     """Also of biases and of the weights of norms."""
+    flat: bool = False
+    """AdamW in one call for all weights, bit for bit the same."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+    @model_validator(mode="after")
+    def _flat_is_adamw(self) -> Self:
+        if self.flat and self.name != "adamw":
+            raise ValueError(f"optimizer.flat is a way to run adamw, and optimizer.name is {self.name}")
+        return self
+
+
+class Kfac(Section):
+    """Curvature that preconditions gradients (``merak_like.runtime.methods.kfac``)."""
+
+    damping: Annotated[float, Field(gt=0)] = 0.003
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.95
+    every: Count = 1
+    kl_clip: Annotated[float, Field(gt=0)] | None = 0.01
+
+
+class Compress(Section):
+    """Few bits for what layers keep (``merak_like.runtime.methods.compress``)."""
+
+    bound: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    entropy: bool = False
+    adapt: bool = True
+
+
+class Methods(Section):
+    """Parts that plug into the engine; none is on by itself."""
+
+    compile: bool = False
+    """Run stages through ``torch.compile``."""
+    chunked_loss: bool = False
+    """Never make the logits of a whole micro-batch in training."""
+    compress: Compress | None = None
+    kfac: Kfac | None = None
 
 
 class Schedule(Section):
@@ -130,6 +166,7 @@ class Settings(Section):
     training: Training
     parallelism: Parallelism = Parallelism()
     optimizer: Optimizer = Optimizer()
+    methods: Methods = Methods()
     schedule: Schedule = Schedule()
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: computed in bfloat16 where autocast allows it; weights and their gradients stay float32."""

@@ -1,0 +1,33 @@
+"""A reducer with something that follows the sum of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from merak_like.runtime.data_parallel import Gradients
+
+
+class AfterSum:
+    """``after(step)`` when all gradients are summed, before the norm; steps count from 0."""
+
+    def __init__(
+        self, inner: Gradients, after: Callable[[int], None], before: Callable[[], None] | None = None
+    ) -> None:
+        """``before()`` is called as a step begins."""
+        self._inner, self._after, self._before, self._step = inner, after, before, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def begin(self) -> None:
+        """Forget the last step."""
+        if self._before is not None:
+            self._before()
+        self._inner.begin()
+
+    def finish(self) -> None:
+        """Sum what is left, wait, and what follows."""
+        self._inner.finish()
+        self._after(self._step)
+        self._step += 1

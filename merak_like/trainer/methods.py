@@ -1,0 +1,24 @@
+"""From the ``methods`` of the settings to the parts that plug into the engine."""
+
+from __future__ import annotations
+
+from merak_like.runtime.methods.compiled import Compiled
+from merak_like.runtime.methods.compress import Compress
+from merak_like.runtime.methods.head_loss import ChunkedLoss
+from merak_like.runtime.methods.kfac import Kfac
+from merak_like.runtime.methods.method import Method
+from merak_like.trainer.settings import Methods
+
+
+def methods_of(asked: Methods) -> tuple[Method, ...]:
+    """Those that are asked for, in the order in which they apply."""
+    found: list[Method] = []
+    if asked.chunked_loss:
+        found.append(ChunkedLoss())
+    if asked.compile:
+        found.append(Compiled())
+    if asked.compress is not None:
+        found.append(Compress(**asked.compress.model_dump()))
+    if asked.kfac is not None:
+        found.append(Kfac(**asked.kfac.model_dump()))
+    return tuple(found)

@@ -1,0 +1,157 @@
+"""Few bits with a bound on every element, and what a training with them comes to."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from merak_like import Mesh, Plan, auto_parallel, make_plan, trace
+from merak_like.runtime.methods.compress import Compress
+from merak_like.runtime.methods.quantiser import quantise
+
+TENSORS = {
+    "normal": lambda: torch.randn(300, 70),
+    "half zeros": lambda: torch.randn(300, 70).relu(),
+    "outliers": lambda: torch.randn(300, 70) * torch.randn(300, 1) ** 5,
+    "bfloat16": lambda: torch.randn(300, 70).bfloat16(),
+    "double": lambda: torch.randn(300, 70).double() * 1e-30,
+    "not finite": lambda: torch.cat([torch.randn(2000), torch.tensor([float("nan"), float("inf"), 1e30])]),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.parametrize("share", [1e-3, 0.01, 0.1])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_every_element_is_within_the_bound(kind: str, share: float, entropy: bool):
+    torch.manual_seed(0)
+    x = TENSORS[kind]()
+    usual = x[x.isfinite()].double()
+    bound = 3 * share * float(usual[usual.abs() < 1e20].square().mean().sqrt())
+    packed = quantise(x, bound, entropy=entropy)
+    if packed is None:
+        assert share == 1e-3  # two bytes are not worth packing at this bound
+        return
+    y = packed.tensor()
+    assert y.dtype == x.dtype
+    odd = ~x.isfinite()
+    assert torch.equal(y[odd].nan_to_num(7), x[odd].nan_to_num(7))
+    assert float((y[~odd].double() - x[~odd].double()).abs().max()) <= bound
+    assert torch.equal(y.sign()[~odd], x.sign()[~odd])
+
+
+def test_bytes_are_those_of_what_is_kept():
+    packed = quantise(torch.randn(64, 64), 0.03)
+    assert packed is not None
+    assert isinstance(packed.codes, Tensor)
+    assert packed.nbytes == packed.codes.nbytes + packed.places.nbytes + packed.odd.nbytes + 16
+
+
+class Deep(nn.Module):
+    """Layers of one width; ``shape`` of one input for convolutions."""
+
+    def __init__(self, kind: str, layers: int = 4, width: int = 64) -> None:
+        super().__init__()
+        conv = kind == "conv"
+        made = [nn.Conv2d(8, 8, 3, padding=1) if conv else nn.Linear(width, width) for _ in range(layers)]
+        self.body = nn.Sequential(*(m for layer in made for m in (layer, nn.ReLU() if kind != "gelu" else nn.GELU())))
+        self.head = nn.Linear(8 * 64 if conv else width, 10)
+        self.conv = conv
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        x = x.view(-1, 8, 8, 8) if self.conv else x
+        return F.cross_entropy(self.head(self.body(x).flatten(1)), labels)
+
+
+def batch(kind: str, size: int = 128) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {"x": torch.randn(size, 512 if kind == "conv" else 64), "labels": torch.randint(10, (size,))}
+
+
+def gradients(kind: str, *methods: Compress, **more: object) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    engine = auto_parallel(
+        Deep(kind), example=batch(kind), hardware="a100-80gb", device="cpu", micro_batches=2, methods=methods, **more
+    )  # type: ignore[arg-type]
+    engine.step(batch(kind))
+    found = engine.full_gradients()
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["relu", "gelu", "conv"])
+def test_gradients_are_off_by_no_more_than_twice_the_bound(kind: str):
+    exact = gradients(kind)
+    for bound in (0.003, 0.01, 0.03):
+        method = Compress(bound, adapt=False)
+        found = gradients(kind, method)
+        off = max(float((found[n] - g).norm() / g.norm()) for n, g in exact.items() if g.ndim > 1)
+        assert 0 < off <= 2 * bound, (kind, bound, off)
+
+
+def test_four_times_fewer_bytes_and_eight_with_the_entropy_coder():
+    for entropy, times in ((False, 4), (True, 8)):
+        method = Compress(0.03, entropy=entropy, adapt=False)
+        gradients("relu", method)
+        before, after = method.counted
+        # the input and what each ReLU made, each once: 5 tensors of 128 x 64
+        assert before == 5 * 128 * 64 * 4
+        assert before >= times * after, (before, after)
+
+
+def test_what_is_run_again_is_not_compressed():
+    method = Compress(adapt=False)
+    exact = gradients("relu")
+    found = gradients("relu", method, recompute="full")
+    assert method.counted == (0, 0)
+    assert all(torch.equal(found[name], g) for name, g in exact.items())
+
+
+def test_a_split_backward_reads_what_was_packed():
+    plain = gradients("relu", Compress(adapt=False))
+    waited = gradients("relu", Compress(adapt=False), schedule="zb-h1")
+    assert all(torch.allclose(waited[name], g, rtol=1e-5, atol=1e-7) for name, g in plain.items())
+
+
+def test_each_layer_gets_a_bound_of_its_own():
+    method = Compress(0.01)
+    torch.manual_seed(0)
+    engine = auto_parallel(
+        Deep("relu"), example=batch("relu"), hardware="a100-80gb", device="cpu", methods=[method],
+        optimizer=lambda p: torch.optim.AdamW(p, 1e-3),
+    )  # fmt: skip
+    engine.step(batch("relu"))
+    assert method.bounds() == (0.01,) * 5  # there is no momentum before the first step
+    for _ in range(50):
+        engine.step(batch("relu"))
+    assert any(a != b for a, b in pairwise(method.bounds()))
+    assert all(1e-3 <= bound <= 0.1 for bound in method.bounds())
+    engine.close()
+
+
+def test_the_planner_weighs_packing_against_running_again():
+    torch.manual_seed(0)
+    model, some = Deep("relu", layers=8), batch("relu", 2048)
+    plain = trace(model, some)
+    packed = Compress().traced(plain, model)
+    saved = [sum(op.saved_bytes for op in t.graph.ops) for t in (plain, packed)]
+    assert saved[1] < saved[0] / 3
+
+    def plan(limit: int | None) -> list[Plan]:
+        more = {"hardware": "a100-80gb", "batch": 16384, "micro_batches": 8, "memory_limit": limit}
+        return [make_plan(t.graph, Mesh(1, 4), **more) for t in (plain, packed)]
+
+    plans = plan(None)
+    assert plans[1].rank_bytes[0] < plans[0].rank_bytes[0]
+    assert sum(s.forward_seconds for s in plans[1].stages) > sum(s.forward_seconds for s in plans[0].stages)
+    tight = plan((max(plans[0].rank_bytes) + max(plans[1].rank_bytes)) // 2)
+    assert any(stage.recompute for stage in tight[0].stages)  # without packing something is run again
+    assert not any(stage.recompute for stage in tight[1].stages)
+
+
+def test_a_bound_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="share of a tensor's range"):
+        Compress(1.5)
