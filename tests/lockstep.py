@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from merak_like._compat import TorchDispatchMode, tree_leaves
 from merak_like.partitioner.mesh import Coord, Mesh
 from merak_like.runtime import rng
 from merak_like.runtime.groups import Groups, spanned
@@ -97,13 +99,14 @@ class Ran:
     gradients: dict[str, Tensor]
     """Of rank 0's view, put together from all ranks' parts, summed where they are partial."""
     kept: list[int]
-    """Bytes that each rank's autograd graph keeps, weights apart."""
+    """Bytes that are there on each rank between forward and backward, weights apart."""
     code: list[str]
     """Of each rank: the names of what its code calls, in order."""
 
 
 def in_lockstep(
-    one: Subject, batch: Any, tp: int, sequence_parallel: bool = True, planned: Any = None, thrifty: bool = False
+    one: Subject, batch: Any, tp: int, sequence_parallel: bool = True, planned: Any = None, thrifty: bool = False,
+    shares: int = 1,
 ) -> Ran:  # fmt: skip
     """Forward and backward; ``planned`` is the batch that decided how weights lie and which gradients are summed.
 
@@ -113,11 +116,11 @@ def in_lockstep(
     boxes: dict[Any, dict[Any, Any]] = {}
     models, sums = [copy.deepcopy(one.model) for _ in range(tp)], [dict[str, Tensor]() for _ in range(tp)]
     losses, kept, code, errors = [0.0] * tp, [0] * tp, [""] * tp, list[BaseException]()
-    parts = Sharded(one.model, tp, one.loss_fn, sequence_parallel=sequence_parallel)
+    parts = Sharded(one.model, tp, one.loss_fn, shares, sequence_parallel)
 
     def work(rank: int) -> None:
         ring.await_turn(rank)
-        mine = Sharded(models[rank], tp, one.loss_fn, sequence_parallel=sequence_parallel)
+        mine = Sharded(models[rank], tp, one.loss_fn, shares, sequence_parallel)
         first = mine.trace(batch if planned is None else planned, "cpu")
         mine.graph(first)
         traced = first if planned is None else mine.trace(batch, "cpu")
@@ -135,9 +138,9 @@ def in_lockstep(
         code[rank] = " ".join(getattr(node.target, "__name__", str(node.target)) for node in own.code.nodes)
         stage = ready.make(0, [(0, stop)] if thrifty else (), torch.device("cpu"), None)
         rng.start(3, 0, 0)
-        with counting(models[rank]) as saved:
+        with counting(models[rank]) as living:
             out = stage.forward(0, batch, {}, put_off=thrifty)
-        losses[rank], kept[rank] = out["loss"].item(), sum(saved.values())
+        losses[rank], kept[rank] = out["loss"].item(), living([t for box in boxes.values() for t in box.values()])
         stage.backward(0, {"loss": torch.ones_like(out["loss"])})
         if thrifty:
             stage.weight(0)
@@ -175,22 +178,42 @@ def in_lockstep(
     return Ran(losses, whole, kept, code)
 
 
+class Making(TorchDispatchMode):
+    """Notes the memory of all that is made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.made[StorageWeakRef(storage)] = storage.nbytes()
+        return out
+
+
 @contextmanager
-def counting(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes of each storage that autograd keeps, weights and buffers apart."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    found: dict[int, int] = {}
-    alive: list[Tensor] = []
+def counting(model: nn.Module) -> Iterator[Callable[[Iterable[Tensor]], int]]:
+    """A function that tells, while what was returned is still there, the bytes of all that was made and lives, weights
+    and buffers apart, and some others."""
+    with Making() as making:
+        yield lambda others: sum(
+            size
+            for storage, size in making.made.items()
+            if not storage.expired()
+            and storage not in {StorageWeakRef(t.untyped_storage())
+                                for t in (*model.parameters(), *model.buffers(), *others)}
+        )  # fmt: skip
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            alive.append(tensor.detach())  # so that no other storage gets its address
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        yield found
+def kept_by_plain(one: Subject, batch: Any) -> int:
+    """Bytes that are kept for the backward in one process."""
+    model = copy.deepcopy(one.model)
+    with counting(model) as living:
+        loss = one.loss(model, batch)
+    return living([loss])
 
 
 def plain(one: Subject, batch: Any) -> tuple[float, dict[str, Tensor]]:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from merak_like import auto_parallel
 from merak_like.runtime.batches import rows
-from merak_like.runtime.tensor_parallel.sharding import sharding
-from tests.lockstep import Ran, in_lockstep, plain
+from tests.lockstep import Ran, in_lockstep, kept_by_plain, plain
 from tests.ranks import Call, call, results_of, selected_calls
 from tests.training import Subject, in_one_precision, worst
 
@@ -45,16 +44,41 @@ def test_rows_are_scattered_and_gathered_and_nothing_is_summed_whole(name: str) 
     assert code.count("reduce") == (1 if name == "t5" else 0), "a table of positions' biases is summed whole"
 
 
-def test_what_is_kept_shrinks_by_what_lies_between_the_products() -> None:
-    one = model("llama")
+@pytest.mark.parametrize(
+    ("name", "tp", "shares"),
+    [("gpt2", 2, 2), *(pytest.param(*p, marks=pytest.mark.slow) for p in (("gpt2", 4, 1), ("llama", 2, 1)))],
+)
+def test_a_rank_keeps_its_part_of_all_that_one_process_keeps(name: str, tp: int, shares: int) -> None:
+    """The paper's 34/t of 34 (section 4.2.2): what the products read is kept as rows, and gathered again."""
+    one = in_one_precision(name, dropout=False)
     batch = one.batch(2, 16)
-    before, after = (in_lockstep(one, batch, 2, form).kept for form in (False, True))
-    layers, values = 4, 2 * 16 * 32 * 8  # bytes of the stream in float64
-    # of each norm: its input (twice: squared, and to be scaled) is one tensor, its scaled input another; half of them
-    # is here. What the products read is gathered and stays whole.
-    assert before[0] == before[1]
-    assert after[0] == after[1]
-    assert before[0] - after[0] >= layers * 2 * 2 * values // 2
+    kept = in_lockstep(one, batch, tp, shares=shares).kept
+    assert max(kept) == min(kept)
+    # masks, positions and the like, which all ranks have, are the rest: 2% and 1% of what one process keeps here
+    assert 1 / tp <= kept[0] / kept_by_plain(one, batch) <= 1 / tp + 0.025
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "t5", "mixtral"))],
+)
+def test_shares_of_a_micro_batch_run_on_rows(name: str) -> None:
+    """Of two sizes, none of them one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a stage that runs its micro-batches whole says so
+        assert "reduce_scatter" in equal(model(name), model(name).batch(5), shares=2).code[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "t5", "mixtral"])
+def test_shares_are_computed_again_and_weights_wait(name: str) -> None:
+    assert "reduce_scatter" in equal(model(name), model(name).batch(7), shares=3, thrifty=True).code[0]
+
+
+def test_rows_that_are_samples_run_whole() -> None:
+    one = model("llama")
+    with pytest.warns(UserWarning, match="are some of its samples"):
+        assert "reduce_scatter" in equal(one, one.batch(4, 13), shares=2).code[0]
 
 
 def test_rows_are_computed_again_and_weights_wait() -> None:
@@ -153,11 +177,6 @@ def test_a_single_rank_has_no_rows_to_divide() -> None:
         auto_parallel(nn.Linear(2, 2), example={"input": torch.ones(8, 2)}, sequence_parallel=True)
 
 
-def test_shares_of_a_micro_batch_have_no_sums_to_hide() -> None:
-    with pytest.raises(ValueError, match="use one of them"):
-        sharding(nn.Linear(2, 2), 2, None, shares=2, sequence_parallel=True)
-
-
 # --- trained in real processes ------------------------------------------------------------------------------------
 
 MODELS = "llama gpt2 bert opt t5 bloom falcon phi3 gemma2 mixtral qwen3 vit whisper".split()
@@ -185,6 +204,19 @@ def cells() -> Iterator[Any]:
                 yield pytest.param(one, id=one.name, marks=() if first else pytest.mark.slow)
 
 
+def in_shares() -> Iterator[Any]:
+    """Rows in two shares, one's collectives under the other's compute; by default one model once."""
+    for row, name in enumerate(MODELS):
+        layout, schedule, recompute = (
+            ((1, 1, 2), "1f1b", "none"), ((1, 2, 2), "zb-h1", "full"), ((2, 1, 2), "1f1b", "none"),
+        )[row % 3]  # fmt: skip
+        one = call(
+            "sharded", *layout, name=name, schedule=schedule, recompute=recompute, size=SIZES.get(name, (19, 16)),
+            sequence_parallel=True, tp_shares=2,
+        )._replace(function="tests.sharded:sharded")  # fmt: skip
+        yield pytest.param(one, id=one.name, marks=() if name == "gpt2" else pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> Callable[[Call], list[Any]]:
     """What a call returned on every rank. The job it is part of runs when its first result is asked for."""
@@ -195,4 +227,11 @@ def results(request: pytest.FixtureRequest) -> Callable[[Call], list[Any]]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", list(cells()))
 def test_training_by_rows_equals_plain_training(case: Call, results: Callable[[Call], list[Any]]) -> None:
+    assert max(results(case)) <= 1e-10
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", list(in_shares()))
+def test_training_by_rows_in_shares_equals_plain_training(case: Call, results: Callable[[Call], list[Any]]) -> None:
     assert max(results(case)) <= 1e-10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,10 +53,13 @@ class Prepared:
     """Whether a micro-batch of the traced shape takes the traced way."""
 
     @classmethod
-    def plainly(cls, trace: Trace, model: nn.Module, starts: Sequence[int]) -> Prepared:
-        """A stage is its ops as code."""
+    def plainly(
+        cls, trace: Trace, model: nn.Module, starts: Sequence[int],
+        keeping: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Prepared:  # fmt: skip
+        """A stage is its ops as code; ``keeping`` is as in ``Stage``."""
 
         def make(index: int, again: Ranges, device: torch.device, pending: Counter[int] | None) -> StageLike:
-            return Stage(build_stage(trace, model, starts, index, again), trace.inputs, device, pending)
+            return Stage(build_stage(trace, model, starts, index, again), trace.inputs, device, pending, keeping)
 
         return cls(trace, make, trace.fits)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,10 +34,11 @@ class Stage:
 
     def __init__(
         self, code: StageCode, inputs: Mapping[str, tuple[Any, ...]], device: torch.device,
-        pending: Counter[int] | None = None,
+        pending: Counter[int] | None = None, keeping: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:  # fmt: skip
-        """``pending`` counts the gradients that wait for a W, by the ``id`` of the parameter."""
-        self.code, self.device = code, device
+        """``pending`` counts the gradients that wait for a W, by the ``id`` of the parameter; ``keeping`` is on while
+        autograd's graph is made, and may decide what it keeps."""
+        self.code, self.device, self.keeping = code, device, keeping
         self.paths = {name: inputs[name] for name in code.inputs}
         self.live: dict[int, Live] = {}
         self.waiting: dict[int, PutOff] = {}
@@ -65,11 +66,12 @@ class Stage:
         live = Live(boundary, PutOff(self._pending), put_off)
         state = current_state(self.device.type)
         try:
-            for piece in self.code.pieces:
-                args = [values[name] for name in (*piece.inputs, *piece.received)]
-                with SplitBackward(live.later) if put_off else nullcontext():
-                    given = self._run(piece, args, live) if grads else piece.module(*args)
-                values.update(zip(piece.made, given, strict=True))
+            with self.keeping():
+                for piece in self.code.pieces:
+                    args = [values[name] for name in (*piece.inputs, *piece.received)]
+                    with SplitBackward(live.later) if put_off else nullcontext():
+                        given = self._run(piece, args, live) if grads else piece.module(*args)
+                    values.update(zip(piece.made, given, strict=True))
         finally:
             set_state(self.device.type, state)
         made = {name: values[name] for name in (*self.code.sent, *self.code.results)}

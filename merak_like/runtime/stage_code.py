@@ -218,9 +218,9 @@ class StageBuilder:
             if isinstance(old, fx.Node) and call.first <= old.meta["index"] < call.stop:
                 env[old] = follow(path)
 
-    def unread(self, node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
+    def unread(self, node: fx.Node) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
         value = self.trace.graph.values[node.name]
-        return value.shape, getattr(torch, value.dtype)
+        return value.shape, getattr(torch, value.dtype), self.trace.device
 
 
 def foldable(trace: Trace, starts: Sequence[int]) -> tuple[ModuleCall, ...]:
@@ -254,9 +254,9 @@ def _only(results: Set[fx.Node], nodes: Iterable[fx.Node], stop: int) -> bool:
     return all(n in results or all(user.meta["index"] < stop for user in n.users) for n in nodes)
 
 
-def stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """For an argument that a module is given but no operation reads: right in shape, without data, loud if read."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+def stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """For an argument of which a module reads no more than shape, dtype and device: one number, no number if it can."""
+    return torch.full((), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device).expand(shape)
 
 
 def current_state(device: str) -> tuple[bool, bool, torch.dtype]:

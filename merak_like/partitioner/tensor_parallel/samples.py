@@ -7,6 +7,7 @@ from math import prod
 
 from merak_like.partitioner.tensor_parallel.axes import Axes, Dim
 from merak_like.partitioner.tensor_parallel.follow import Followed, follow
+from merak_like.partitioner.tensor_parallel.layout import Layout, is_sharded, whole_size
 from merak_like.partitioner.tensor_parallel.units import Tensor, Unit
 
 Shape = tuple[int, ...]
@@ -23,6 +24,21 @@ def sample_dim(whole: Shape, some: Shape, samples: int, fewer: int) -> int | Non
     if differ and whole[differ[0]] * fewer != some[differ[0]] * samples:
         raise ValueError(f"{samples} samples have {whole[differ[0]]} rows, {fewer} have {some[differ[0]]}")
     return differ[0] if differ else None
+
+
+def divided(
+    layouts: Mapping[str, Layout], whole: Mapping[str, Shape], some: Mapping[str, Shape], samples: int, fewer: int
+) -> str:  # fmt: skip
+    """A value of which a rank has some of the samples; empty if there is none, so that a rank's rows of some samples
+    are among its rows of all. ``whole`` and ``some`` are the shapes of values where there are so many samples."""
+    for name, layout in layouts.items():
+        at = sample_dim(whole[name], some[name], samples, fewer)
+        before = 1
+        for factor in layout[at] if at is not None else ():
+            if is_sharded((factor,)) and before < samples:
+                return name
+            before *= whole_size((factor,))
+    return ""
 
 
 def entangled(

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,36 @@ class TensorGroup:
         return tensor
 
 
+class Flight:
+    """A collective on its way."""
+
+    def __init__(
+        self, group: TensorGroup, work: Any, what: str, finish: Callable[[], Tensor], given: Tensor | None = None
+    ) -> None:
+        """``finish`` gives the result once the work is done; ``given`` is read until then."""
+        self._group, self._work, self._what, self._finish, self._given = group, work, what, finish, given
+
+    def land(self) -> Tensor:
+        """Wait for it, once."""
+        self._group.watch.wait(self._work, self._what, PEER)
+        return self._finish()
+
+    def then(self, look: Callable[[Tensor], None]) -> Flight:
+        """The same, and the result is looked at when it is there."""
+
+        def finish() -> Tensor:
+            found = self._finish()
+            look(found)
+            return found
+
+        return Flight(self._group, self._work, self._what, finish, self._given)
+
+
+def landed(value: Tensor | Flight) -> Tensor:
+    """Waited for, if need be."""
+    return value.land() if isinstance(value, Flight) else value
+
+
 class Target:
     """What a node of a generated graph calls: an object with the name that the code shows."""
 
@@ -49,13 +80,34 @@ class Target:
         self.__name__ = self.__qualname__ = name
 
 
-class Reduce(Target):
+class Collective(Target):
+    """A conversion over ranks, in two directions, each of which may be on its way while something else is computed."""
+
+    sends = sends_back = False
+    """Whether something is sent in the forward, in the backward."""
+
+    def start(self, value: Tensor) -> Tensor | Flight:
+        """The value to its converted form. No view of it for autograd."""
+        return value
+
+    def start_back(self, gradient: Tensor) -> Tensor | Flight:
+        """The gradient of the converted form to that of the value."""
+        return gradient
+
+
+class Reduce(Collective):
     """A partial sum of each rank to the whole sum on all; a gradient passes as it is."""
+
+    sends = True
 
     def __init__(self, group: TensorGroup, what: str, own: bool) -> None:
         """``own``: nothing else reads the partial sum, so it may be overwritten."""
         super().__init__("reduce")
         self.group, self.what, self.own = group, what, own
+
+    def start(self, value: Tensor) -> Tensor | Flight:
+        mine = _own(value, self.own)
+        return Flight(self.group, self.group.begin(mine, self.what), self.what, lambda: mine)
 
     def __call__(self, partial: Tensor) -> Tensor:
         return _Reduce.apply(partial, self)  # type: ignore[return-value]
@@ -65,22 +117,26 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: Tensor, node: Reduce) -> Tensor:
         ctx.set_materialize_grads(False)
-        if node.own and partial.is_contiguous():  # its memory, but no view of it: the model may go on in place
-            return node.group.reduce(partial.detach(), node.what)
-        return node.group.reduce(partial.clone(memory_format=torch.contiguous_format), node.what)
+        return landed(node.start(partial))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return grads[0], None
 
 
-class Enter(Target):
+class Enter(Collective):
     """A whole value where each rank goes its own way: the gradient is the sum over ranks."""
+
+    sends_back = True
 
     def __init__(self, group: TensorGroup, what: str, own: bool = False) -> None:
         """``own``: the gradient that comes back is nobody else's, so it may be overwritten."""
         super().__init__("enter")
         self.group, self.what, self.own = group, what, own
+
+    def start_back(self, gradient: Tensor) -> Tensor | Flight:
+        mine = _own(gradient, self.own)
+        return Flight(self.group, self.group.begin(mine, self.what), self.what, lambda: mine)
 
     def __call__(self, whole: Tensor) -> Tensor:
         return _Enter.apply(whole, self) if whole.requires_grad else whole  # type: ignore[return-value]
@@ -94,10 +150,13 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        node, grad = ctx.node, grads[0]
-        if not node.own or not grad.is_contiguous():
-            grad = grad.clone(memory_format=torch.contiguous_format)
-        return node.group.reduce(grad, node.what), None
+        return landed(ctx.node.start_back(grads[0])), None
+
+
+def _own(tensor: Tensor, own: bool) -> Tensor:
+    """To be overwritten: its memory if that may be, but no view of it, since the model may go on in place."""
+    mine = tensor.detach()
+    return mine if own and mine.is_contiguous() else mine.clone(memory_format=torch.contiguous_format)
 
 
 class Scale(Target):

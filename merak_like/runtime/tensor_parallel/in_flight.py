@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from merak_like.runtime.tensor_parallel.collectives import PEER, Enter, Reduce
-from merak_like.runtime.tensor_parallel.phases import PhasedCode
+from merak_like.runtime.tensor_parallel.collectives import Flight, landed
+from merak_like.runtime.tensor_parallel.segments import PhasedCode
 
 Key = tuple[str, int | None]
 """A value and the share of samples; None for all samples."""
-
-
-@dataclass
-class Flight:
-    """A sum on its way."""
-
-    tensor: Tensor
-    work: Any
-    node: Enter | Reduce
-
-    @classmethod
-    def start(cls, tensor: Tensor, node: Enter | Reduce) -> Flight:
-        """Sum a tensor over ranks, in place."""
-        return cls(tensor, node.group.begin(tensor, node.what), node)
-
-    def land(self) -> Tensor:
-        """Wait for it."""
-        if self.work is not None:
-            self.node.group.watch.wait(self.work, self.node.what, PEER)
-            self.work = None
-        return self.tensor
 
 
 class Values:
@@ -44,7 +22,24 @@ class Values:
         self._code = code
         self._there: dict[Key, Any] = {}
         self.grads: dict[Key, bool] = {}
-        """Whether a sum on its way will need a gradient."""
+        """Whether what is on its way will need a gradient."""
+
+    def has(self, key: Key) -> bool:
+        """Whether it is there, or on its way, in this form."""
+        return key in self._there
+
+    def on_its_way(self, key: Key) -> bool:
+        """Whether one would have to wait for it."""
+        return isinstance(self._there.get(key), Flight)
+
+    def send(self, key: Key, value: Tensor | Flight, needs: bool) -> None:
+        """What a collective makes; ``needs`` tells whether it will need a gradient."""
+        self._there[key] = value if isinstance(value, Flight) else value.detach().requires_grad_(needs)
+        self.grads[key] = needs
+
+    def forget(self, key: Key) -> None:
+        """Nothing will ask for it any more."""
+        self._there.pop(key, None)
 
     def put(self, key: Key, value: Any) -> None:
         """A value that was made, or is on its way."""
@@ -87,6 +82,10 @@ class Gradients:
         self._found: dict[Key, list[Tensor | Flight]] = {}
         self._whole: dict[str, Tensor | None] = {}
 
+    def on_its_way(self, key: Key) -> bool:
+        """Whether one would have to wait for a part of it."""
+        return any(isinstance(part, Flight) for part in self._found.get(key, ()))
+
     def add(self, key: Key, gradient: Tensor | Flight | None) -> None:
         """A part of a value's gradient."""
         if gradient is not None:
@@ -122,7 +121,7 @@ class Gradients:
 
     def _sum(self, key: Key) -> Tensor | None:
         found = self._found.pop(key, [])
-        return _added(*(part.land() if isinstance(part, Flight) else part for part in found))
+        return _added(*map(landed, found))
 
 
 def _added(*parts: Tensor | None) -> Tensor | None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from merak_like.partitioner.tensor_parallel import OUTSIDE
-from merak_like.partitioner.tensor_parallel.samples import entangled
+from merak_like.partitioner.tensor_parallel.layout import Layout
+from merak_like.partitioner.tensor_parallel.samples import divided, entangled
 from merak_like.partitioner.tensor_parallel.units import Tensor, Unit, signature, tensors, units
 from merak_like.partitioner.tracer import Trace
 from merak_like.partitioner.tracer.fine import steps, word_of
@@ -60,11 +62,23 @@ def _reason(unit: Unit, known: Mapping[str, Tensor], one: Trace | None, samples:
     return entangled(unit, known, shapes, samples, fewer)
 
 
+def of_samples(rows: Mapping[str, Layout], traced: Trace, some: Mapping[int, Trace | None], samples: int) -> str:
+    """A value of which a rank's rows are some of the samples; empty if there is none."""
+    whole = {name: traced.graph.values[name].shape for name in rows}
+    for fewer, one in some.items():
+        if one is not None:
+            shapes = {name: one.graph.values[name].shape for name in rows}
+            if found := divided(rows, whole, shapes, samples, fewer):
+                return found
+    return ""
+
+
 def overlapped(
     whole: Trace, some: Mapping[int, Trace], model: nn.Module, starts: Sequence[int],
-    shares: Sequence[tuple[int, int]], apart: Collection[int],
+    shares: Sequence[tuple[int, int]], apart: Collection[int], keeping: Callable[[], AbstractContextManager[None]],
 ) -> Prepared:  # fmt: skip
-    """``whole`` and ``some`` (by the number of samples) are sharded; ``shares`` are those of a micro-batch."""
+    """``whole`` and ``some`` (by the number of samples) are sharded; ``shares`` are those of a micro-batch.
+    ``keeping`` is as in ``Stage``."""
     sizes = [stop - start for start, stop in shares]
     traces = [whole, *(some.get(size, whole) for size in sizes)]
 
@@ -75,7 +89,7 @@ def overlapped(
             warnings.warn(
                 f"stage {index} runs its micro-batches whole, its collectives are not hidden: {why}", stacklevel=2
             )
-            return Stage(build_stage(whole, model, starts, index, again), whole.inputs, device, pending)
-        return PhasedStage(code, whole.inputs, device, pending)
+            return Stage(build_stage(whole, model, starts, index, again), whole.inputs, device, pending, keeping)
+        return PhasedStage(code, whole.inputs, device, pending, keeping)
 
     return Prepared(whole, make, whole.fits)

@@ -1,19 +1,12 @@
 """A stage cut at its collectives, and into some samples at a time, so that one's sums run under another's compute.
 
-::
-
-    segment    a ─Enter─ b ─Reduce─ c ─Enter─ d ─Reduce─ e        (a, c, e: norms, residuals; b, d: products)
-    forward    b(0) b(1)  c(0)d(0) c(1)d(1)  e(0) e(1)            b(0)'s sum runs under b(1), b(1)'s under c(0)d(0)
-    backward   d(1) d(0)  c(1)b(1) c(0)b(0)  a(1) a(0)            the same, the other way
-
-This is the order of Merak's cross-layer sub-pipelining (Lai et al., arXiv 2206.04959): within a stage only the first
-and the last sum are not hidden. It is found from the graph: no architecture is named.
+The segments are found from the graph: no architecture is named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -23,87 +16,13 @@ from merak_like.partitioner.tensor_parallel.samples import sample_dim
 from merak_like.partitioner.tracer import Trace
 from merak_like.partitioner.tracer.fine import word_of
 from merak_like.runtime.stage_code import Piece, StageBuilder, crossed
-from merak_like.runtime.tensor_parallel.collectives import Enter, Reduce, Target
+from merak_like.runtime.tensor_parallel.collectives import Collective, Reduce, Target
 from merak_like.runtime.tensor_parallel.draws import Draw, Rows, drawing
+from merak_like.runtime.tensor_parallel.scatter import Scatter
+from merak_like.runtime.tensor_parallel.segments import Converted, PhasedCode, Segment
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A name under which a segment reads a value whose gradient from there is to be summed."""
-
-    name: str
-    source: str
-    node: Enter
-
-
-@dataclass(frozen=True)
-class Sum:
-    """A value that is the sum over ranks of what a segment made."""
-
-    name: str
-    source: str
-    node: Reduce
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of nodes without a collective between them."""
-
-    pieces: tuple[Piece, ...]
-    """One for all samples, or one for each share of them."""
-    entries: tuple[Entry, ...]
-    sums: tuple[Sum, ...]
-    changed: frozenset[str]
-    """What it is given and changes in place."""
-    borders: frozenset[str]
-    """What stands before it: ``enter``, ``reduce``, or nothing where the way of running changes."""
-
-    @property
-    def shared(self) -> bool:
-        """Whether it runs for all samples at once."""
-        return len(self.pieces) == 1
-
-
-@dataclass(frozen=True)
-class PhasedCode:
-    """One stage as segments."""
-
-    index: int
-    segments: tuple[Segment, ...]
-    shares: tuple[tuple[int, int], ...]
-    """The samples ``start <= i < stop`` of each share."""
-    dims: Mapping[str, int | None]
-    """The dimension of a value along which its samples lie, None if it is the same for all samples."""
-    inputs: tuple[str, ...]
-    received: tuple[str, ...]
-    sent: tuple[str, ...]
-    results: Mapping[str, str]
-    """The model's outputs it makes, to the names of their values."""
-
-    @property
-    def samples(self) -> int:
-        """In a micro-batch."""
-        return self.shares[-1][1]
-
-    def forward(self) -> tuple[tuple[int, int | None], ...]:
-        """(segment, share) in the order they run; a share is None where all samples run at once."""
-        return tuple(turn for run in self._runs("reduce") for turn in run)
-
-    def backward(self) -> tuple[tuple[int, int | None], ...]:
-        """In the order their backward runs: the last share first."""
-        return tuple(turn for run in reversed(self._runs("enter")) for turn in reversed(run))
-
-    def _runs(self, border: str) -> list[list[tuple[int, int | None]]]:
-        """Segments that run one after the other for each share; a new run begins where a sum is waited for."""
-        runs: list[list[int]] = []
-        for at, segment in enumerate(self.segments):
-            apart = not at or border in segment.borders or segment.shared or self.segments[at - 1].shared
-            runs.append([at]) if apart else runs[-1].append(at)
-        shares = range(len(self.shares))
-        return [
-            [(at, None) for at in run] if self.segments[run[0]].shared else [(at, j) for j in shares for at in run]
-            for run in runs
-        ]
+SUMS = Reduce, Scatter
+"""Collectives that begin where their summand is made. All others begin where what they make is read, or just before."""
 
 
 def phased(
@@ -126,6 +45,8 @@ class _Phases:
         self.traces, self.shares, self.starts, self.index, self.again = traces, shares, starts, index, again
         self.first, self.stop = starts[index], starts[index + 1]
         self.codes = [[n for n in trace.code.nodes if self.mine(n)] for trace in traces]
+        if any([n.name for n in code] != [n.name for n in self.codes[0]] for code in self.codes):
+            raise ValueError("fewer samples are converted between ranks in other places")
         self.nodes = self.codes[0]
         random = {n.meta["index"] for n in self.nodes if self.op(n).random and not self.drawable(n)}
         shares_wanted = len(shares) > 1
@@ -204,19 +125,19 @@ class _Phases:
                 last = _Group(way)
                 found.append(last)
             last.way = way
-            if isinstance(node.target, Enter) and _is_value(node.args[0]):
+            target: Any = node.target
+            source: Any = node.args[0] if node.args else None
+            if isinstance(target, SUMS):
+                last.sums.append(Converted(node.name, source.name, (target,)))
+                found.append(_Group(way))
+            elif isinstance(target, Collective) and _is_value(source):
                 if last.nodes:
-                    last = _Group(way)
-                    found.append(last)
-                last.borders.add("enter")
-                source: Any = node.args[0]
-                last.entries.append(Entry(node.name, source.name, node.target))
-            elif isinstance(node.target, Reduce):
-                raw: Any = node.args[0]
-                last.sums.append(Sum(node.name, raw.name, node.target))
-                found.append(_Group(way, "reduce"))
+                    found.append(_Group(way))
+                found[-1].entries.append(Converted(node.name, source.name, (target,)))
             else:
                 last.nodes.append(node)
+                continue
+            found[-1].waits_for(target)
         return [group for group in found if group.nodes]
 
     def segment(self, group: _Group, outputs: Collection[str]) -> Segment:
@@ -228,9 +149,11 @@ class _Phases:
         shared, repeated = not group.way[0], group.way[1]
         which = [0] if shared else list(range(1, len(self.traces)))
         pieces = tuple(self.piece(group, reads, made, trace, repeated) for trace in which)
-        return Segment(
-            pieces, tuple(group.entries), tuple(group.sums), frozenset(group.changed), frozenset(group.borders)
+        entries, sums = (
+            tuple(replace(one, nodes=tuple(self.builders[i].named[one.name].target for i in which)) for one in several)
+            for several in (group.entries, group.sums)
         )
+        return Segment(pieces, entries, sums, frozenset(group.changed), frozenset(group.borders))
 
     def piece(self, group: _Group, reads: tuple[str, ...], made: Sequence[str], which: int, again: bool) -> Piece:
         builder = self.builders[which]
@@ -271,7 +194,7 @@ class _Phases:
         node: Any = self.builders[0].named[name]
         whole, some = self.traces[0].graph.values, self.traces[-1].graph.values
         while node.name not in whole:
-            readers = [user for user in node.users if isinstance(user.target, Reduce)]
+            readers = [user for user in node.users if isinstance(user.target, SUMS)]
             if not readers and not isinstance(node.target, Target):
                 raise ValueError(f"{name} crosses a collective and is no tensor")
             node = readers[0] if readers else node.args[0]
@@ -288,13 +211,19 @@ def _drawing_openly(trace: Trace) -> Trace:
 
 
 class _Group:
-    def __init__(self, way: tuple[bool, bool], *borders: str) -> None:
-        self.way, self.borders = way, set(borders)
+    def __init__(self, way: tuple[bool, bool]) -> None:
+        self.way, self.borders = way, set[str]()
         self.nodes: list[fx.Node] = []
-        self.entries: list[Entry] = []
-        self.sums: list[Sum] = []
+        self.entries: list[Converted] = []
+        self.sums: list[Converted] = []
         self.changed: set[str] = set()
+
+    def waits_for(self, target: Collective) -> None:
+        """A collective is between this and the group before."""
+        self.borders.update(("forward",) * target.sends + ("backward",) * target.sends_back)
 
 
 def _is_value(item: Any) -> bool:
-    return isinstance(item, fx.Node) and item.op != "get_attr" and not isinstance(item.target, Enter)
+    """Not a weight, nor what another entry made."""
+    made = isinstance(item, fx.Node) and item.op != "get_attr"
+    return made and (isinstance(item.target, SUMS) or not isinstance(item.target, Collective))

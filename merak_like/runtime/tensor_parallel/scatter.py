@@ -18,14 +18,15 @@ from torch import Tensor
 
 from merak_like.partitioner.tensor_parallel.layout import Layout, whole_size
 from merak_like.partitioner.tensor_parallel.ranks import take
-from merak_like.runtime.tensor_parallel.collectives import PEER, Target, TensorGroup
+from merak_like.runtime.tensor_parallel.collectives import Collective, Flight, TensorGroup, landed
+from merak_like.runtime.tensor_parallel.gathered import Gathered
 
 # torch 2.13 renamed them and warns of the old names
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class OnRows(Target):
+class OnRows(Collective):
     """A conversion between the whole and a rank's rows: one axis of a tensor, divided among all ranks."""
 
     name = "rows"
@@ -34,28 +35,33 @@ class OnRows(Target):
         super().__init__(self.name)
         self.group, self.layout, self.rank, self.what = group, layout, rank, what
 
-    def gather(self, rows: Tensor) -> Tensor:
+    def gather(self, rows: Tensor) -> Flight:
         """The whole of all ranks' rows."""
         order, (before, after), whole = self._lies(rows)
-        mine = rows.permute(order).contiguous()
+        mine = rows.detach().permute(order).contiguous()
         found = mine.new_empty((self.group.degree, before, mine.numel() // (before * after), after))
-        self.group.watch.wait(self._begin(_all_gather, found.view(-1), mine.view(-1)), self.what, PEER)
-        return _back(found.transpose(0, 1).reshape(whole), order)
+        work = self._begin(_all_gather, found.view(-1), mine.view(-1))
+        return Flight(
+            self.group, work, self.what, lambda: _back(found.transpose(0, 1).reshape(whole), order), given=mine
+        )
 
-    def scatter(self, partial: Tensor) -> Tensor:
+    def scatter(self, partial: Tensor) -> Flight:
         """This rank's rows of the sum over ranks."""
         order, (before, after), _ = self._lies(partial)
-        given = partial.permute(order).reshape(before, self.group.degree, -1, after).transpose(0, 1).contiguous()
-        local = take(partial, self.layout, self.rank).permute(order).shape
-        found = given.new_empty(local)
-        self.group.watch.wait(self._begin(_reduce_scatter, found.view(-1), given.view(-1)), self.what, PEER)
-        return _back(found, order)
+        given = partial.detach().permute(order).reshape(before, self.group.degree, -1, after)
+        given = given.transpose(0, 1).contiguous()
+        found = given.new_empty(take(partial, self.layout, self.rank).permute(order).shape)
+        work = self._begin(_reduce_scatter, found.view(-1), given.view(-1))
+        return Flight(self.group, work, self.what, lambda: _back(found, order), given)
 
     def cut(self, whole: Tensor) -> Tensor:
         """This rank's rows, with memory of their own."""
         order, _, _ = self._lies(whole)
         rows = take(whole, self.layout, self.rank).permute(order)
         return _back(rows.clone(memory_format=torch.contiguous_format), order)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return _Convert.apply(value, self)  # type: ignore[return-value]
 
     def _lies(self, tensor: Tensor) -> tuple[list[int], tuple[int, int], tuple[int, ...]]:
         """The dimensions in the order of memory, in which a dropout would draw; elements before and after the axis of
@@ -76,83 +82,80 @@ def _back(tensor: Tensor, order: Sequence[int]) -> Tensor:
     return tensor.permute([order.index(dim) for dim in range(len(order))]).detach()
 
 
+class _Convert(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, node: OnRows) -> Tensor:
+        ctx.node = node
+        return landed(node.start(value))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return landed(ctx.node.start_back(grads[0])), None
+
+
 class Scatter(OnRows):
     """Partial sums to a rank's rows of the sum."""
 
     name = "reduce_scatter"
+    sends = sends_back = True
 
-    def __call__(self, partial: Tensor) -> Tensor:
-        return _Scatter.apply(partial, self)  # type: ignore[return-value]
+    def start(self, value: Tensor) -> Flight:
+        return self.scatter(value)
 
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, node: Scatter) -> Tensor:
-        ctx.node = node
-        return node.scatter(partial)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return ctx.node.gather(grads[0]), None
+    def start_back(self, gradient: Tensor) -> Flight:
+        return self.gather(gradient)
 
 
-class GatherEnter(OnRows):
+class ToWhole(OnRows):
+    """Rows to the whole, which the backward may gather again."""
+
+    sends = True
+
+    def __init__(
+        self, group: TensorGroup, layout: Layout, rank: int, what: str, gathered: Gathered | None = None
+    ) -> None:
+        """``gathered`` is told what was made of which rows; None if the rows are written into later."""
+        super().__init__(group, layout, rank, what)
+        self.gathered = gathered
+
+    def start(self, value: Tensor) -> Flight:
+        flight, rows = self.gather(value), value.detach()
+        if self.gathered is None:
+            return flight
+        note = self.gathered.note
+        return flight.then(lambda whole: note(whole, lambda: self.gather(rows).land()))
+
+
+class GatherEnter(ToWhole):
     """Rows to the whole, where each rank goes its own way: the gradient is a rank's rows of the sum over ranks."""
 
     name = "gather_enter"
+    sends_back = True
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        return _GatherEnter.apply(rows, self)  # type: ignore[return-value]
-
-
-class _GatherEnter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, node: GatherEnter) -> Tensor:
-        ctx.node = node
-        return node.gather(rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return ctx.node.scatter(grads[0]), None
+    def start_back(self, gradient: Tensor) -> Flight:
+        return self.scatter(gradient)
 
 
-class Gather(OnRows):
+class Gather(ToWhole):
     """Rows to the whole, with which all ranks do the same: the gradient is whole too."""
 
     name = "gather"
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        return _Gather.apply(rows, self)  # type: ignore[return-value]
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, node: Gather) -> Tensor:
-        ctx.node = node
-        return node.gather(rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return ctx.node.cut(grads[0]), None
+    def start_back(self, gradient: Tensor) -> Tensor:
+        return self.cut(gradient)
 
 
 class Take(OnRows):
     """The whole, which all ranks have, to a rank's rows: the gradient is gathered."""
 
     name = "take_rows"
+    sends_back = True
 
-    def __call__(self, whole: Tensor) -> Tensor:
-        if not whole.requires_grad:
-            return take(whole, self.layout, self.rank)
-        return _Take.apply(whole, self)  # type: ignore[return-value]
+    def start(self, value: Tensor) -> Tensor:
+        return self.cut(value)
 
+    def start_back(self, gradient: Tensor) -> Flight:
+        return self.gather(gradient)
 
-class _Take(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, whole: Tensor, node: Take) -> Tensor:
-        ctx.node = node
-        return node.cut(whole)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return ctx.node.gather(grads[0]), None
+    def __call__(self, value: Tensor) -> Tensor:
+        return super().__call__(value) if value.requires_grad else take(value, self.layout, self.rank)

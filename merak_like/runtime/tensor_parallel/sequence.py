@@ -20,22 +20,23 @@ from merak_like.partitioner.tracer import Trace
 from merak_like.partitioner.tracer.fine import Step
 from merak_like.runtime.tensor_parallel.collectives import Enter, Reduce, Scale, Target, TensorGroup
 from merak_like.runtime.tensor_parallel.draws import drawing
+from merak_like.runtime.tensor_parallel.gathered import Gathered
 from merak_like.runtime.tensor_parallel.rewrite import Slice, argument, inside, meta_of
 from merak_like.runtime.tensor_parallel.scatter import Gather, GatherEnter, Scatter, Take
 
 
 def on_rows(
     traced: Trace, walk: Sequence[Step], rows: Rows, group: TensorGroup, rank: int, place: Callable[[int], Any],
-    summed: Collection[str], added: Collection[str],
+    summed: Collection[str], added: Collection[str], gathered: Gathered,
 ) -> Trace:  # fmt: skip
     """Change the code of a rank, in place, to work on rows only where that is enough.
 
     ``walk`` are the steps of the trace before it was sharded, ``group`` are all tensor-parallel ranks. ``place`` tells
     for an op who may share a conversion with it. Gradients of weights: those ``summed`` are summed over the ranks once
     a step because of rows, so what is whole in this trace counts for its share; those ``added`` are summed anyway; all
-    others must be whole at once.
+    others must be whole at once. ``gathered`` is told as the code runs what was gathered of rows that stay.
     """
-    writer = _Writer(traced, rows, group, rank, place)
+    writer = _Writer(traced, rows, group, rank, place, gathered)
     for step in walk:
         writer.step(step)
     writer.gathers(walk)
@@ -46,8 +47,9 @@ def on_rows(
 
 class _Writer:
     def __init__(
-        self, traced: Trace, rows: Rows, group: TensorGroup, rank: int, place: Callable[[int], Any]
+        self, traced: Trace, rows: Rows, group: TensorGroup, rank: int, place: Callable[[int], Any], gathered: Gathered
     ) -> None:  # fmt: skip
+        self.gathered = gathered
         self.code, self.rows, self.group, self.rank, self.place = traced.code, rows, group, rank, place
         self.canonical = traced.graph.canonical
         self.nodes = {node.name: node for node in traced.code.nodes}
@@ -101,13 +103,14 @@ class _Writer:
                     self.gather(user, self.nodes[name], layout, shared)
 
     def gather(self, user: fx.Node, node: fx.Node, layout: Layout, shared: dict[Any, fx.Node]) -> None:
-        entry = user.target
+        entry, gathered = user.target, None if node.name in self.rows.changing else self.gathered
         if isinstance(entry, Enter) and entry.group.group is self.group.group:
-            self.aim(user, GatherEnter(self.group, layout, self.rank, entry.what))
+            self.aim(user, GatherEnter(self.group, layout, self.rank, entry.what, gathered))
             return
         key = self.place(user.meta["index"])
         if key not in shared or node.name in self.rows.changing:
-            shared[key] = self.before(user, node, Gather(self.group, layout, self.rank, f"the rows of {node.name}"))
+            whole = Gather(self.group, layout, self.rank, f"the rows of {node.name}", gathered)
+            shared[key] = self.before(user, node, whole)
         user.replace_input_with(node, shared[key])
         self.touched.add(user.meta["index"])
 

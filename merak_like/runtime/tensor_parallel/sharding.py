@@ -6,6 +6,7 @@ import copy
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -28,7 +29,8 @@ from merak_like.runtime.groups import Groups, Span
 from merak_like.runtime.prepared import Prepared
 from merak_like.runtime.tensor_parallel.collectives import TensorGroup
 from merak_like.runtime.tensor_parallel.copies import Copies, Copy
-from merak_like.runtime.tensor_parallel.overlap import alone, overlapped, same_steps
+from merak_like.runtime.tensor_parallel.gathered import Gathered
+from merak_like.runtime.tensor_parallel.overlap import alone, of_samples, overlapped, same_steps
 from merak_like.runtime.tensor_parallel.rewrite import shard
 from merak_like.runtime.tensor_parallel.sequence import on_rows
 from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
@@ -94,17 +96,12 @@ def sharding(
 
     ``shares``: micro-batches are run in so many parts, one's collectives under another's compute.
     ``sequence_parallel``: what lies between the sharded products runs on each rank's rows only.
-    Raises ValueError for either without tensor-parallel ranks, and for both at once.
+    Raises ValueError for either without tensor-parallel ranks.
     """
     if tp == 1 and shares > 1:
         raise ValueError(f"{shares} parts of a micro-batch hide the sums over tensor-parallel ranks, but tp is 1")
     if tp == 1 and sequence_parallel:
         raise ValueError("sequence_parallel=True divides rows among tensor-parallel ranks, but tp is 1")
-    if shares > 1 and sequence_parallel:
-        raise ValueError(
-            f"tp_shares={shares} hides sums over tensor-parallel ranks, of which sequence_parallel=True leaves none: "
-            "use one of them"
-        )
     if tp == 1:
         return Unsharded(model, loss_fn, fuse)
     return Sharded(model, tp, loss_fn, shares, sequence_parallel, fuse)
@@ -221,6 +218,8 @@ class Sharded:
 
     def prepare(self, groups: Groups, watch: Watch) -> Prepare:
         ranks = {span: TensorGroup(group, span[0], watch) for span, group in groups.tensor.items()}
+        gathered = Gathered()
+        keeping = gathered.kept_as_rows if self.sequence_parallel else nullcontext
 
         def own(traced: Trace, starts: Sequence[int]) -> Trace:
             found = self.derived if traced.graph is self._of else self._derive(traced)
@@ -246,18 +245,29 @@ class Sharded:
                 )
             home = {step: number for number, block in enumerate(found.blocks) for step in block.steps}
             at = {step.index: (home.get(step.name), stage_of(step.index)) for step in walk}
-            return on_rows(code, walk, local, ranks[self.tp, 1], rank, at.__getitem__, self._summed, self._added())
+            return on_rows(
+                code, walk, local, ranks[self.tp, 1], rank, at.__getitem__, self._summed, self._added(), gathered
+            )
 
         def prepared(traced: Trace, starts: Sequence[int], batch: Any) -> Prepared:
             total = rows(batch)
             ends = [total * i // self.count for i in range(self.count + 1)]
             shares = [share for share in pairwise(ends) if share[0] < share[1]]
             if len(shares) == 1:
-                return Prepared.plainly(own(traced, starts), self.model, starts)
+                return Prepared.plainly(own(traced, starts), self.model, starts, keeping)
             some = {size: self._like(traced, batch, size) for size in {stop - start for start, stop in shares}}
             apart = alone(traced, some, total)
+            local = self._rows(traced, self._derive(traced)).values
+            if mixed := of_samples(local, traced, some, total):
+                apart = ()
+                if not any(groups.coord):
+                    warnings.warn(
+                        f"tp_shares: with these input shapes a rank's rows of {mixed} are some of its samples, so "
+                        "micro-batches run whole and their collectives are not hidden: use lengths that tp divides",
+                        stacklevel=2,
+                    )
             ready = {size: own(one, starts) for size, one in some.items() if one is not None}
-            return overlapped(own(traced, starts), ready, self.model, starts, shares, apart)
+            return overlapped(own(traced, starts), ready, self.model, starts, shares, apart, keeping)
 
         return prepared
 
