@@ -56,7 +56,8 @@ class Exchange:
         others are masks, positions and the like.
         """
         self.frozen = frozen
-        self._texts, self._seed, self._device, self._away, self._most = dict(codecs), seed, device, away, most
+        self.device = device
+        self._texts, self._seed, self._away, self._most = dict(codecs), seed, away, most
         self._codecs: dict[tuple[Link, int], Codec] = {}
         self.channel: Channel | None = None
         self.step, self.training = 0, True
@@ -147,7 +148,7 @@ class Exchange:
     def _context(self, way: Way, micro_batch: int) -> Context:
         samples = self._samples[micro_batch] if 0 <= micro_batch < len(self._samples) else ()
         at = max(micro_batch, 0)
-        return Context(self.step, at, way, samples, self.training, seed=self._seed, device=self._device)
+        return Context(self.step, at, way, samples, self.training, seed=self._seed, device=self.device)
 
     def _check(self, x: Tensor, key: Key, name: str) -> None:
         if x.dtype.is_floating_point:
