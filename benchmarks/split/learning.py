@@ -45,21 +45,24 @@ class Variant(NamedTuple):
     rank: int | None = None
     codec: str = "identity"
     skip: str = "none"
+    times: int = 1
+    """As many visits of each sample as the other rows have."""
 
     @property
     def name(self) -> str:
         rank = "whole" if self.rank is None else f"rank {self.rank}" + (", surrogate" if self.skip != "none" else "")
-        return f"{rank}, {self.codec}"
+        return f"{rank}, {self.codec}" + (f", {self.times} x the visits" if self.times > 1 else "")
 
 
 SURROGATE, AQ4 = "surrogate", "aqsgd(4)|int4"
 VARIANTS = (
-    Variant(), Variant(8, AQ4), Variant(8), Variant(8, "identity", SURROGATE), Variant(WIDTH), Variant(32),
+    Variant(), *(Variant(None, text) for text in ("int2|int4", "aqsgd(2)|int4", AQ4)), Variant(8, AQ4), Variant(32),
+    Variant(None, "int4"), Variant(8), Variant(8, "identity", SURROGATE), Variant(WIDTH),
     Variant(32, "identity", SURROGATE),
-    *(Variant(None, text) for text in ("int2|int4", "aqsgd(2)|int4", "int4", AQ4, "int8", "fp16", "bf16", "topk(0.1)",
-                                       "randtopk(0.1)", "sign|int8", "c3sl(2)")),
+    *(Variant(None, text) for text in ("int8", "fp16", "bf16", "topk(0.1)", "randtopk(0.1)", "sign|int8", "c3sl(2)")),
     *(Variant(rank) for rank in (16, 4, 2)), *(Variant(rank, AQ4) for rank in (32, 16, 4, 2)),
     Variant(8, AQ4, SURROGATE), Variant(8, "int4"), Variant(8, "aqsgd(2)|int4"),
+    Variant(32, AQ4, SURROGATE, 8), Variant(8, AQ4, SURROGATE, 8),
 )  # fmt: skip
 
 
@@ -204,7 +207,10 @@ def main() -> None:
             if len(row) > seed:
                 continue
             began = time.process_time()
-            row.append(run(variant, seed, layers, train, test, args.epochs) | {"CPU s": time.process_time() - began})
+            row.append(
+                run(variant, seed, layers, train, test, args.epochs * variant.times)
+                | {"CPU s": time.process_time() - began}
+            )
             args.out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
             print(variant.name, seed, row[-1], flush=True)
 

@@ -110,11 +110,12 @@ class Exchange:
         """The most bytes of a message with these values, whatever a codec remembers."""
         total = 0
         for i, spec in enumerate(specs):
-            context = self._context(way, -1)
+            # Some codecs send more in an evaluation, and a session must not be smaller after one than before.
+            contexts = [replace(self._context(way, -1), training=training) for training in (True, False)]
             rows = spec.shape[0] if spec.shape else 1
             raw = torch.Size(spec.shape).numel() * spec.dtype.itemsize
-            coded = self._codec(link, i, spec).wire_bytes(spec.shape, spec.dtype, context)
-            total += max(raw, coded) + 64 * rows + 4096
+            coded = [self._codec(link, i, spec).wire_bytes(spec.shape, spec.dtype, c) for c in contexts]
+            total += max(raw, *coded) + 64 * rows + 4096
         return total
 
     def state_dict(self) -> dict[str, Tensor]:
