@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,32 @@ def test_a_frozen_edge_gets_no_gradient(pair: Callable[..., Pair]):
     after = split.edge.state_dict()
     assert all(torch.equal(before[n], after[n]) for n in before if n.startswith(("token", "layers.0")))
     assert not torch.equal(before["head.weight"], after["head.weight"])
+
+
+def test_evaluations_may_follow_each_other_whatever_the_codec(pair: Callable[..., Pair]):
+    model, batch = split_models.calm()
+    split = pair(model, batch, task(CUTS["calm"], codec="aqsgd(4)|int4"))
+    split.edge.step(batch, samples=range(8))
+    found = [split.edge.evaluate(batch).loss for _ in range(3)]
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_gradient_that_overflows_on_the_host_is_told_at_once(pair: Callable[..., Pair]):
+    """The host cannot run the step again to see where: the edge says its part once."""
+    model, batch = split_models.calm()
+    split = pair(model, batch, task(CUTS["calm"]))
+    split.edge.step(batch)
+    (session,) = split.host.registry.live.values()
+    weight = session.training.made.model.get_parameter("layers.1.norm1.weight")
+    before = split.weights["layers.2.linear1.weight"].clone()
+    with torch.no_grad():
+        weight.grad = None
+        weight.register_hook(lambda gradient: gradient * float("inf"))
+    began = time.monotonic()
+    with pytest.raises(FloatingPointError, match="the gradient norm"):
+        split.edge.step(batch)
+    assert time.monotonic() - began < 30
+    assert torch.equal(split.weights["layers.2.linear1.weight"], before)
 
 
 def test_numbers_that_are_not_finite_change_nothing(pair: Callable[..., Pair]):

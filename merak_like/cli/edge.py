@@ -105,7 +105,7 @@ def _train(setting: Setting, out: Path | None) -> None:
     from merak_like.split.edge import Edge
     from merak_like.split.tls import Keys
 
-    data, task = batches(setting.data), _task(setting)
+    data, task = batches(setting.data), task_of(setting)
     batch, _ = _batch(data(0))
     source = half_source(setting.model, task=setting.hf_task, weights=setting.weights)
     keys = Keys(setting.keys, setting.name) if setting.keys is not None else None
@@ -129,7 +129,8 @@ def _train(setting: Setting, out: Path | None) -> None:
             _write(edge.state_dict(), out)
 
 
-def _task(setting: Setting) -> Task:
+def task_of(setting: Setting) -> Task:
+    """The task that edge.yaml describes. Raises ValueError naming the field that is wrong."""
     from merak_like.split.messages import OptimizerText, Task
 
     try:
@@ -149,7 +150,7 @@ def _leakage(setting: Setting, out: Path | None) -> None:
     data = batches(setting.data)
     source = half_source(setting.model, task=setting.hf_task, weights=setting.weights)
     count = max(8, min(setting.steps, 64))
-    typer.echo(str(leakage(source, _task(setting), [_batch(data(step)) for step in range(count)])))
+    typer.echo(str(leakage(source, task_of(setting), [_batch(data(step)) for step in range(count)])))
 
 
 def _batch(found: Any) -> tuple[Any, Sequence[int] | None]:

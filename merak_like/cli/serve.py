@@ -32,16 +32,36 @@ def run(
     rate: Annotated[float, typer.Option("--rate", help="Bytes a second taken from one connection; 0: any.")] = 0.0,
     device: Annotated[str, typer.Option("--device")] = "cpu",
 ) -> None:
-    """Listen for edges and train the cloud's half of each one's session. SIGTERM ends steps and saves sessions."""
+    """Listen for edges and train the cloud's half of each one's session. SIGTERM ends steps and saves sessions.
+
+    Under torchrun the half is a pipeline over all ranks; the first one listens.
+    """
+    from merak_like.partitioner.mesh import Mesh
+    from merak_like.runtime.initialize import join, world_size
+    from merak_like.split.connection import Waits
+    from merak_like.split.crew import Crew
+    from merak_like.split.cut import Cut
+    from merak_like.split.helper import Helper
     from merak_like.split.host import Host
     from merak_like.split.limits import Limits
+    from merak_like.split.order import stage_rank
     from merak_like.split.tls import Keys
 
+    source, waits = half_source(model, task=task, weights=weights), Waits()
+    ranks = world_size()
+    world = join(Mesh(pp=ranks), timeout=2 * waits.step + 120, device=None if device == "cuda" else device)
+    crew = Crew(world, stage_rank("host", Cut.parse(cut), ranks))
+    if world.rank:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # the first rank says when it is over
+        Helper(source, crew, world.device).run()
+        return
     host = Host(
-        half_source(model, task=task, weights=weights), cut, listen=listen, folder=state,
-        keys=Keys(keys, name) if keys is not None else None, insecure=insecure, status=status, device=device,
+        source, cut, crew=crew, listen=listen, folder=state,
+        keys=Keys(keys, name) if keys is not None else None, insecure=insecure, status=status, device=world.device,
         limits=Limits(
-            memory=int(memory * 2**30), sessions=sessions, sessions_per_client=sessions_per_client, rate=rate
+            memory=int(memory * 2**30), sessions=sessions, sessions_per_client=sessions_per_client, rate=rate,
+            waits=waits,
         ),
     )  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,8 @@ def load(folder: Path, step: int) -> State:
     return State(load_file(path / FILES[0]), json.loads((path / FILES[1]).read_text(encoding="utf-8")))
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer | None) -> State:
-    """An optimizer's state: tensors under ``<parameter>.<key>``, the rest as facts."""
+def optimizer_state(optimizer: torch.optim.Optimizer | None, names: Sequence[str]) -> State:
+    """An optimizer's state: tensors under ``<parameter>/<key>``, the rest as facts; ``names`` are its parameters'."""
     if optimizer is None:
         return State({}, {})
     said = optimizer.state_dict()
@@ -103,19 +103,26 @@ def optimizer_state(optimizer: torch.optim.Optimizer | None) -> State:
     plain: dict[str, Any] = {}
     for index, entries in said["state"].items():
         for key, value in entries.items():
-            (tensors if isinstance(value, Tensor) else plain)[f"{index}.{key}"] = value
-    return State(tensors, {"groups": said["param_groups"], "plain": plain})
+            (tensors if isinstance(value, Tensor) else plain)[f"{names[index]}/{key}"] = value
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in said["param_groups"]]
+    return State(tensors, {"groups": groups, "plain": plain})
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer | None, state: State) -> None:
-    """Give an optimizer the state that ``optimizer_state`` took."""
+def load_optimizer(optimizer: torch.optim.Optimizer | None, names: Sequence[str], state: State) -> None:
+    """Give an optimizer what ``optimizer_state`` took, as far as it has the parameters."""
     if optimizer is None:
         return
+    place = {name: index for index, name in enumerate(names)}
     entries: dict[int, dict[str, Any]] = {}
     for name, value in (*state.tensors.items(), *state.facts["plain"].items()):
-        index, key = name.split(".", 1)
-        entries.setdefault(int(index), {})[key] = value
-    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in state.facts["groups"]]
+        parameter, _, key = name.rpartition("/")
+        if parameter in place:
+            entries.setdefault(place[parameter], {})[key] = value
+    own = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    groups = [
+        {k: tuple(v) if k == "betas" else v for k, v in group.items()} | {"params": params}
+        for group, params in zip(state.facts["groups"], own, strict=True)
+    ]
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 

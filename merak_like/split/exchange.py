@@ -56,7 +56,8 @@ class Exchange:
         others are masks, positions and the like.
         """
         self.frozen = frozen
-        self._texts, self._seed, self._device, self._away, self._most = dict(codecs), seed, device, away, most
+        self.device = device
+        self._texts, self._seed, self._away, self._most = dict(codecs), seed, away, most
         self._codecs: dict[tuple[Link, int], Codec] = {}
         self.channel: Channel | None = None
         self.step, self.training = 0, True
@@ -109,11 +110,12 @@ class Exchange:
         """The most bytes of a message with these values, whatever a codec remembers."""
         total = 0
         for i, spec in enumerate(specs):
-            context = self._context(way, -1)
+            # Some codecs send more in an evaluation, and a session must not be smaller after one than before.
+            contexts = [replace(self._context(way, -1), training=training) for training in (True, False)]
             rows = spec.shape[0] if spec.shape else 1
             raw = torch.Size(spec.shape).numel() * spec.dtype.itemsize
-            coded = self._codec(link, i, spec).wire_bytes(spec.shape, spec.dtype, context)
-            total += max(raw, coded) + 64 * rows + 4096
+            coded = [self._codec(link, i, spec).wire_bytes(spec.shape, spec.dtype, c) for c in contexts]
+            total += max(raw, *coded) + 64 * rows + 4096
         return total
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -147,7 +149,7 @@ class Exchange:
     def _context(self, way: Way, micro_batch: int) -> Context:
         samples = self._samples[micro_batch] if 0 <= micro_batch < len(self._samples) else ()
         at = max(micro_batch, 0)
-        return Context(self.step, at, way, samples, self.training, seed=self._seed, device=self._device)
+        return Context(self.step, at, way, samples, self.training, seed=self._seed, device=self.device)
 
     def _check(self, x: Tensor, key: Key, name: str) -> None:
         if x.dtype.is_floating_point:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,26 @@ import torch
 from torch import nn
 
 from merak_like.api import OptimizerFactory, save_safetensors
-from merak_like.partitioner.mesh import Coord, Mesh
+from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan, StageMemory, StagePlan
 from merak_like.partitioner.tracer import LossFn
 from merak_like.runtime.batches import LossWeight, rows, split, to_device
 from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.finite import Guard
-from merak_like.runtime.groups import Groups
 from merak_like.runtime.initialize import World
-from merak_like.runtime.links import Links
+from merak_like.runtime.links import DistLinks, Links
 from merak_like.runtime.materialize import Initialiser, fill
 from merak_like.runtime.optimizer import Slot, Update
 from merak_like.runtime.watch import Watch
+from merak_like.split.crew import Crew
 from merak_like.split.cut import Cut
+from merak_like.split.enduring import Together
 from merak_like.split.exchange import Exchange
 from merak_like.split.messages import Task
 from merak_like.split.narrow import narrow
-from merak_like.split.programs import HalfPrograms, Side, order, own_parts, stage_count
+from merak_like.split.order import Side, orders
+from merak_like.split.programs import HalfPrograms
 
 
 @dataclass(frozen=True)
@@ -53,21 +56,27 @@ class Made:
     model: nn.Module
     programs: HalfPrograms
     own: tuple[str, ...]
-    """First names of the parameters and buffers of this side."""
+    """First names of the parameters and buffers of this side, as far as this rank has them."""
+    trained: tuple[str, ...]
+    """Those that its optimizer has, in its order."""
     probe: tuple[float, ...]
 
 
 def build_half(
     side: Side, source: Source, task: Task, example: Any, exchange: Exchange, *, links: Links,
-    optimizer: OptimizerFactory | None, device: torch.device, timeout: float = 600.0,
+    optimizer: OptimizerFactory | None, device: torch.device, crew: Crew | None = None,
     adapt: Callable[[nn.Module, Iterable[str]], None] | None = None,
 ) -> Made:  # fmt: skip
     """Build one side of a task.
 
     ``example`` is a batch as steps will see it. ``adapt(model, names)`` may change the half's modules before it is
-    traced. Raises ValueError for a model that cannot be cut so, and for weights that are not there.
+    traced. ``crew`` are the ranks of a host; each builds its part.
+
+    Raises ValueError for a model that cannot be cut so, and for weights that are not there.
     """
     cut = Cut.parse(task.cut)
+    crew = crew or Crew(World(0, 1, device, timedelta(seconds=600)))
+    world = crew.world
     model = source.build()
     model.train()
     micro = to_device(split(example, task.micro_batches)[0], torch.device("cpu"))
@@ -77,36 +86,44 @@ def build_half(
     if adapt is not None:
         first = HalfPrograms(side, model, cut, exchange, torch.device("cpu"), source.loss_fn).at(micro).halves
         adapt(model, first.params(1))
-    programs = HalfPrograms(side, model, cut, exchange, device, source.loss_fn)
-    halves = programs.at(micro).halves
-    parts = own_parts(side, cut)
-    names = {part: halves.params(part) for part in parts}
-    if side == "host":
-        names[1] = tuple(dict.fromkeys([*names[1], *_buffers_again(programs, micro)]))
-    keep = tuple(dict.fromkeys(name for each in names.values() for name in each))
+    here = partial(HalfPrograms, side, model, cut, exchange, device, source.loss_fn, ranks=world.size, rank=world.rank)
+    programs = here()
+    half = programs.at(micro)
+    own = [stage for stage in half.holds if programs.stage_rank[stage] == world.rank]
+    keep = tuple(dict.fromkeys(name for stage in own for name in half.holds[stage]))
+    ties = half.traced.graph.ties
     initialise, counted = _habits(model)
     parameters = fill(
-        model, keep, halves.trace.graph.ties, device, seed=task.seed, initialise=initialise, weights=source.weights,
-        given=False,
-    )  # fmt: skip
-    programs = HalfPrograms(side, model, cut, exchange, device, source.loss_fn)  # of the tensors that are there now
+        model, keep, ties, device, seed=task.seed, initialise=initialise, weights=source.weights, given=False
+    )
+    programs = here()  # of the tensors that are there now
+    programs.at(micro)
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
-    stage_names = {stage: names[part] for part, stage in parts.items()}
-    plan = _plan(side, cut, task, stage_names, set(parameters), halves.trace.graph.ties, rows(micro), type(model))
-    world = World(0, 1, device, timedelta(seconds=timeout))
-    watch = Watch(0, world.timeout)
-    readers = {name: frozenset(s for s, held in stage_names.items() if name in held) for name in trainable}
+    every = {p.name for p in half.traced.graph.parameters if not p.buffer}
+    plan = _plan(side, cut, task, programs.stage_rank, half.holds, every, ties, rows(micro), type(model))
+    watch = Watch(world.rank, world.timeout, world.pulse)
+    readers = {name: frozenset(s for s in own if name in half.holds[s]) for name in trainable}
     slots = [Slot(name, p, tuple(p.shape)) for name, p in trainable.items()]
     learner = optimizer(trainable.values()) if optimizer and trainable else None
+    if not world.alone:
+        links = Together(DistLinks(crew.groups, watch, device), crew, exchange)
     engine = Engine(
         plan=plan, model=model, parameters=trainable, programs=programs,  # type: ignore[arg-type]
         links=links, reducer=Reducer(trainable, dict.fromkeys(trainable), watch, readers),
-        update=Update(slots, learner, max_grad_norm=task.max_grad_norm, guard=Guard(0)), prepare=lambda batch: batch,
-        world=world, groups=Groups(plan.mesh, Coord(0, 0, 0), plan.stage_rank), watch=watch,
+        update=Update(slots, learner, max_grad_norm=task.max_grad_norm, guard=_Brief()), prepare=lambda batch: batch,
+        world=world, groups=replace(crew.groups, made=()), watch=watch,
         loss_weight=source.loss_weight or (counted if source.loss_fn is None else None) or rows,
         seed=task.seed if side == "edge" else ~task.seed, save=save_safetensors,
     )  # fmt: skip
-    return Made(engine, model, programs, keep, probe)
+    return Made(engine, model, programs, keep, tuple(trainable), probe)
+
+
+class _Brief(Guard):
+    """Does not run the forward again to see where a number came up: the other side has said its part once."""
+
+    def passes(self, loss: float, norm: float, step: int, blame: Callable[[], str]) -> bool:
+        """As the guard, without blame."""
+        return super().passes(loss, norm, step, lambda: "in this half's own layers or gradients")
 
 
 def _habits(model: nn.Module) -> tuple[Initialiser | None, LossWeight | None]:
@@ -133,28 +150,25 @@ def _freeze_head(model: nn.Module, micro: Any, cut: Cut, source: Source) -> None
         raise ValueError(f"frozen_edge: {shared[0]} belongs to the edge's head and to its tail, which is trained")
 
 
-def _buffers_again(programs: HalfPrograms, micro: Any) -> tuple[str, ...]:
-    again = getattr(programs.at(micro).stages[0], "again", None)
-    return again.code.buffers if again is not None else ()
-
-
 def _plan(
-    side: Side, cut: Cut, task: Task, names: dict[int, tuple[str, ...]], parameters: set[str],
-    ties: tuple[tuple[str, ...], ...], micro_batch: int, kind: type[nn.Module],
+    side: Side, cut: Cut, task: Task, stage_rank: tuple[int, ...], holds: Mapping[int, tuple[str, ...]],
+    parameters: set[str], ties: tuple[tuple[str, ...], ...], micro_batch: int, kind: type[nn.Module],
 ) -> Plan:  # fmt: skip
     """The plan an engine of this side obeys: which stages there are, in which order they run, what they hold."""
     stages = tuple(
         StagePlan(
-            index=i, rank=0, start=i, stop=i + 1, blocks=(),
-            params=tuple(n for n in names.get(i, ()) if n in parameters),
-            buffers=tuple(n for n in names.get(i, ()) if n not in parameters), param_count=0, flops=0,
+            index=i, rank=rank, start=i, stop=i + 1, blocks=(),
+            params=tuple(n for n in holds.get(i, ()) if n in parameters),
+            buffers=tuple(n for n in holds.get(i, ()) if n not in parameters), param_count=0, flops=0,
             forward_seconds=0.0, backward_seconds=0.0, weight_seconds=0.0, recompute_seconds=0.0,
             live_micro_batches=task.window, recompute=(), memory=StageMemory(),
         )
-        for i in range(stage_count(side, cut))
+        for i, rank in enumerate(stage_rank)
     )  # fmt: skip
+    ranks = max(stage_rank) + 1
     return Plan(
-        model=kind.__name__, mesh=Mesh(), schedule="split", orders=(order(side, cut, task.micro_batches, task.window),),
-        micro_batches=task.micro_batches, micro_batch=micro_batch, stages=stages, crossings=(), units=(), ties=ties,
-        shared={}, hardware="", memory_limit=0, rank_activation_bytes=(0,), pipeline_seconds=0.0, after={}, bubble=0.0,
+        model=kind.__name__, mesh=Mesh(pp=ranks), schedule="split",
+        orders=orders(side, cut, task.micro_batches, task.window, ranks), micro_batches=task.micro_batches,
+        micro_batch=micro_batch, stages=stages, crossings=(), units=(), ties=ties, shared={}, hardware="",
+        memory_limit=0, rank_activation_bytes=(0,) * ranks, pipeline_seconds=0.0, after={}, bubble=0.0,
     )  # fmt: skip

@@ -79,7 +79,7 @@ def halve(trace: Trace, cut: Cut) -> Halves:
     returned = [c for c in found if c.source == 1]
     kept = [c for c in found if c.source == 0 and 2 in c.targets]
     return Halves(
-        trace, starts, *(tuple(map(_spec, one)) for one in (sent, returned, kept, rebuilt)),
+        trace, starts, *(tuple(map(spec_of, one)) for one in (sent, returned, kept, rebuilt)),
         digest=_digest(graph, starts, [*sent, *returned, *rebuilt]),
     )  # fmt: skip
 
@@ -152,7 +152,8 @@ def _refuse_ties(graph: ProxyGraph, starts: tuple[int, ...], cut: Cut) -> None:
         )
 
 
-def _spec(crossing: Crossing) -> Spec:
+def spec_of(crossing: Crossing) -> Spec:
+    """What a transfer of this value carries."""
     return Spec(crossing.value, crossing.shape, getattr(torch, crossing.dtype), crossing.requires_grad)
 
 

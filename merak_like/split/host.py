@@ -12,12 +12,15 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from merak_like.runtime.initialize import World
 from merak_like.split.connection import Connection, Lost, Told
+from merak_like.split.crew import Crew
 from merak_like.split.cut import Cut
 from merak_like.split.half import Source
 from merak_like.split.limits import Limits, NoRoom
@@ -37,9 +40,10 @@ class Host:
     def __init__(
         self, source: Source, cut: str, *, listen: str, folder: str | Path, keys: Keys | None = None,
         insecure: bool = False, limits: Limits | None = None, status: str | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "cpu", crew: Crew | None = None,
     ) -> None:  # fmt: skip
         """``folder`` keeps sessions and the audit log. ``status`` is HOST:PORT for /healthz and /metrics.
+        ``crew`` are the ranks that share the cloud's half, of which this is the first; the others run ``Helper``.
 
         Raises ValueError for a cut that is none, and for an address beyond this machine without keys.
         """
@@ -51,7 +55,10 @@ class Host:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics, self.audit = Metrics(), Audit(self.folder / "audit.jsonl")
         self.turn = Turn(torch.device(device))
-        self.registry = Registry(source, place, self.folder / "sessions", self.limits, self.turn, self.turn.device)
+        self.crew = crew or Crew(World(0, 1, self.turn.device, timedelta(seconds=600)))
+        self.registry = Registry(
+            source, place, self.folder / "sessions", self.limits, self.turn, self.turn.device, self.crew
+        )
         self.port = 0
         """The port in use, once it listens."""
         self.status_port = 0
@@ -83,6 +90,10 @@ class Host:
         assert self._thread is not None
         while self._thread.is_alive():
             self._thread.join(0.2)  # in slices, so that signals are heard
+        if self.crew.broken is not None:
+            raise RuntimeError("the host's ranks fell out of step: sessions go on from their checkpoints") from (
+                self.crew.broken
+            )
 
     def drain(self) -> None:
         """Take no more clients, let steps under way end, write every session to disk, and stop."""
@@ -118,11 +129,12 @@ class Host:
         status = await serve_status(address(self._status), self._text, self.draining) if self._status else None
         self.status_port = status.sockets[0].getsockname()[1] if status else 0
         self._listening.set()
-        while not self.draining.is_set():
+        while not self.draining.is_set() and self.crew.broken is None:
             await asyncio.sleep(0.05)
             self.metrics.set("merak_sessions", len(self.registry.live))
             self.metrics.set("merak_connections", len(self._now))
             self.metrics.set("merak_reserved_bytes", self.registry.ledger.held)
+        self.draining.set()
         server.close()
         with suppress(TimeoutError):
             async with asyncio.timeout(self.limits.waits.step):

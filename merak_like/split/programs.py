@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 
+from merak_like.partitioner.cuts import crossings
+from merak_like.partitioner.graph import ProxyGraph
+from merak_like.partitioner.locality import held_by, residents
+from merak_like.partitioner.realign import moved
 from merak_like.partitioner.schedules.action import Edges
 from merak_like.partitioner.tracer import LossFn, trace
 from merak_like.runtime import rng
@@ -22,22 +27,22 @@ from merak_like.runtime.value_code import ValueCode, value_code
 from merak_like.split.cut import Cut
 from merak_like.split.elsewhere import Arrives, Leaves, Shown
 from merak_like.split.exchange import Exchange
-from merak_like.split.halves import Halves, halve
-
-Side = Literal["edge", "host"]
-EDGE, HOST = {0: 0, 2: 3}, {1: 1}
-"""Part of the model (head, cloud's half, tail) -> the stage of an engine that runs it."""
+from merak_like.split.halves import Halves, halve, spec_of
+from merak_like.split.order import Side, stage_rank
+from merak_like.split.parts import borders
 
 
 @dataclass(frozen=True)
 class Half(Program):
-    """One side's program for a shape."""
+    """One side's program for a shape, as far as this rank runs it."""
 
     halves: Halves = field(kw_only=True)
+    holds: Mapping[int, tuple[str, ...]] = field(kw_only=True)
+    """First names of the parameters and buffers of each stage of the side."""
 
     @property
     def shown(self) -> Shown | None:
-        """The stage that makes the model's outputs, if it is on this side."""
+        """The stage that makes the model's outputs, if it is here."""
         return next((s for s in self.stages.values() if isinstance(s, Shown) and "loss" in s.code.results), None)
 
 
@@ -45,11 +50,16 @@ class HalfPrograms:
     """One side's programs by input shape and mode."""
 
     def __init__(
-        self, side: Side, model: nn.Module, cut: Cut, exchange: Exchange, device: torch.device, loss_fn: LossFn | None
-    ) -> None:
+        self, side: Side, model: nn.Module, cut: Cut, exchange: Exchange, device: torch.device, loss_fn: LossFn | None,
+        *, ranks: int = 1, rank: int = 0,
+    ) -> None:  # fmt: skip
+        """``ranks`` is how many a host's half is on; the first batch that is asked for decides where it is cut."""
         self.side: Side = side
         self.model, self.cut, self.exchange = model, cut, exchange
         self.device, self.loss_fn = device, loss_fn
+        self.stage_rank, self.rank = stage_rank(side, cut, ranks), rank
+        self._ranks = ranks
+        self._planned: tuple[ProxyGraph, tuple[int, ...], Mapping[int, tuple[str, ...]]] | None = None
         self._known: dict[Any, list[Half]] = {}
 
     def at(self, batch: Any) -> Half:
@@ -60,7 +70,9 @@ class HalfPrograms:
         for half in self._known.get(key, ()):
             if half.traced.fits(batch):
                 return half
-        made = self._half(halve(trace(self.model, batch, self.loss_fn, device=self.device), self.cut))
+        with torch.enable_grad():  # a value's gradient decides how it travels, in an evaluation too
+            halves = halve(trace(self.model, batch, self.loss_fn, device=self.device), self.cut)
+        made = self._edge(halves) if self.side == "edge" else self._host(halves)
         if len(self._known) >= KEPT:
             del self._known[next(iter(self._known))]
         self._known.setdefault(key, []).append(made)
@@ -68,39 +80,79 @@ class HalfPrograms:
 
     def edges(self) -> Edges:
         """Neighbours talk, whatever the shape."""
-        count = stage_count(self.side, self.cut)
-        return frozenset((s, s + 1) for s in range(count - 1))
+        return frozenset(pairwise(range(len(self.stage_rank))))
 
-    def _half(self, halves: Halves) -> Half:
+    def _edge(self, halves: Halves) -> Half:
         edges: dict[tuple[int, int], tuple[Spec, ...]] = dict.fromkeys(self.edges(), ())
-        stages: dict[int, Any]
-        if self.side == "edge":
-            stages = {0: self._own(halves, 0), 1: Leaves(self.exchange, "up", halves.sent)}
-            edges[0, 1] = halves.sent
-            if halves.tailed:
-                names = [spec.name for spec in halves.returned]
-                stages |= {2: Arrives(self.exchange, "down", halves.returned, names), 3: self._own(halves, 2)}
-                edges[2, 3] = halves.returned
-                if halves.kept:
-                    edges[0, 3] = halves.kept
-        else:
+        stages: dict[int, Any] = {0: self._own(halves, halves.starts, 0), 1: Leaves(self.exchange, "up", halves.sent)}
+        holds = {0: halves.params(0)}
+        edges[0, 1] = halves.sent
+        if halves.tailed:
+            names = [spec.name for spec in halves.returned]
+            stages[2] = Arrives(self.exchange, "down", halves.returned, names)
+            stages[3] = self._own(halves, halves.starts, 2)
+            holds[3] = halves.params(2)
+            edges[2, 3] = halves.returned
+            if halves.kept:
+                edges[0, 3] = halves.kept
+        return self._half(halves, stages, edges, holds)
+
+    def _host(self, halves: Halves) -> Half:
+        graph, starts = halves.trace.graph, self._starts(halves)
+        needs, last = residents(graph), self._ranks
+        holds = {part: held_by(needs, starts[part], starts[part + 1]) for part in range(1, last + 1)}
+        edges: dict[tuple[int, int], tuple[Spec, ...]] = dict.fromkeys(self.edges(), ())
+        for c in crossings(graph, starts):
+            for target in c.targets:
+                if (c.source, target) != (0, last + 1):  # what the edge's tail reads of its head stays there
+                    edges[c.source, target] = (*edges.get((c.source, target), ()), spec_of(c))
+        stages: dict[int, Any] = {
+            part: self._own(halves, starts, part) for part in range(1, last + 1) if self.stage_rank[part] == self.rank
+        }
+        if self.rank == 0:
             names = [spec.name for spec in (*halves.sent, *halves.rebuilt)]
-            code = value_code(halves.trace, self.model, [s.name for s in halves.rebuilt], halves.starts[1])
+            code = value_code(halves.trace, self.model, [s.name for s in halves.rebuilt], starts[1])
             again = _Again(code, self.device) if halves.rebuilt else None
-            stages = {0: Arrives(self.exchange, "up", halves.sent, names, again), 1: self._own(halves, 1)}
-            edges[0, 1] = (*halves.sent, *halves.rebuilt)
+            stages[0] = Arrives(self.exchange, "up", halves.sent, names, again)
+            holds[0] = tuple(code.buffers) if halves.rebuilt else ()
             if halves.tailed:
-                stages[2] = Leaves(self.exchange, "down", halves.returned)
-                edges[1, 2] = halves.returned
+                stages[last + 1] = Leaves(self.exchange, "down", halves.returned)
+        self._check(holds)
+        return self._half(halves, stages, edges, holds)
+
+    def _starts(self, halves: Halves) -> tuple[int, ...]:
+        """The starts of the halves with those of the parts among them, before the same ops for every shape."""
+        if self._planned is None:
+            inner = borders(halves, self._ranks)
+            self._planned = halves.trace.graph, inner, {}
+        else:
+            inner = moved(self._planned[1], self._planned[0], halves.trace.graph)
+        return (*halves.starts[:2], *inner, *halves.starts[2:])
+
+    def _check(self, holds: Mapping[int, tuple[str, ...]]) -> None:
+        assert self._planned is not None
+        graph, inner, first = self._planned
+        self._planned = graph, inner, first or holds
+        for stage, names in holds.items():
+            if first and (missing := sorted(set(names) - set(first.get(stage, ())))):
+                raise ValueError(
+                    f"with these input shapes rank {self.stage_rank[stage]} of the host would need {missing[0]}, which "
+                    "is on another rank: open the session with an example of this shape"
+                )
+
+    def _half(
+        self, halves: Halves, stages: Mapping[int, Any], edges: dict[tuple[int, int], tuple[Spec, ...]],
+        holds: Mapping[int, tuple[str, ...]],
+    ) -> Half:  # fmt: skip
         drawing = any(op.random for op in halves.trace.graph.ops)
         if drawing:
             state = Spec(rng.RNG, tuple(rng.state(self.device).shape), torch.uint8, False)
             for edge in self.edges():
                 edges[edge] = (*edges[edge], state)
-        return Half(stages, edges, halves.trace, halves.trace.fits, drawing, halves=halves)
+        return Half(stages, edges, halves.trace, halves.trace.fits, drawing, halves=halves, holds=holds)
 
-    def _own(self, halves: Halves, part: int) -> Stage:
-        code = build_stage(halves.trace, self.model, halves.starts, part)
+    def _own(self, halves: Halves, starts: tuple[int, ...], part: int) -> Stage:
+        code = build_stage(halves.trace, self.model, starts, part)
         return Shown(code, halves.trace.inputs, self.device, Counter[int]())
 
 
@@ -111,44 +163,3 @@ class _Again:
 
     def __call__(self, batch: Any) -> Mapping[str, torch.Tensor]:
         return self.code(batch, self.device)
-
-
-def stage_count(side: Side, cut: Cut) -> int:
-    """How many stages an engine of this side has."""
-    tailed = cut.back is not None
-    return {"edge": 4 if tailed else 2, "host": 3 if tailed else 2}[side]
-
-
-def own_parts(side: Side, cut: Cut) -> Mapping[int, int]:
-    """Parts of the model that a side has, and the stages that run them."""
-    return HOST if side == "host" else EDGE if cut.back is not None else {0: 0}
-
-
-def order(side: Side, cut: Cut, micro_batches: int, window: int) -> str:
-    """A side's computations in a step: ``window`` micro-batches are on their way before the first comes back.
-
-    The edge asks for a micro-batch's gradient one micro-batch later than it could, so that the way back and the cloud's
-    work are behind its own.
-    """
-    first = min(window, micro_batches)
-    out, back = _ways(side, cut)
-    words = [f"F{i}.{stage}" for i in range(first) for stage in out[0]]
-    late = 1 if side == "edge" else 0
-    for i in range(micro_batches + late):
-        if i < micro_batches:
-            words += [f"F{i}.{stage}" for stage in out[1]] + [f"B{i}.{stage}" for stage in back[0]]
-            if i + first < micro_batches:
-                words += [f"F{i + first}.{stage}" for stage in out[0]]
-        if i >= late:
-            words += [f"B{i - late}.{stage}" for stage in back[1]]
-    return " ".join(words)
-
-
-def _ways(side: Side, cut: Cut) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]:
-    """Forward stages before and after the other side's turn; backward stages likewise."""
-    if side == "host":
-        stages = range(stage_count(side, cut))
-        return (stages, ()), ((), tuple(reversed(stages)))
-    if cut.back is not None:
-        return ((0, 1), (2, 3)), ((3, 2), (1, 0))
-    return ((0, 1), ()), ((), (1, 0))

@@ -9,6 +9,7 @@ import re
 import secrets
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,20 @@ import torch
 
 from merak_like.partitioner.tracer import trace
 from merak_like.runtime.batches import split
-from merak_like.runtime.links import NoLinks
 from merak_like.split import checkpoint
+from merak_like.split.crew import Crew
 from merak_like.split.cut import Cut
+from merak_like.split.enduring import Enduring
 from merak_like.split.exchange import Exchange
-from merak_like.split.half import Source, build_half
+from merak_like.split.half import Source
 from merak_like.split.halves import halve
+from merak_like.split.helper import build_together
 from merak_like.split.limits import Ledger, Limits, NoRoom, memory_of
 from merak_like.split.messages import Hello, Task
 from merak_like.split.narrow import narrow, same
 from merak_like.split.outline import blank
 from merak_like.split.session import Refused, Session
-from merak_like.split.training import Training, optimizer_of
+from merak_like.split.training import Training
 from merak_like.split.turn import Turn
 
 UNKNOWN = "There is no such session."
@@ -38,10 +41,10 @@ class Registry:
     """Sessions by id."""
 
     def __init__(
-        self, source: Source, cut: Cut, folder: Path, limits: Limits, turn: Turn, device: torch.device
+        self, source: Source, cut: Cut, folder: Path, limits: Limits, turn: Turn, device: torch.device, crew: Crew
     ) -> None:
         self.source, self.cut, self.folder, self.limits = source, cut, folder, limits
-        self.turn, self.device = turn, device
+        self.turn, self.device, self.crew = turn, device, crew
         self.ledger = Ledger(limits.memory)
         self.live: dict[str, Session] = {}
         self._lock = threading.Lock()
@@ -102,23 +105,25 @@ class Registry:
     def _build(self, id_: str, hello: Hello, owner: str) -> Session:
         task, example = hello.task, blank(hello.example)
         try:
-            self.ledger.reserve(id_, self._needs(hello, example))
-            exchange = Exchange(
-                {"up": task.codec, "down": task.back_codec}, task.seed, self.device, self.turn.away,
-                self.limits.most, task.frozen_edge,
+            with self.turn.held():  # it traces: two threads cannot at once
+                needs = self._needs(hello, example)
+            self.ledger.reserve(id_, needs)
+            # One rank lets others compute while it waits for its edge; several would lose step.
+            kind, away = (Exchange, self.turn.away) if self.crew.world.alone else (Enduring, nullcontext)
+            exchange = kind(
+                {"up": task.codec, "down": task.back_codec}, task.seed, self.device, away, self.limits.most,
+                task.frozen_edge,
             )  # fmt: skip
-            with self.turn.held():
-                made = build_half(
-                    "host", self.source, task, example, exchange, links=NoLinks(),
-                    optimizer=optimizer_of(task.optimizer), device=self.device,
-                )  # fmt: skip
+            order = {"session": id_, "task": task.model_dump(mode="json"), "example": hello.example}
+            with self.turn.held(), self.crew.together("open", **order):
+                made = build_together(self.source, task, example, exchange, self.device, self.crew)
             if not same(made.probe, hello.probe):
                 raise Refused(
                     "edge and host factored the changed layer differently: change the model once, save it, and give "
                     "both sides that checkpoint"
                 )
-            training = Training(made, exchange, task.optimizer, self.folder / id_, task.checkpoint_every)
-            session = Session(id_, owner, hello, training, self.turn)
+            training = Training(made, exchange, task.optimizer, self.folder / id_, task.checkpoint_every, self.crew)
+            session = Session(id_, owner, hello, training, self.turn, self.crew)
             if session.largest > self.limits.message:
                 raise Refused(
                     f"a message of this session can take {session.largest} bytes, {self.limits.message} are allowed: "
@@ -158,5 +163,6 @@ class Registry:
     def close(self) -> None:
         """Put every session away."""
         with self._lock:
-            for id_ in list(self.live):
+            for id_ in list(self.live) if self.crew.broken is None else ():
                 self.put_away(id_)
+        self.crew.close()

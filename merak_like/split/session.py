@@ -19,6 +19,7 @@ from merak_like.runtime.batches import rows, split
 from merak_like.runtime.links import Spec
 from merak_like.runtime.optimizer import StepResult
 from merak_like.split.connection import Connection
+from merak_like.split.crew import Crew
 from merak_like.split.exchange import Link, Way
 from merak_like.split.halves import LABELS
 from merak_like.split.messages import Begin, Done, Hello, parse
@@ -37,9 +38,9 @@ class Refused(ValueError):
 class Session:
     """One client's half. A step is done by one connection at a time."""
 
-    def __init__(self, id_: str, owner: str, hello: Hello, training: Training, turn: Turn) -> None:
+    def __init__(self, id_: str, owner: str, hello: Hello, training: Training, turn: Turn, crew: Crew) -> None:
         self.id, self.owner, self.task, self.example = id_, owner, hello.task, hello.example
-        self.training, self.turn = training, turn
+        self.training, self.turn, self.crew = training, turn, crew
         self.training.exchange.keep_log = True
         self.used = time.monotonic()
         self.largest = self._largest(self.program(blank(hello.example)))
@@ -129,12 +130,9 @@ class Session:
         return Done(loss=result.loss if self.training.made.programs.cut.back is None else None, queued=queued)
 
     def _run(self, begin: Begin, connection: Connection, do: Callable[[Any], StepResult]) -> tuple[StepResult, float]:
-        mask = None if begin.lengths is None else mask_of(begin.lengths, width_of(begin.outline))
-        tailed = self.training.made.programs.cut.back is not None
-        if tailed and begin.labels is not None:
+        if self.training.made.programs.cut.back is not None and begin.labels is not None:
             raise WireError("labels came for a cut with a tail on the edge: they have no place here")
-        labels = None if begin.labels is None else _labels(begin.labels)
-        batch = blank(begin.outline, mask, labels)
+        batch = batch_of(begin)
         parts = _parts(batch, self.task.micro_batches)
         mode = self.training.made.model.training
         with self.turn.held():
@@ -155,7 +153,8 @@ class Session:
             samples = _samples(begin.samples, parts)
             self.training.exchange.begin(connection, self.training.step, samples, training=begin.training)
             before = len(self.turn.waited)
-            result = do(batch)
+            with self.crew.together("step", session=self.id, begin=begin.model_dump(mode="json")):
+                result = do(batch)
         return result, sum(list(self.turn.waited)[before:])
 
     def program(self, batch: Any) -> Half:
@@ -171,6 +170,12 @@ class Session:
     def close(self) -> None:
         """Let go of the half."""
         self.training.close()
+
+
+def batch_of(begin: Begin) -> Any:
+    """The batch of a step as far as the host may know it. Raises WireError for what is none."""
+    mask = None if begin.lengths is None else mask_of(begin.lengths, width_of(begin.outline))
+    return blank(begin.outline, mask, None if begin.labels is None else _labels(begin.labels))
 
 
 def _parts(batch: Any, count: int) -> list[int]:

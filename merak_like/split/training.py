@@ -7,7 +7,7 @@ as running means, is kept as it was until the step is through, so that a step th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from merak_like.runtime.optimizer import StepResult
 from merak_like.split import checkpoint
 from merak_like.split.checkpoint import State
+from merak_like.split.crew import Crew
 from merak_like.split.exchange import Exchange
 from merak_like.split.half import Made
 from merak_like.split.messages import OptimizerText
@@ -48,9 +49,12 @@ def rate(text: OptimizerText, step: int, scale: float = 1.0) -> float:
 class Training:
     """One side at a step."""
 
-    def __init__(self, made: Made, exchange: Exchange, optimizer: OptimizerText, folder: Path, every: int) -> None:
-        """Checkpoints go to ``folder`` whenever the step is a multiple of ``every``."""
-        self.made, self.exchange, self.text = made, exchange, optimizer
+    def __init__(
+        self, made: Made, exchange: Exchange, optimizer: OptimizerText, folder: Path, every: int,
+        crew: Crew | None = None,
+    ) -> None:  # fmt: skip
+        """Checkpoints go to ``folder`` whenever the step is a multiple of ``every``. ``crew`` are a host's ranks."""
+        self.made, self.exchange, self.text, self.crew = made, exchange, optimizer, crew
         self.folder, self.every = folder, every
         self.scale = 1.0
         """Of the learning rate."""
@@ -104,35 +108,54 @@ class Training:
         return {**found, **self._buffers()}
 
     def state(self) -> State:
-        """Everything that training changes: weights, buffers, optimizer, codecs, step."""
-        optimizer = checkpoint.optimizer_state(self.engine.optimizer)
+        """Everything that training changes: weights, buffers, optimizer, codecs, step; on a crew's rank 0 all of it."""
+        optimizer = checkpoint.optimizer_state(self.engine.optimizer, self.made.trained)
         tensors = {
             **checkpoint.under("model/", self._tensors()),
             **checkpoint.under("optimizer/", optimizer.tensors),
             **checkpoint.under("codec/", self.exchange.state_dict()),
         }
-        return State(tensors, {"step": self.step, "optimizer": dict(optimizer.facts)})
+        mine = State(tensors, {"step": self.step, "optimizer": dict(optimizer.facts)})
+        return mine if self.crew is None else self.crew.gather(mine)
 
-    def restore(self, state: State) -> None:
-        """Go back, or on, to a state. Raises ValueError where it is of another model."""
+    def restore(self, state: State | None) -> None:
+        """Go back, or on, to a state that rank 0 has. Raises ValueError where it is of another model."""
+        with self._together("restore"):
+            if self.crew is not None:
+                state = self.crew.share(state)
+            assert state is not None
+            failed: ValueError | None = None
+            try:
+                self._restore(state)
+            except ValueError as error:
+                failed = error
+            if self.crew is not None:
+                self.crew.agree(failed)
+            elif failed is not None:
+                raise failed
+
+    def _restore(self, state: State) -> None:
         mine, theirs = self._tensors(), checkpoint.of("model/", state.tensors)
-        if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in theirs.items()}:
-            odd = sorted(set(mine) ^ set(theirs))[:3] or "shapes"
+        others = set() if self.crew is None or self.crew.world.alone else set(theirs) - set(mine)
+        if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in theirs.items() if n not in others}:
+            odd = sorted(set(mine) ^ (set(theirs) - others))[:3] or "shapes"
             raise ValueError(f"the checkpoint is of another model or cut: {odd} differ")
         with torch.no_grad():
             for name, tensor in mine.items():
                 tensor.copy_(theirs[name])
         optimizer = State(checkpoint.of("optimizer/", state.tensors), state.facts["optimizer"])
         if "groups" in optimizer.facts:
-            checkpoint.load_optimizer(self.engine.optimizer, optimizer)
+            checkpoint.load_optimizer(self.engine.optimizer, self.made.trained, optimizer)
         self.exchange.load_state_dict(checkpoint.of("codec/", state.tensors))
         self.engine.steps = int(state.facts["step"])
 
     def save(self, facts: Mapping[str, Any]) -> None:
-        """Write a checkpoint of the present step."""
-        state = self.state()
-        checkpoint.save(self.folder, self.step, State(state.tensors, {**state.facts, **facts}))
-        self._saved = None
+        """Write a checkpoint of the present step; a crew's rank 0 does, with what the others send."""
+        with self._together("save"):
+            state = self.state()
+        if self.crew is None or self.crew.world.rank == 0:
+            checkpoint.save(self.folder, self.step, State(state.tensors, {**state.facts, **facts}))
+            self._saved = None
 
     def save_if_due(self, facts: Mapping[str, Any]) -> None:
         """Write a checkpoint where the step is a multiple of ``every``."""
@@ -151,4 +174,9 @@ class Training:
 
     def close(self) -> None:
         """Let go of the engine."""
-        self.engine.close()
+        with self._together("close"):
+            self.engine.close()
+
+    def _together(self, do: str) -> AbstractContextManager[None]:
+        """With the other ranks of a crew, which find this half by the name of its folder."""
+        return nullcontext() if self.crew is None else self.crew.together(do, session=self.folder.name)

@@ -1,0 +1,71 @@
+"""A half on several ranks: what breaks on the way to the edge must not leave the other ranks in the middle of a step.
+
+The rank that talks to the edge goes on with zeros. At the end of the step, before any weight changes, all ranks hear
+that it came to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from merak_like.partitioner.schedules.action import Action
+from merak_like.runtime.links import Links, Spec
+from merak_like.split.crew import Crew
+from merak_like.split.exchange import Channel, Exchange, Link, Way
+
+
+class Enduring(Exchange):
+    """Keeps what went wrong instead of raising it."""
+
+    broken: Exception | None = None
+    """What went wrong in this step."""
+
+    def begin(self, channel: Channel, step: int, samples: Sequence[tuple[int, ...]], *, training: bool = True) -> None:
+        """As any exchange, with nothing wrong yet."""
+        self.broken = None
+        super().begin(channel, step, samples, training=training)
+
+    def put(self, link: Link, way: Way, micro_batch: int, values: Mapping[str, Tensor], specs: Sequence[Spec]) -> None:
+        """Send, unless the step is lost already."""
+        if self.broken is None:
+            try:
+                super().put(link, way, micro_batch, values, specs)
+            except Exception as error:
+                self.broken = error
+
+    def take(self, link: Link, way: Way, micro_batch: int, specs: Sequence[Spec]) -> dict[str, Tensor]:
+        """Receive; zeros once the step is lost."""
+        if self.broken is None:
+            try:
+                return super().take(link, way, micro_batch, specs)
+            except Exception as error:
+                self.broken = error
+        grown = [(s, torch.zeros(s.shape, dtype=s.dtype, device=self.device)) for s in specs]
+        return {s.name: x.requires_grad_() if s.requires_grad and way == "forward" else x for s, x in grown}
+
+
+class Together:
+    """Links whose flush asks all ranks whether the step stands."""
+
+    def __init__(self, links: Links, crew: Crew, exchange: Exchange) -> None:
+        self.links, self.crew, self.exchange = links, crew, exchange
+
+    def post(self, action: Action, specs: Sequence[Spec]) -> None:
+        """As the links."""
+        self.links.post(action, specs)
+
+    def take(self, action: Action) -> dict[str, Tensor]:
+        """As the links."""
+        return self.links.take(action)
+
+    def send(self, action: Action, values: Mapping[str, Tensor]) -> None:
+        """As the links."""
+        self.links.send(action, values)
+
+    def flush(self) -> None:
+        """As the links; then raises on every rank what broke on one."""
+        self.links.flush()
+        self.crew.agree(self.exchange.broken if isinstance(self.exchange, Enduring) else None)

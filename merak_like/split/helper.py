@@ -1,0 +1,81 @@
+"""A host's other ranks: they do what the first one says, each with its part of every session's half."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merak_like.runtime.links import NoLinks
+from merak_like.split.crew import Crew, Void
+from merak_like.split.exchange import Exchange
+from merak_like.split.half import Made, Source, build_half
+from merak_like.split.messages import Begin, Task
+from merak_like.split.outline import blank
+from merak_like.split.session import batch_of
+from merak_like.split.training import Training, optimizer_of
+
+
+def build_together(
+    source: Source, task: Task, example: Any, exchange: Exchange, device: torch.device, crew: Crew
+) -> Made:
+    """Build this rank's part of a half. Where one rank cannot, none has built it, and all raise."""
+    made: Made | None = None
+    failed: Exception | None = None
+    try:
+        made = build_half(
+            "host", source, task, example, exchange, links=NoLinks(), optimizer=optimizer_of(task.optimizer),
+            device=device, crew=crew,
+        )  # fmt: skip
+    except Exception as error:
+        failed = error
+    crew.agree(failed)
+    assert made is not None
+    return made
+
+
+class Helper:
+    """One of the other ranks."""
+
+    def __init__(self, source: Source, crew: Crew, device: torch.device) -> None:
+        self.source, self.crew, self.device = source, crew, device
+        self.halves: dict[str, Training] = {}
+        self._do: dict[str, Callable[..., None]] = {
+            "live": lambda: None, "open": self._open, "step": self._step, "save": self._save,
+            "restore": self._restore, "close": self._close,
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """Obey until rank 0 stops. Raises PeerError where it is gone."""
+        while (order := self.crew.hear())["do"] != "stop":
+            try:
+                self._do[order.pop("do")](**order)
+            except (Void, FloatingPointError):
+                continue  # rank 0 knows, and tells the edge
+        self.crew.close()
+
+    def _open(self, session: str, task: dict[str, Any], example: Any) -> None:
+        agreed = Task.model_validate(task, strict=False)
+        exchange = Exchange({}, agreed.seed, self.device)
+        made = build_together(self.source, agreed, blank(example), exchange, self.device, self.crew)
+        training = Training(
+            made, exchange, agreed.optimizer, Path(session), agreed.checkpoint_every, self.crew
+        )  # nothing is written here: the folder only names the session
+        self.halves[session] = training
+
+    def _step(self, session: str, begin: dict[str, Any]) -> None:
+        training = self.halves[session]
+        told = Begin.model_validate(begin, strict=False)
+        do = training.run if told.training else training.evaluate
+        do(batch_of(told))
+
+    def _save(self, session: str) -> None:
+        self.halves[session].save({})
+
+    def _restore(self, session: str) -> None:
+        self.halves[session].restore(None)
+
+    def _close(self, session: str) -> None:
+        self.halves.pop(session).close()
