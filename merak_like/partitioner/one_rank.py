@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from merak_like.partitioner.graph import Collective, Op, Parameter, ProxyGraph, Value
 from merak_like.partitioner.software import Sizes, Software, run_with
 
 if TYPE_CHECKING:
+    from merak_like.partitioner.tensor_parallel.derive import Model
     from merak_like.partitioner.tensor_parallel.derived import Derived
     from merak_like.partitioner.tensor_parallel.layout import Layout
 
@@ -48,10 +50,16 @@ class Sources:
     def derived(self, tp: int) -> Derived:
         """How the weights lie on so many ranks."""
         if tp not in self._derived:
-            from merak_like.partitioner.tensor_parallel.derive import derive
+            from merak_like.partitioner.tensor_parallel.derive import derive_model
 
-            self._derived[tp] = derive(self.fine, self.steps, tp, constants=self.constants)
+            self._derived[tp] = derive_model(self._model, tp)
         return self._derived[tp]
+
+    @cached_property
+    def _model(self) -> Model:
+        from merak_like.partitioner.tensor_parallel.derive import Model
+
+        return Model.of(self.fine, self.steps, self.constants)
 
     def divides(self, tp: int) -> bool:
         """Whether that many ranks divide the weights as well as the degree's least factor does."""
