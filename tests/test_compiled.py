@@ -51,5 +51,5 @@ def test_a_circle_is_told_as_the_simulator_tells_it():
     f, b = Kind.F, Kind.B
     orders = ((Action(b, 0, 0), Action(f, 0, 0)), (Action(f, 0, 1), Action(b, 0, 1)))
     costs = Costs((StageCosts(1.0, 1.0),) * 2)
-    with pytest.raises(ValueError, match="B0.0"):
+    with pytest.raises(ValueError, match=r"B0\.0"):
         Compiled(Schedule(2, 1, orders, (0, 1)), chain(2))(costs, ())

@@ -94,7 +94,7 @@ def one_rank(sources: Sources, tp: int, software: Software, *, sequence_parallel
     layouts = _layouts(sources.derived(tp)) if tp > 1 else {}
     sizes = Sizes(sources.fine, _shares(sources.fine, layouts, tp if sequence_parallel else 1))
     fine = run_with(sizes, software)
-    talk = _collectives(sources, tp, sequence_parallel) if tp > 1 else {}
+    talk = sums_of(sources.fine, sources.derived(tp), sequence_parallel) if tp > 1 else {}
     graph, ops, names = sources.base(tp), list[Op](), dict[str, str]()
     for op, (first, stop) in zip(graph.ops, sources.places(tp), strict=True):
         inside = fine.ops[first:stop]
@@ -168,10 +168,13 @@ def _shares(fine: ProxyGraph, layouts: Mapping[str, Layout], sequence: int) -> d
     return shares
 
 
-def _collectives(sources: Sources, tp: int, parted: bool) -> dict[str, list[Collective]]:
-    """The sums after (or, backward, before) each fine op, by the name of the op."""
-    fine, found = sources.fine, dict[str, list[Collective]]()
-    for block in sources.derived(tp).blocks:
+def sums_of(fine: ProxyGraph, derived: Derived, parted: bool) -> dict[str, tuple[Collective, ...]]:
+    """The sums over ranks after (or, backward, before) each fine op, by the name of the op.
+
+    ``parted``: as a reduce-scatter and an all-gather, of the sequence-parallel form.
+    """
+    found: dict[str, list[Collective]] = {}
+    for block in derived.blocks:
         for group in block.groups:
             if group.degree == 1:
                 continue
@@ -183,7 +186,7 @@ def _collectives(sources: Sources, tp: int, parted: bool) -> dict[str, list[Coll
             for backward, nbytes in enumerate(group.inside_bytes):
                 if nbytes and forms:
                     found.setdefault(forms[0], []).append(Collective(group.degree, nbytes, bool(backward)))
-    return found
+    return {name: tuple(each) for name, each in found.items()}
 
 
 def _maker(fine: ProxyGraph, value: str) -> str:
