@@ -273,3 +273,14 @@ def test_the_words_and_numbers_of_verify(folder: Path, capsys: pytest.CaptureFix
     golden.same_numbers("verify.json", json.loads(run(capsys, "verify", "skips.json", "--json")))
     assert "no model 'nowhere'" in refused(capsys, "verify", "skips.json", "nowhere")
     assert "does not say which model" in refused(capsys, "verify", "plan.json")
+
+
+def test_tensor_parallel_ranks_between_the_first_and_the_last_are_proven_by_these():
+    parts = sharding(blocks(), 4, squares)
+    graph = parts.graph(parts.trace(torch.ones(ROWS, WIDTH), "cpu"))
+    plan = make_plan(graph, Mesh(2, 2, 4), hardware=TOY, batch=ROWS * 4, micro_batches=2)
+    every, few = (dry_run(plan, blocks(), torch.ones(ROWS, WIDTH), squares, all_ranks=a) for a in (True, False))
+    assert every.problems == few.problems == ()
+    assert (len(every.acted), len(few.acted)) == (16, 6)
+    for name in ("groups", "channels", "transfers", "nbytes", "collectives", "waits"):
+        assert getattr(every, name) == getattr(few, name), name

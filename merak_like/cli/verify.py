@@ -82,7 +82,8 @@ def told(found: Proof, nbytes: str) -> list[str]:
     ]
     if found.alike:
         lines.append(
-            f"the other {found.alike} differ only in their replica; {found.grouped} of them made their groups, too"
+            f"the other {found.alike} differ only in their replica and their part of the weights; "
+            f"{found.grouped} of them made their groups, too"
         )
     if not found.holds:
         return [*lines, f"{len(found.problems)} things do not fit together:", *(f"- {p}" for p in found.problems[:20])]

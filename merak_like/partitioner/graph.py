@@ -158,13 +158,19 @@ class ProxyGraph:
         return {value.name: index for index, op in enumerate(self.ops) for value in op.outputs}
 
     @cached_property
-    def last_use(self) -> Mapping[str, int]:
-        """Index of the last op that reads each value (its producer if nothing does)."""
-        last = dict(self.producer)
+    def uses(self) -> Mapping[str, tuple[int, ...]]:
+        """For each value its producer, then the ops that read it, in order and each once."""
+        found = {name: [index] for name, index in self.producer.items()}
         for index, op in enumerate(self.ops):
             for name in op.inputs:
-                last[name] = index
-        return last
+                if found[name][-1] != index:
+                    found[name].append(index)
+        return {name: tuple(uses) for name, uses in found.items()}
+
+    @cached_property
+    def last_use(self) -> Mapping[str, int]:
+        """Index of the last op that reads each value (its producer if nothing does)."""
+        return {name: uses[-1] for name, uses in self.uses.items()}
 
     @cached_property
     def canonical(self) -> Mapping[str, str]:

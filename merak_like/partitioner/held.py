@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from merak_like.partitioner.balance import Ints
-from merak_like.partitioner.schedules.action import Kind, Schedule
+from merak_like.partitioner.compiled import B, Columns, F, R, W
+from merak_like.partitioner.schedules.action import Schedule
 
 
 @dataclass(frozen=True)
@@ -33,28 +35,19 @@ class Held:
 
 def held(schedule: Schedule) -> tuple[Held, ...]:
     """What each rank holds if all its stages recompute; a stage that does not keeps as much as it has in full."""
-    recomputed, weighed = schedule.apart(Kind.R), schedule.apart(Kind.W)
+    columns = Columns.of(schedule)
     ranks: list[Held] = []
-    for rank, order in enumerate(schedule.orders):
+    for rank, (first, stop) in enumerate(pairwise(columns.first)):
         stages = tuple(stage for stage, of in enumerate(schedule.stage_rank) if of == rank)
-        place = {stage: n for n, stage in enumerate(stages)}
-        counts = np.zeros((3, len(stages)), np.int64)
-        moments: list[Ints] = []
-        for kind, i, stage, peer in order:
-            if peer >= 0:
-                continue
-            n, apart = place[stage], (i, stage) in recomputed
-            if kind is Kind.F:
-                counts[0, n] += 1
-            elif kind is Kind.R or (kind is Kind.B and not apart):
-                counts[:2, n] += (-1, 1)
-            moments.append(counts.copy())
-            if kind is Kind.B:
-                counts[1:, n] += (-1, (i, stage) in weighed)
-            elif kind is Kind.W:
-                counts[2, n] -= 1
-        found = np.array(moments, np.int64).reshape(-1, 3, len(stages))
-        ranks.append(_fullest(stages, found[:, 0], found[:, 1], found[:, 2]))
+        own, kind = slice(first, stop), columns.kind[first:stop]
+        here = columns.stage[own, None] == np.array(stages)
+        opens = (kind == R) | ((kind == B) & ~columns.apart[own])
+        # What changes when an action begins, which is then at its fullest, and when it has ended.
+        kept = np.cumsum(((kind == F) * 1 - opens)[:, None] * here, axis=0)
+        ends, puts_off = (kind == B)[:, None] * here, (columns.weighed[own] & (kind == B)) * 1 - (kind == W)
+        full = np.cumsum(opens[:, None] * here, axis=0) - (np.cumsum(ends, axis=0) - ends)
+        change = puts_off[:, None] * here
+        ranks.append(_fullest(stages, kept, full, np.cumsum(change, axis=0) - change))
     return tuple(ranks)
 
 

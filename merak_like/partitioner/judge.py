@@ -9,17 +9,17 @@ from itertools import pairwise
 
 import numpy as np
 
+from merak_like.partitioner.compiled import Compiled
 from merak_like.partitioner.memory import Parts
 from merak_like.partitioner.plan import StageMemory
 from merak_like.partitioner.planned import recomputing
 from merak_like.partitioner.problem import Problem
 from merak_like.partitioner.recompute import Front, Live, choose, front, peak
-from merak_like.partitioner.schedules.action import Edges, Schedule
-from merak_like.partitioner.schedules.passes import add_transfers
-from merak_like.partitioner.simulator import Costs, StageCosts, Timeline, simulate
+from merak_like.partitioner.schedules.action import Edges, Kind, Schedule
+from merak_like.partitioner.simulator import Costs, StageCosts, Totals
 
 ORDERS = 16
-"""Schedules with transfers that are remembered."""
+"""Compiled schedules that are remembered."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Judged:
     """Compute-only."""
     costs: Costs
     edges: Edges
-    timeline: Timeline
+    timeline: Totals
 
     def memory(self, index: int) -> StageMemory:
         """Bytes of a stage at its own fullest moment."""
@@ -120,9 +120,8 @@ class Judged:
 
     def ordered(self, schedule: Schedule) -> Judged:
         """The same partition under another order of the same stages."""
-        return replace(
-            self, schedule=schedule, timeline=simulate(add_transfers(schedule, self.edges), self.costs, self.edges)
-        )
+        timed = Compiled(schedule, self.edges)(self.costs, schedule.recomputes)
+        return replace(self, schedule=schedule, timeline=timed)
 
 
 class Judge:
@@ -132,7 +131,8 @@ class Judge:
         self.problem = problem
         self._stages: dict[tuple[int, int], Stage] = {}
         self._fronts: dict[tuple[int, int], Front] = {}
-        self._orders: dict[tuple[frozenset[int], Edges], tuple[Schedule, Schedule]] = {}
+        self._orders: dict[tuple[frozenset[int], Edges], Compiled] = {}
+        self._apart = any(action.kind is Kind.R for order in problem.job.order.orders for action in order)
 
     def __call__(self, starts: Sequence[int]) -> Judged | None:
         """Simulate a partition, each value sent straight from stage to stage; None if it does not fit the memory."""
@@ -165,8 +165,10 @@ class Judge:
         transfer = {ends: link.seconds(sent[ends]) for ends, link in links.items() if link is not None}
         edges = frozenset(sent)
         whole = Costs(tuple(costs), transfer)
-        schedule, full = self._order(frozenset(s for s, units in enumerate(again) if units), edges)
-        return Judged(stages, again, schedule, whole, edges, simulate(full, whole, edges))
+        where = frozenset(s for s, units in enumerate(again) if units)
+        compiled = self._order(where, edges)
+        schedule = replace(compiled.schedule, recomputes=where)
+        return Judged(stages, again, schedule, whole, edges, compiled(whole, where))
 
     def over(self, starts: Sequence[int]) -> int:
         """Bytes that the fullest rank has too much, or less than nothing, if as much as may be is recomputed."""
@@ -238,11 +240,11 @@ class Judge:
             self._fronts[ends] = front(seconds, saved, near, far, stage.parts.inputs)
         return self._fronts[ends]
 
-    def _order(self, again: frozenset[int], edges: Edges) -> tuple[Schedule, Schedule]:
-        """The schedule where these stages recompute, and with transfers over these edges."""
-        if (again, edges) not in self._orders:
+    def _order(self, again: frozenset[int], edges: Edges) -> Compiled:
+        """The schedule where these stages recompute, over these edges; where no R is an action, they do not matter."""
+        key = again if self._apart else frozenset[int](), edges
+        if key not in self._orders:
             if len(self._orders) >= ORDERS:
                 self._orders.clear()
-            schedule = recomputing(self.problem.job.order, again)
-            self._orders[again, edges] = schedule, add_transfers(schedule, edges)
-        return self._orders[again, edges]
+            self._orders[key] = Compiled(recomputing(self.problem.job.order, key[0]), edges)
+        return self._orders[key]

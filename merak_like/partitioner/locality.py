@@ -19,15 +19,10 @@ def travels(op: Op) -> bool:
     return op.kind not in STAYS
 
 
-def accesses(graph: ProxyGraph) -> dict[str, list[int]]:
+def accesses(graph: ProxyGraph) -> dict[str, tuple[int, ...]]:
     """For each value that may travel: its producer, then the ops that read it, in order and each once."""
-    made = {value.name: [index] for index, op in enumerate(graph.ops) if travels(op) for value in op.outputs}
-    for index, op in enumerate(graph.ops):
-        for name in op.inputs:
-            uses = made.get(name)
-            if uses is not None and uses[-1] != index:
-                uses.append(index)
-    return made
+    uses = graph.uses
+    return {value.name: uses[value.name] for op in graph.ops if travels(op) for value in op.outputs}
 
 
 def residents(graph: ProxyGraph) -> tuple[tuple[str, ...], ...]:

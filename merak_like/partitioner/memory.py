@@ -29,6 +29,7 @@ import numpy as np
 
 from merak_like.partitioner.balance import Ints, beyond, span
 from merak_like.partitioner.cost import puts_off
+from merak_like.partitioner.cuts import Bools
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.locality import accesses, held_by, residents, unused
 from merak_like.partitioner.states import ADAMW, StateBytes
@@ -95,6 +96,11 @@ class MemoryModel:
             for name, uses in accesses(graph).items()
             if len(uses) > 1
         ]
+        self._ends = np.array(
+            [(uses[0], uses[-1], n, grad, saver) for uses, n, grad, saver in self._values], np.int64
+        ).reshape(-1, 5).T  # fmt: skip
+        hops = [(*ends, at) for at, value in enumerate(self._values) for ends in pairwise(value[0])]
+        self._hops = np.array(hops, np.int64).reshape(-1, 3).T
         self._inputs: dict[str, tuple[int, list[int]]] = {
             v.name: (ceil(v.nbytes * scale), []) for op in graph.ops if op.kind == "input" for v in op.outputs
         }
@@ -110,32 +116,29 @@ class MemoryModel:
     def parts(self, start: int, stop: int) -> Parts:
         """Bytes of ops ``start <= i < stop`` as a stage."""
         held = [self._bytes[name] for name in held_by(self._needs, start, stop)]
-        boundary = bare = returning = received_saved = sent_saved = leaving = 0
-        for uses, nbytes, requires_grad, saver in self._values:
-            if uses[0] >= stop or uses[-1] < start:
-                continue
-            received = uses[0] < start and any(start <= use < stop for use in uses)
-            sent = start <= uses[0] < stop <= uses[-1]
-            if received or sent:
-                boundary += nbytes
-                leaving += nbytes * sent
-                bare += nbytes * (saver < 0)
-                returning += nbytes * requires_grad
-                received_saved += nbytes * (received and start <= saver < stop)
-                sent_saved += nbytes * (sent and start <= saver < stop)
+        first, last, nbytes, grad, saver = self._ends
+        received = np.zeros(len(first), np.bool_)
+        before, after, of = self._hops
+        received[of[(before < start) & (start <= after) & (after < stop)]] = True
+        sent = (start <= first) & (first < stop) & (stop <= last)
+        saved_here, crosses = (start <= saver) & (saver < stop), received | sent
+
+        def total(which: Bools) -> int:
+            return int(nbytes[which].sum())
+
         return Parts(
             weights=sum(b[0] for b in held),
             gradients=sum(b[1] for b in held),
             optimizer=sum(b[2] for b in held),
-            workspace=int(self._largest[start:stop].max(initial=0)) + returning,
+            workspace=int(self._largest[start:stop].max(initial=0)) + total(crosses & (grad > 0)),
             saved=int(self._saved[stop] - self._saved[start]),
-            boundary=boundary,
-            bare=bare,
+            boundary=total(crosses),
+            bare=total(crosses & (saver < 0)),
             inputs=sum(nbytes for nbytes, reads in self._inputs.values() if any(start <= i < stop for i in reads)),
             put_off=int(self._put_off[stop] - self._put_off[start]),
-            received_saved=received_saved,
-            sent_saved=sent_saved,
-            sent=leaving,
+            received_saved=total(received & saved_here),
+            sent_saved=total(sent & saved_here),
+            sent=total(sent),
             logits=int(self._saved[stop] - self._saved[min(max(start, self._output), stop)]),
         )
 
@@ -147,13 +150,13 @@ class MemoryModel:
         """
         saved = np.diff(self._saved[list(borders)]).tolist()
         near, far = [0] * len(saved), 0
-        for uses, nbytes, _, _ in self._values:
-            if borders[0] <= uses[0] and uses[-1] < borders[-1]:
-                units = _distinct(bisect_right(borders, use) - 1 for use in uses)
-                if len(units) == 2 and units[1] == units[0] + 1:
-                    near[units[1]] += nbytes
-                elif len(units) > 1:
-                    far += nbytes
+        inside = np.flatnonzero((borders[0] <= self._ends[0]) & (self._ends[1] < borders[-1]))
+        for uses, nbytes, _, _ in (self._values[at] for at in inside.tolist()):
+            units = _distinct(bisect_right(borders, use) - 1 for use in uses)
+            if len(units) == 2 and units[1] == units[0] + 1:
+                near[units[1]] += nbytes
+            elif len(units) > 1:
+                far += nbytes
         for nbytes, reads in self._inputs.values():
             far += nbytes * any(borders[0] <= read < borders[-1] for read in reads)
         return saved, near, far
@@ -173,7 +176,7 @@ class MemoryModel:
         crossing = {key: np.zeros((size, width), np.int64) for key in product((False, True), repeat=2)}
         placed: dict[tuple[bool, bool], list[tuple[list[int], int]]] = {}
         for uses, nbytes, requires_grad, saver in self._values:
-            placed.setdefault((requires_grad, saver >= 0), []).append((_distinct(segment[uses].tolist()), nbytes))
+            placed.setdefault((requires_grad, saver >= 0), []).append((_distinct(segment[list(uses)].tolist()), nbytes))
         crossing.update((key, _crossing(values, size, width)) for key, values in placed.items())
         held = {name: (sum(self._bytes[name]), reads) for name, reads in self._reads.items()}
         fixed = _reading_bands(held.values(), segment, size, width) + crossing[True, False] + crossing[True, True]

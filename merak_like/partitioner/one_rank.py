@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from merak_like.partitioner.graph import Collective, Op, Parameter, ProxyGraph, Value
 from merak_like.partitioner.software import Sizes, Software, run_with
 
 if TYPE_CHECKING:
+    from merak_like.partitioner.tensor_parallel.derive import Model
     from merak_like.partitioner.tensor_parallel.derived import Derived
     from merak_like.partitioner.tensor_parallel.layout import Layout
 
@@ -48,10 +50,16 @@ class Sources:
     def derived(self, tp: int) -> Derived:
         """How the weights lie on so many ranks."""
         if tp not in self._derived:
-            from merak_like.partitioner.tensor_parallel.derive import derive
+            from merak_like.partitioner.tensor_parallel.derive import derive_model
 
-            self._derived[tp] = derive(self.fine, self.steps, tp, constants=self.constants)
+            self._derived[tp] = derive_model(self._model, tp)
         return self._derived[tp]
+
+    @cached_property
+    def _model(self) -> Model:
+        from merak_like.partitioner.tensor_parallel.derive import Model
+
+        return Model.of(self.fine, self.steps, self.constants)
 
     def divides(self, tp: int) -> bool:
         """Whether that many ranks divide the weights as well as the degree's least factor does."""
@@ -86,7 +94,7 @@ def one_rank(sources: Sources, tp: int, software: Software, *, sequence_parallel
     layouts = _layouts(sources.derived(tp)) if tp > 1 else {}
     sizes = Sizes(sources.fine, _shares(sources.fine, layouts, tp if sequence_parallel else 1))
     fine = run_with(sizes, software)
-    talk = _collectives(sources, tp, sequence_parallel) if tp > 1 else {}
+    talk = sums_of(sources.fine, sources.derived(tp), sequence_parallel) if tp > 1 else {}
     graph, ops, names = sources.base(tp), list[Op](), dict[str, str]()
     for op, (first, stop) in zip(graph.ops, sources.places(tp), strict=True):
         inside = fine.ops[first:stop]
@@ -160,10 +168,13 @@ def _shares(fine: ProxyGraph, layouts: Mapping[str, Layout], sequence: int) -> d
     return shares
 
 
-def _collectives(sources: Sources, tp: int, parted: bool) -> dict[str, list[Collective]]:
-    """The sums after (or, backward, before) each fine op, by the name of the op."""
-    fine, found = sources.fine, dict[str, list[Collective]]()
-    for block in sources.derived(tp).blocks:
+def sums_of(fine: ProxyGraph, derived: Derived, parted: bool) -> dict[str, tuple[Collective, ...]]:
+    """The sums over ranks after (or, backward, before) each fine op, by the name of the op.
+
+    ``parted``: as a reduce-scatter and an all-gather, of the sequence-parallel form.
+    """
+    found: dict[str, list[Collective]] = {}
+    for block in derived.blocks:
         for group in block.groups:
             if group.degree == 1:
                 continue
@@ -175,7 +186,7 @@ def _collectives(sources: Sources, tp: int, parted: bool) -> dict[str, list[Coll
             for backward, nbytes in enumerate(group.inside_bytes):
                 if nbytes and forms:
                     found.setdefault(forms[0], []).append(Collective(group.degree, nbytes, bool(backward)))
-    return found
+    return {name: tuple(each) for name, each in found.items()}
 
 
 def _maker(fine: ProxyGraph, value: str) -> str:

@@ -88,10 +88,9 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Timeline:
-    """What one step of a schedule looks like: entries[rank] in program order, and the sums people ask for."""
+class Totals:
+    """The sums of one step that people ask for."""
 
-    entries: tuple[tuple[Entry, ...], ...]
     makespan: float
     bubble: float
     """Fraction of the makespan that a rank computes nothing, averaged over ranks."""
@@ -102,6 +101,13 @@ class Timeline:
     """Per stage, activation bytes at that moment."""
     rank_peak_bytes: tuple[int, ...]
     """Per rank, the most activation bytes at once; less than the sum of its stages' peaks if these come apart."""
+
+
+@dataclass(frozen=True)
+class Timeline(Totals):
+    """What one step of a schedule looks like: entries[rank] in program order, and the sums."""
+
+    entries: tuple[tuple[Entry, ...], ...] = ()
 
     @property
     def span(self) -> float:

@@ -89,12 +89,14 @@ def make_groups(
         return frozenset(mesh.rank(Coord(dp, pp, tp)) for dp in range(mesh.dp) for pp in places for tp in shards)
 
     everywhere = [mesh.coord(rank) for rank in range(mesh.size)]
+    # Sums go over all replicas and lines over all stages: the sets of the first ones are all there are, in order.
+    one_replica, one_stage = ([at for at in everywhere if not at[axis]] for axis in (0, 1))
     own_sums = dict[Sum, Group]()
     for stages, over in sorted(set(sums)):
-        concerned = [at for at in everywhere if not stages or at.pp in {stage_rank[s] for s in stages}]
+        concerned = [at for at in one_replica if not stages or at.pp in {stage_rank[s] for s in stages}]
         own_sums[stages, over] = each(adding(at, stages, over) for at in concerned)
-    up = each(line(at) for at in everywhere)
-    down = each(line(at) for at in everywhere)
+    up = each(line(at) for at in one_stage)
+    down = each(line(at) for at in one_stage)
     own_tensor = {
         span: each(frozenset(mesh.rank(at._replace(tp=tp)) for tp in spanned(at.tp, (span,))) for at in everywhere)
         for span in sorted(set(spans))

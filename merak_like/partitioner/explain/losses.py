@@ -79,7 +79,8 @@ class Played:
     def of_judged(cls, judged: Judged, outside: float = 0.0) -> Played:
         """As the planner played it."""
         full = add_transfers(judged.schedule, judged.edges)
-        return cls(full, judged.costs, judged.edges, judged.timeline, judged.timeline.makespan + outside)
+        timeline = simulate(full, judged.costs, judged.edges)
+        return cls(full, judged.costs, judged.edges, timeline, timeline.makespan + outside)
 
     @property
     def losses(self) -> Losses:

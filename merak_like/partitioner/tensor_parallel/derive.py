@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -21,6 +21,21 @@ from merak_like.partitioner.tracer.fine import Step
 from merak_like.partitioner.tracer.words import draws
 
 
+@dataclass(frozen=True)
+class Model:
+    """What the derivation looks at, whatever the degree."""
+
+    known: Mapping[str, Tensor]
+    parts: Sequence[Unit]
+    signatures: Sequence[tuple[Any, tuple[str, ...]]]
+
+    @classmethod
+    def of(cls, graph: ProxyGraph, steps: Sequence[Step], constants: Mapping[str, Any] | None = None) -> Model:
+        """From a fine trace, its steps and its constants."""
+        known, parts = tensors(graph, steps, constants or {}), units(graph, steps)
+        return cls(known, parts, [signature(unit, known) for unit in parts])
+
+
 def derive(
     graph: ProxyGraph, steps: Sequence[Step], tp: int, *, constants: Mapping[str, Any] | None = None,
     rules: Mapping[str, Rule] = RULES, whole: Mapping[str, str] | None = None,
@@ -30,14 +45,18 @@ def derive(
     A weight that two blocks would shard differently stays whole, and so do those in ``whole``, for the reasons given
     there. Raises ValueError for a degree below 1.
     """
+    return derive_model(Model.of(graph, steps, constants), tp, rules=rules, whole=whole)
+
+
+def derive_model(
+    model: Model, tp: int, *, rules: Mapping[str, Rule] = RULES, whole: Mapping[str, str] | None = None
+) -> Derived:
+    """The same, where several degrees are tried."""
     if tp < 1:
         raise ValueError(f"tp = {tp} is no number of ranks: give a whole number of at least 1")
-    known = tensors(graph, steps, constants or {})
-    parts = units(graph, steps)
-    signatures = [signature(unit, known) for unit in parts]
     whole = dict(whole or {})
     while True:
-        blocks, kinds = _derive(parts, signatures, known, tp, whole, rules)
+        blocks, kinds = _derive(model, tp, whole, rules)
         disputed = _disputed(blocks)
         if not disputed - whole.keys():
             return Derived(tp, blocks, kinds, whole)
@@ -45,19 +64,18 @@ def derive(
 
 
 def _derive(
-    parts: Sequence[Unit], signatures: Sequence[tuple[Any, tuple[str, ...]]], known: Mapping[str, Tensor], tp: int,
-    whole: Mapping[str, str], rules: Mapping[str, Rule],
-) -> tuple[tuple[DerivedBlock, ...], tuple[int, ...]]:  # fmt: skip
+    model: Model, tp: int, whole: Mapping[str, str], rules: Mapping[str, Rule]
+) -> tuple[tuple[DerivedBlock, ...], tuple[int, ...]]:
     memo: dict[Any, int] = {}
     blocks, kinds = list[DerivedBlock](), list[int]()
-    for index, (unit, (key, names)) in enumerate(zip(parts, signatures, strict=True)):
+    for index, (unit, (key, names)) in enumerate(zip(model.parts, model.signatures, strict=True)):
         key = (key, tuple(i for i, name in enumerate(names) if name in whole))
         same = memo.setdefault(key, index)
         kinds.append(same)
         if same == index:
-            blocks.append(derive_unit(unit, known, tp, whole, rules))
+            blocks.append(derive_unit(unit, model.known, tp, whole, rules))
         else:
-            blocks.append(blocks[same].renamed(unit.name, dict(zip(signatures[same][1], names, strict=True))))
+            blocks.append(blocks[same].renamed(unit.name, dict(zip(model.signatures[same][1], names, strict=True))))
     return tuple(blocks), tuple(kinds)
 
 

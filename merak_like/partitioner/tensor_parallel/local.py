@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import prod
 
 from merak_like.partitioner.graph import Op, ProxyGraph
+from merak_like.partitioner.one_rank import sums_of
 from merak_like.partitioner.tensor_parallel.call import flatten
 from merak_like.partitioner.tensor_parallel.derived import Derived
 from merak_like.partitioner.tensor_parallel.layout import Layout, local_size
@@ -15,7 +16,7 @@ from merak_like.partitioner.tracer.fine import Step
 
 
 def local_graph(graph: ProxyGraph, steps: Iterable[Step], derived: Derived, rows: Rows | None = None) -> ProxyGraph:
-    """Shapes, flops and bytes of one rank; all ranks have equal parts, so it is the same for all.
+    """Shapes, flops, bytes and sums over ranks of one rank; all ranks have equal parts, so it is the same for all.
 
     A step does the share of its flops that its most divided operand or result is of the whole (a contraction divides
     by the same degree all that it touches), and moves and keeps the share of bytes that its tensors are. A step that
@@ -28,7 +29,7 @@ def local_graph(graph: ProxyGraph, steps: Iterable[Step], derived: Derived, rows
     weights = derived.weights
     shapes = {name: _local(layout) for name, layout in {**layouts, **weights}.items()}
     whole = {name: value.shape for name, value in graph.values.items()} | {p.name: p.shape for p in graph.parameters}
-    ops = list(graph.ops)
+    ops, sums = list(graph.ops), sums_of(graph, derived, parted=bool(rows.values))
     touching: dict[int, dict[str, tuple[int, ...]]] = {}
     for step in steps:
         read = [name.name for _, name in flatten((step.args, dict(step.kwargs)))]
@@ -39,6 +40,9 @@ def local_graph(graph: ProxyGraph, steps: Iterable[Step], derived: Derived, rows
     for index, there in touching.items():
         if there:
             ops[index] = _shrunk(ops[index], there, whole)
+    for index, op in enumerate(ops):
+        if op.name in sums:
+            ops[index] = replace(op, collectives=sums[op.name])
     parameters = tuple(replace(p, shape=shapes.get(p.name, p.shape)) for p in graph.parameters)
     return replace(graph, ops=tuple(ops), parameters=parameters)
 

@@ -7,6 +7,7 @@ transfers    on each channel (sender, receiver, group) sends and receives have t
 collectives  the members of a group call the same ones, on the same shapes and dtypes, in order
 progress     played back, with a send done only once its receive is posted, every wait of every rank ends
 replicas     a rank of another replica did the same, with the ranks of its own replica
+shares       so did the last rank of each tensor-parallel group, with the ranks that have its own part of the weights
 """
 
 from __future__ import annotations
@@ -20,11 +21,9 @@ from typing import Any
 
 from merak_like.partitioner.graph import ITEMSIZE
 from merak_like.partitioner.mesh import Mesh
+from merak_like.runtime.dry_run.alike import Group, numbered
 from merak_like.runtime.dry_run.echo import RECEIVE, SEND, WAIT, Event
 from merak_like.runtime.dry_run.rank import Did
-
-Group = tuple[tuple[int, ...], int]
-
 
 @dataclass(frozen=True)
 class Proof:
@@ -36,7 +35,7 @@ class Proof:
     grouped: int
     """Further ranks whose groups were made."""
     alike: int
-    """Ranks that differ from one that was run in nothing but the replica they are in."""
+    """Ranks that differ from one that was run in nothing but their replica and their part of the weights."""
     groups: int
     channels: int
     transfers: int
@@ -59,9 +58,12 @@ class Proof:
         return {"holds": self.holds, **asdict(self)}
 
 
-def prove(mesh: Mesh, acted: Sequence[Did], grouped: Sequence[Did] = ()) -> Proof:
-    """Check the ranks of the first replica, all of them run, against each other, and others against these."""
-    own = {did.rank: did for did in acted if mesh.coord(did.rank).dp == 0}
+def prove(mesh: Mesh, acted: Sequence[Did], grouped: Sequence[Did] = (), alike: Sequence[Did] = ()) -> Proof:
+    """Check the ranks of the first replica, all of them run or ``alike``, against each other, and others against these.
+
+    ``alike`` are ranks that made their groups, with what they do as ``share_of`` has it.
+    """
+    own = {did.rank: did for did in (*acted, *alike) if mesh.coord(did.rank).dp == 0}
     others = [did for did in acted if did.rank not in own]
     ordered = list(own.values())
     channels = _channels(ordered)
@@ -78,9 +80,9 @@ def prove(mesh: Mesh, acted: Sequence[Did], grouped: Sequence[Did] = ()) -> Proo
     return Proof(
         world=mesh.size,
         acted=tuple(did.rank for did in acted),
-        grouped=len(grouped),
+        grouped=len(grouped) + len(alike),
         alike=mesh.size - len(acted),
-        groups=len({group for did in ordered for group in _numbered(did.groups)}),
+        groups=len({group for did in ordered for group in numbered(did.groups)}),
         channels=len(channels),
         transfers=len(sends),
         nbytes=sum(prod(shape) * ITEMSIZE[dtype] for event in sends for shape, dtype in event.tensors),
@@ -96,15 +98,6 @@ def moved(mesh: Mesh, rank: int, dp: int) -> int:
     return mesh.rank(coord._replace(dp=(coord.dp + dp) % mesh.dp))
 
 
-def _numbered(groups: Sequence[tuple[int, ...]]) -> list[Group]:
-    seen: dict[tuple[int, ...], int] = {}
-    found: list[Group] = []
-    for ranks in groups:
-        seen[ranks] = seen.get(ranks, -1) + 1
-        found.append((ranks, seen[ranks]))
-    return found
-
-
 def _missing(mesh: Mesh, own: Mapping[int, Did]) -> Iterator[str]:
     lost = [rank for rank in range(mesh.size) if mesh.coord(rank).dp == 0 and rank not in own]
     if lost:
@@ -116,7 +109,7 @@ def _moved_group(mesh: Mesh, ranks: tuple[int, ...], dp: int) -> tuple[int, ...]
 
 
 def _groups(mesh: Mesh, own: Mapping[int, Did], others: Sequence[Did]) -> Iterator[str]:
-    made = {rank: _numbered(did.groups) for rank, did in own.items()}
+    made = {rank: numbered(did.groups) for rank, did in own.items()}
     for rank, groups in made.items():
         for ranks, number in groups:
             if rank not in ranks:
