@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from merak_like.api import auto_parallel
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.predict import predict
-from merak_like.trainer.checkpoints import load_weights
 from merak_like.trainer.evaluation import enough
+from merak_like.trainer.weights import load_weights
 
 try:
     from accelerate.data_loader import prepare_data_loader
