@@ -2,65 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import TrainerCallback
 
-from merak_like.runtime.checkpoint.folder import CheckpointError
+from merak_like.runtime.checkpoint.folder import CheckpointError, candidates
 from merak_like.trainer.journal import up_to
 from merak_like.trainer.loop import Trainer
-from merak_like.trainer.settings import (
-    Checkpoints,
-    Evaluation,
-    Logging,
-    Optimizer,
-    Parallelism,
-    Schedule,
-    Settings,
-    Training,
-)
-
-STEPS = 12
-
-
-def model() -> nn.Module:
-    """With dropout, whose random numbers must go on too."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 4))
-
-
-def loss(out: Tensor, batch: Tensor) -> Tensor:
-    """Say the input backwards."""
-    return (out - batch.flip(1)).square().mean()
-
-
-SAMPLES = [torch.randn(4, generator=torch.Generator().manual_seed(i)) for i in range(30)]
-
-
-def asked(folder: Path, **more: Any) -> Settings:
-    """Twelve steps with everything that has a memory: warm-up, cosine, evaluations, the best, a log every 5 steps."""
-    given: dict[str, Any] = {
-        "training": Training(steps=STEPS, batch=4), "parallelism": Parallelism(hardware="a100-80gb", device="cpu"),
-        "optimizer": Optimizer(lr=0.05, weight_decay=0.1), "schedule": Schedule(name="cosine", warmup=3),
-        "evaluation": Evaluation(every=4, batch=4), "checkpoints": Checkpoints(every=3, best=True),
-        "logging": Logging(every=5, console=False), "folder": folder,
-    }  # fmt: skip
-    return Settings(**(given | more))
-
-
-def trainer(folder: Path, *callbacks: Any, **more: Any) -> Trainer:
-    """A new process's, as it were."""
-    patience = EarlyStoppingCallback(early_stopping_patience=50)
-    return Trainer(
-        model(), asked(folder, **more), SAMPLES[:24], SAMPLES[24:], loss_fn=loss, callbacks=[patience, *callbacks]
-    )
+from merak_like.trainer.settings import Checkpoints, Optimizer, Training
+from tests.ranks import Call, Node, bare, torchrun
+from tests.trainer_lives import SAMPLES, STEPS, asked, left, loss, model, trainer
 
 
 class At(TrainerCallback):
@@ -86,21 +41,6 @@ def killed() -> None:
 def told() -> None:
     """As a scheduler does it."""
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-TIMES = {"time", "seconds_per_step", "items_per_second", "data_wait", "tflops_per_rank", "train_steps", "train_seconds",
-         "model_flops_utilisation", "peak_memory_bytes", "fullest_rank"}  # fmt: skip
-
-
-def left(one: Trainer) -> Any:
-    """All that a run leaves, but for its times: weights, the loop's state, the lines of its file."""
-    weights = {name: tensor.tolist() for name, tensor in one.engine.full_state_dict().items()}
-    state = one.state.to_json()
-    del state["best_in"]
-    state["history"] = [{k: v for k, v in line.items() if k not in TIMES} for line in state["history"]]
-    lines = [json.loads(line) for line in (one.args.folder / "metrics.jsonl").read_text().splitlines()]
-    told = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-    return weights, state, [line for line in told if len(line) > 1]
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +122,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path: Path, undis
     assert [path.name for path in (tmp_path / "checkpoints-1").iterdir()] == ["step-00000009"]
     for path in (tmp_path / "checkpoints").glob("step-*/job.pt"):
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no checkpoint in .* can be used"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used"):
         trainer(tmp_path).train(resume="auto")
 
 
@@ -208,9 +148,9 @@ def best_steps(one: Trainer) -> set[int]:
 
 
 def test_what_cannot_be_gone_on_from_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no checkpoint in .*checkpoints to resume from: say checkpoints"):
+    with pytest.raises(ValueError, match=r"there is no checkpoint in .*checkpoints to resume from: say checkpoints"):
         trainer(tmp_path).train(resume=True)
-    with pytest.raises(ValueError, match="there is no checkpoint in .*nowhere"):
+    with pytest.raises(ValueError, match=r"there is no checkpoint in .*nowhere"):
         trainer(tmp_path, checkpoints=Checkpoints(resume=tmp_path / "nowhere")).train()
     trainer(tmp_path, training=Training(steps=3, batch=4)).train()
     fewer = Trainer(model(), asked(tmp_path), SAMPLES[:20], SAMPLES[24:], loss_fn=loss)
@@ -235,3 +175,67 @@ def test_lines_of_steps_that_are_done_again_are_taken_out(tmp_path: Path) -> Non
     file.write_text('{"step": 1}\n{"step": 3}\n{"step": 2, "skipped": 1}\n{"step": 2, "lo')
     up_to(file, 2)
     assert file.read_text() == '{"step": 1}\n{"step": 2, "skipped": 1}\n'
+
+
+# ---------------------------------------------------------------------------------------------------- in many processes
+
+
+def call(function: str, dp: int | str, pp: int, folder: Path, **more: Any) -> Call:
+    """A function of tests.trainer_lives."""
+    words = [function, folder.name, f"{dp}x{pp}"]
+    return Call("-".join(words), f"tests.trainer_lives:{function}", {"dp": dp, "pp": pp, "folder": str(folder), **more})
+
+
+def apart(ours: Any, theirs: Any) -> float:
+    """The largest difference of any number; AssertionError where what was left differs in kind."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        return max((apart(ours[key], theirs[key]) for key in theirs), default=0.0)
+    if isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs)
+        return max((apart(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+    return abs(ours - theirs) if isinstance(theirs, float) else float(ours != theirs)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("dp", "pp"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)]
+)
+def test_another_layout_goes_on_replays_nothing_and_skips_nothing(
+    dp: int, pp: int, tmp_path: Path, undisturbed: Any
+) -> None:
+    first = trainer(tmp_path / "one", At(8, killed))
+    with pytest.raises(Killed):
+        first.train()
+    one = call("go_on", dp, pp, tmp_path, resume=str(tmp_path / "one"))
+    weights, state, lines = torchrun([one], dp * pp).results(one.name)[0]
+    assert state["position"] == undisturbed[1]["position"] == 4 * STEPS
+    assert apart([weights, state], undisturbed[:2]) <= 1e-10
+    assert apart(lines, undisturbed[2][2:]) <= 1e-10  # a folder of its own
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("told", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_one_rank_that_is_told_to_end_lets_all_save_the_same_step(told: int, tmp_path: Path) -> None:
+    with bare(call("until_told", 1, 2, tmp_path), 2) as running:
+        running.until("working")
+        running.kill(told, signal.SIGTERM)
+        running.wait(range(2), 60)
+        assert [running.code(rank) for rank in range(2)] == [0, 0], running.read(0).stderr[-2000:]
+        said = {path.suffix for path in running.folder.glob("*.step-*")}
+    newest = candidates(tmp_path / "checkpoints")[0]
+    assert said == {f".step-{int(newest.name.removeprefix('step-'))}"}
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("deaths", [1, 3])
+def test_a_run_killed_again_and_again_ends_as_if_undisturbed(deaths: int, tmp_path: Path) -> None:
+    """SIGKILL of a random rank at a random moment; torchrun starts all again, and nobody has to say resume."""
+    node = Node(options=(*Node().options, f"--max-restarts={deaths}"))
+    one = call("survivor", 1, 2, tmp_path / "disturbed", steps=60, deaths=deaths)
+    disturbed = torchrun([one], 2, nodes=[node], timeout=240).results(one.name)[0]
+    two = call("survivor", 1, 2, tmp_path / "calm", steps=60, deaths=0)
+    assert disturbed == torchrun([two], 2).results(two.name)[0]
+    assert not [path for path in (tmp_path / "disturbed").iterdir() if path.name.startswith("metrics-")]

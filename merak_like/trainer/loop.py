@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -16,7 +14,7 @@ import torch
 from torch import nn
 
 from merak_like.runtime.optimizer import StepResult
-from merak_like.runtime.signals import Signals
+from merak_like.runtime.signals import polite
 from merak_like.trainer.assembly import around, assembled, check, restore_options, share
 from merak_like.trainer.checkpoints import LOOP, Checkpointer, Resume, set_aside
 from merak_like.trainer.data.collate import Collate, stack
@@ -30,9 +28,6 @@ from merak_like.trainer.settings import Settings
 from merak_like.trainer.speed import meter, most_memory
 from merak_like.trainer.state import Control, State, due
 from merak_like.trainer.weights import save_weights
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send before they kill."""
 
 
 class Trainer:
@@ -74,9 +69,7 @@ class Trainer:
         check(args, eval_dataset)
         self.state, self.control, self._rates = State(steps), Control(), Rates()
         loader = Loader(train_dataset, self._collate, order, training.batch)
-        signals = Signals()
-        if threading.current_thread() is threading.main_thread():
-            signals.listen(*SIGNALS)
+        signals = polite()
         try:
             with around(args):
                 self.engine = assembled(model, args, loader.at(0), loss_fn, loss_weight, optimizer, weights)
@@ -121,9 +114,9 @@ class Trainer:
                 asked = time.perf_counter()
                 item = next(batches)
                 self._step(item, time.perf_counter() - asked)
-        if args.checkpoints.best and state.best_step is not None and not self.interrupted:
-            if not self.checkpointer.load(state.best_step, state.best_in):
-                self.journal.say(f"the best checkpoint, of step {state.best_step}, is gone: these are the last weights")
+        best = state.best_step if args.checkpoints.best and not self.interrupted else None
+        if best is not None and not self.checkpointer.load(best, state.best_in):
+            self.journal.say(f"the best checkpoint, of step {best}, is gone: these are the last weights")
         self.engine.saved()
         self._tell("epoch_end")
         self._tell("train_end")

@@ -149,8 +149,8 @@ def prune(folder: Path, keep: int, spare: Collection[int] = ()) -> None:
 
     What is damaged counts as none and is left alone.
     """
-    complete = [path for path in candidates(folder) if _complete(path)]
-    for old in complete[keep:]:
+    kept = [path for path in candidates(folder) if complete(path)]
+    for old in kept[keep:]:
         if step_of(old) in spare:
             continue
         gone = folder / f"removing-{old.name}"  # under its own name a half-removed one would look damaged
@@ -158,7 +158,8 @@ def prune(folder: Path, keep: int, spare: Collection[int] = ()) -> None:
         shutil.rmtree(gone)
 
 
-def _complete(path: Path) -> bool:
+def complete(path: Path) -> bool:
+    """Whether all files of a checkpoint are there, in their sizes."""
     try:
         files = Manifest.read(path).files
     except CheckpointError:
