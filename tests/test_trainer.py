@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCal
 from transformers import Trainer as HF
 
 from merak_like.api import auto_parallel
-from merak_like.trainer.checkpoints import Weights, forget, load_weights, numbered
 from merak_like.trainer.evaluation import enough
 from merak_like.trainer.generate import generate
 from merak_like.trainer.groups import decayed, optimizer_factory
@@ -30,6 +29,7 @@ from merak_like.trainer.settings import (
     Settings,
     Training,
 )
+from merak_like.trainer.weights import load_weights
 from tests.trainer_runs import Counting, build, data
 
 HERE = Parallelism(hardware="a100-80gb", micro_batches=2, device="cpu")
@@ -136,10 +136,10 @@ def test_a_step_that_is_not_finite_names_its_samples_and_leaves_the_weights(tmp_
 
     trainer = run(0)
     before = {}
-    with pytest.raises(
-        FloatingPointError, match=r"the batch is samples \[12, 13, 14, 15\]; training.skip_bad_steps = 0"
-    ):
+    with pytest.raises(FloatingPointError) as told:
         trainer.train()
+    assert "first in the batch itself of stage 0" in str(told.value)
+    assert str(told.value).endswith("the batch is samples [12, 13, 14, 15]")
     before = trainer.engine.full_state_dict()
     assert all(torch.isfinite(tensor).all() for tensor in before.values())
     lenient = run(1)
@@ -204,22 +204,14 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None
         trainer.train()
 
 
-def test_checkpoints_are_whole_and_few(tmp_path: Path) -> None:
-    for step in (5, 10, 15, 20):
-        folder = tmp_path / f"step-{step}"
-        folder.mkdir()
-        (folder / "trainer.json").write_text("{}")
-    (tmp_path / "step-25.part").mkdir()
-    assert Weights().latest(tmp_path) == tmp_path / "step-20"
-    forget(tmp_path, 2, best=5)
-    assert sorted(numbered(tmp_path)) == [5, 15, 20]
+def test_a_folder_without_the_weights_is_refused(tmp_path: Path) -> None:
     engine = auto_parallel(nn.Linear(2, 2), example=torch.ones(2, 2), loss_fn=lambda out, _: out.mean(), device="cpu")
     with pytest.raises(ValueError, match=r"has no \['weight', 'bias'\] \(2 missing\)"):
         load_weights(engine, tmp_path)
 
 
-def test_bf16_is_autocast(tmp_path: Path) -> None:
-    asked = quick(tmp_path, precision="bf16")
+def test_autocast_computes_in_bf16_and_keeps_weights_in_fp32(tmp_path: Path) -> None:
+    asked = quick(tmp_path, precision="autocast")
     trainer = Trainer(build("llama"), asked, data("llama", 40, 1), data("llama", 8, 2))
     first = trainer.evaluate()["eval_loss"]
     exact = Trainer(build("llama"), quick(tmp_path), data("llama", 40, 1), data("llama", 8, 2)).evaluate()["eval_loss"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,8 +70,16 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_resolved_file_is_the_same_run(here: Path) -> None:
     asked = load(
-        Path("run.yaml"), ["optimizer.lr=1e-4", "parallelism.pp=2", "evaluation.every=", "checkpoints.best=true"]
+        Path("run.yaml"),
+        [
+            "optimizer.lr=1e-4",
+            "parallelism.pp=2",
+            "evaluation.every=",
+            "checkpoints.best=true",
+            "checkpoints.async=true",
+        ],
     )
+    assert asked.checkpoints.background
     assert (asked.optimizer.lr, asked.parallelism.pp, asked.evaluation.every, asked.checkpoints.best) == (
         1e-4,
         2,
@@ -96,7 +105,11 @@ def test_the_resolved_file_is_the_same_run(here: Path) -> None:
         (["data.function=a:b"], "say either data.train"),
         (["training.batch"], "'training.batch' is not key=value"),
         (["training.batch.size=1"], "batch is not a section but 4"),
-        (["training.batch=0", "precision=fp8"], "precision: Input should be 'fp32' or 'bf16'"),
+        (["training.batch=0", "precision=fp8"], "precision: Input should be 'fp32', 'bf16', 'fp16' or 'autocast'"),
+        (["parallelism.tp_shares=2"], "parallelism.tp_shares is about tensor-parallel ranks: say parallelism.tp=2"),
+        (["parallelism.zero=2", "parallelism.tp=2"], "parallelism.zero=2 does not go with tp=2 yet"),
+        (["parallelism.dp=auto", "parallelism.plan=p.json"], "parallelism.plan has its degrees"),
+        (["checkpoints.asink=true"], "no key 'checkpoints.asink', perhaps 'checkpoints.async'"),
     ],
 )
 def test_wrong_keys_and_values_are_named(
@@ -124,14 +137,17 @@ def test_a_dry_run_plans_and_trains_nothing(here: Path, capsys: pytest.CaptureFi
 
 
 def test_a_run_from_texts_to_a_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = run(capsys, "train", "run.yaml", "checkpoints.every=3")
-    assert "6 steps in" in said
+    said = run(capsys, "train", "run.yaml", "checkpoints.every=3", "training.steps=3")
+    assert "3 steps in" in said
+    shutil.rmtree("out/model")
+    run(capsys, "export", "out", "-o", "early")  # from the checkpoint
+    assert "3 steps in" in run(capsys, "train", "run.yaml", "checkpoints.every=3", "checkpoints.resume=true")
     left = {path.name for path in Path("out").iterdir()}
     assert left == {"config.resolved.yaml", "plan.json", "env.json", "metrics.jsonl", "checkpoints", "data", "model"}
     assert load(Path("out/config.resolved.yaml")).checkpoints.every == 3
     assert json.loads(Path("out/env.json").read_text())["packages"]["torch"]
     lines = read_metrics(Path("out"))
-    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 3, 4, 6]
     assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
 
     assert "wrote" in run(capsys, "report", "out")
@@ -147,6 +163,8 @@ def test_a_run_from_texts_to_a_model(here: Path, capsys: pytest.CaptureFixture[s
     assert set(index) == set(model.state_dict())  # no ghosts, and nothing missing
     assert AutoTokenizer.from_pretrained("exported").decode([3, 10]) == "the cat"
     assert "is already there" in refused(capsys, "export", "out", "-o", "exported")
+    early = AutoModelForCausalLM.from_pretrained("early").state_dict()
+    assert all(not torch.equal(early[n], w) for n, w in model.state_dict().items() if "weight" in n)
 
     assert "nats per token, perplexity" in run(capsys, "perplexity", "out", "texts.jsonl", "--seq", "16")
 

@@ -3,7 +3,10 @@ the best step, the weights, to 1e-5 over 50 steps, on every layout."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -11,15 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from merak_like.hf.trainer import HFTrainer
 from tests.ranks import Call, results_of, selected_calls
 from tests.trainer_runs import (
     BATCH,
     EVERY,
+    SAMPLES,
     STEPS,
     WHOLE,
     Ran,
+    accuracy,
     arguments,
     build,
     by_hf_trainer,
@@ -157,5 +163,39 @@ def test_what_would_not_be_exact_is_refused(tmp_path: Path) -> None:
     optimizers = (torch.optim.SGD(whole.parameters()), None)
     with pytest.raises(ValueError, match="a rank has its stage only"):
         HFTrainer(whole, asked, train_dataset=samples, eval_dataset=samples, optimizers=optimizers)
-    with pytest.raises(ValueError, match="not the optimizer's state yet"):
-        HFTrainer(build("llama"), asked, train_dataset=samples, eval_dataset=samples).train(resume_from_checkpoint="x")
+    with pytest.raises(ValueError, match="there is no whole checkpoint of HFTrainer in"):
+        HFTrainer(build("llama"), asked, train_dataset=samples, eval_dataset=samples).train(resume_from_checkpoint=True)
+
+
+def test_hf_trainer_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Stopped by a signal in the midst of its second epoch; the newest checkpoint there was cut off by a kill."""
+
+    class Told(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 12:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def run(folder: str, *callbacks: Any, resume: bool | None = None) -> Any:
+        patience = EarlyStoppingCallback(early_stopping_patience=50)
+        asked = arguments(str(tmp_path / folder), 4, 2, restore_callback_states_from_checkpoint=True)
+        asked.max_steps, asked.eval_steps, asked.save_steps = 20, 5, 5
+        trainer = HFTrainer(
+            build("llama"), asked, train_dataset=data("llama", SAMPLES, 1), eval_dataset=data("llama", 20, 2),
+            compute_metrics=accuracy, callbacks=[patience, *callbacks], engine={"hardware": "a100-80gb"},
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.engine is not None
+        weights = trainer.engine.full_state_dict()
+        trainer.engine.close()
+        columns = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy", "step")
+        lines = [{k: line[k] for k in columns if k in line} for line in trainer.state.log_history]
+        return lines, trainer.state.best_global_step, {name: w.tolist() for name, w in weights.items()}, trainer.state
+
+    whole = run("whole")
+    assert run("stopped", Told())[3].global_step == 13
+    shutil.copytree(tmp_path / "stopped/checkpoint-13", tmp_path / "stopped/checkpoint-14")
+    (tmp_path / "stopped/checkpoint-14/trainer_state.json").unlink()
+    last = run("stopped", resume=True)
+    assert last[1:3] == whole[1:3]
+    steps = [line for line in last[0] if "loss" in line or "eval_loss" in line]
+    assert steps == [line for line in whole[0] if "loss" in line or "eval_loss" in line]

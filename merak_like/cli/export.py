@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -22,22 +25,34 @@ def run(
     from merak_like.hf.export import export
 
     quiet()
-    folder = chosen(source)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is already there: name a folder that is new or empty")
-    count = export(folder, output, base=base or _base(source), dtype=dtype, shard=shard)
-    typer.echo(f"wrote {count:,} parameters of {folder} to {output}")
+    with weights(source) as (folder, where):
+        count = export(folder, output, base=base or _base(source), dtype=dtype, shard=shard)
+    typer.echo(f"wrote {count:,} parameters of {where} to {output}")
 
 
-def chosen(source: Path) -> Path:
-    """The folder with weights that a run, or a checkpoint, means: the final model, else the newest checkpoint."""
-    from merak_like.trainer.checkpoints import Weights
+@contextmanager
+def weights(source: Path) -> Iterator[tuple[Path, Path]]:
+    """A folder with the weights that a run, or a checkpoint, means, and where they are from.
 
-    newest = Weights().latest(source / "checkpoints")
-    for folder in (source, source / "model", *([newest] if newest else [])):
+    The final model, else those of the newest checkpoint, which are written to a folder that is there for the block.
+    """
+    from merak_like.runtime.checkpoint.folder import candidates
+    from merak_like.trainer.checkpoints import within
+
+    for folder in (source, source / "model"):
         if folder.is_dir() and any(folder.glob("*.safetensors")):
-            return folder
-    raise ValueError(f"{source} has no weights, and neither have its model/ and checkpoints/")
+            yield folder, folder
+            return
+    found = candidates(within(source))
+    if not found:
+        raise ValueError(f"{source} has no weights, and neither have its model/ and checkpoints/")
+    from merak_like.trainer.run import weights_of
+
+    with TemporaryDirectory() as name:
+        weights_of(found[0], Path(name) / "model")
+        yield Path(name) / "model", found[0]
 
 
 def _base(source: Path) -> Path | None:

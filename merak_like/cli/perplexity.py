@@ -21,7 +21,7 @@ def run(
 ) -> None:
     """Print the mean loss per token, documents kept apart, and its exponential."""
     from merak_like.api import auto_parallel
-    from merak_like.cli.export import chosen
+    from merak_like.cli.export import weights
     from merak_like.cli.train import quiet
     from merak_like.hf import pretrained
     from merak_like.hf import text as texts
@@ -30,8 +30,7 @@ def run(
     from merak_like.trainer.evaluation import evaluated
 
     quiet()
-    folder = chosen(model)
-    with tempfile.TemporaryDirectory() as cache:
+    with weights(model) as (folder, _), tempfile.TemporaryDirectory() as cache:
         asked = Data(train=data, seq=seq, text=text)
         read = datasets(
             asked, lambda: texts.tokenizer(tokenizer or folder), seed=0, cache=Path(cache), lead=True, timeout=600.0

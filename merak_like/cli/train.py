@@ -36,10 +36,10 @@ def run(
         ]  # fmt: skip
     asked = load(file, changes)
 
-    from merak_like.runtime.initialize import world_size
+    from merak_like.runtime.initialize import devices, world_size
     from merak_like.trainer.run import planned, prepare, record, start
 
-    ranks = asked.parallelism.ranks
+    ranks = asked.parallelism.ranks or max(world_size(), devices())
     if dry_run:
         from merak_like.cli.show import print_tables
 
@@ -53,13 +53,15 @@ def run(
         raise typer.Exit(code)
     else:
         quiet()
-        summary = start(asked)
+        summary, ended = start(asked)
         from merak_like.runtime.initialize import rank
 
         if rank() == 0:
+            done = f"{summary['train_steps']:.0f} steps in {summary['train_seconds']:.1f} s; "
             typer.echo(
-                f"{summary['train_steps']:.0f} steps in {summary['train_seconds']:.1f} s; the model is in "
-                f"{asked.folder / 'model'}, `merak report {asked.folder}` draws the run"
+                f"{done}the model is in {asked.folder / 'model'}, `merak report {asked.folder}` draws the run"
+                if ended
+                else f"{done}told to end: the same command with checkpoints.resume=true goes on"
             )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
 from merak_like.trainer.settings import Settings
@@ -52,6 +52,23 @@ class Callbacks:
         control.log, control.evaluate = theirs.should_log, theirs.should_evaluate
         control.save, control.stop = theirs.should_save, theirs.should_training_stop
 
+    def state_dict(self) -> dict[str, Any]:
+        """What callbacks that know how to be exported remember, by class, in order."""
+        found: dict[str, Any] = {}
+        for one in self._stateful():
+            found.setdefault(type(one).__name__, []).append(dict(one.state()["attributes"]))
+        return found
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Let each remember what one of its class did; one that is new begins anew."""
+        left = {name: list(states) for name, states in saved.items()}
+        for one in self._stateful():
+            if left.get(type(one).__name__):
+                vars(one).update(left[type(one).__name__].pop(0))
+
+    def _stateful(self) -> list[Any]:
+        return [one for one in self._handler.callbacks if isinstance(one, ExportableState)]
+
     def _show(self, state: State) -> None:
         theirs = self._state
         theirs.global_step, theirs.max_steps = state.step, state.steps
@@ -60,7 +77,7 @@ class Callbacks:
         theirs.train_batch_size, theirs.num_input_tokens_seen = self._batch, state.items
         theirs.log_history = state.history
         theirs.best_metric, theirs.best_global_step = state.best, state.best_step
-        best = None if state.best_step is None else self._folder / "checkpoints" / f"step-{state.best_step}"
+        best = None if state.best_step is None else self._folder / "checkpoints" / f"step-{state.best_step:08d}"
         theirs.best_model_checkpoint = None if best is None else str(best)
 
 
@@ -95,7 +112,7 @@ def arguments(settings: Settings) -> SimpleNamespace:
         load_best_model_at_end=checkpoints.best,
         metric_for_best_model=evaluation.metric,
         greater_is_better=evaluation.greater_is_better,
-        bf16=settings.precision == "bf16",
-        fp16=False,
+        bf16=settings.precision in ("bf16", "autocast"),
+        fp16=settings.precision == "fp16",
         disable_tqdm=not settings.logging.console,
     )

@@ -20,10 +20,12 @@ import transformers
 from torch import Tensor, nn
 
 from merak_like.api import auto_parallel
+from merak_like.hf.resuming import ENGINE, View, newest, take_up
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.predict import predict
-from merak_like.trainer.checkpoints import load_weights
+from merak_like.runtime.signals import polite
 from merak_like.trainer.evaluation import enough
+from merak_like.trainer.weights import load_weights
 
 try:
     from accelerate.data_loader import prepare_data_loader
@@ -66,13 +68,29 @@ class HFTrainer(transformers.Trainer):
 
     # --- training ------------------------------------------------------------------------------------------------
 
+    def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **more: Any) -> Any:
+        """As transformers does it. ``resume_from_checkpoint=True`` goes on from the newest checkpoint that is whole.
+
+        When a rank is sent SIGTERM or SIGUSR1, all save after the same step, and training ends.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(newest(Path(str(self.args.output_dir))))
+        self._signals = polite()
+        try:
+            return super().train(resume_from_checkpoint, *arguments, **more)
+        finally:
+            self._signals.close()
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if self.engine is None:
             self.engine = self._build()
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
-        self.optimizer = _View(self.engine.optimizer, self.args.learning_rate)
+        self.optimizer = View(self.engine.optimizer, self.args.learning_rate)
         self.create_scheduler(num_training_steps=max_steps)
+        self.engine.heed(self._signals)
+        if resume_from_checkpoint is not None:
+            take_up(self.engine, self.lr_scheduler, Path(resume_from_checkpoint))
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
@@ -123,6 +141,8 @@ class HFTrainer(transformers.Trainer):
         with self._precision():
             result = self.engine.step(batch)
         self._norm = result.grad_norm
+        if self.engine.stopping:
+            self.control.should_save = self.control.should_training_stop = True
         return torch.tensor(result.loss, device=self.args.device)
 
     def _clip_grad_norm(self, model: nn.Module) -> float:
@@ -231,34 +251,18 @@ class HFTrainer(transformers.Trainer):
         self.engine.barrier()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Nothing yet: a rank's optimizer knows its own stage, and training on from it is refused."""
+        """All that the engine needs to go on exactly, in any layout."""
+        assert self.engine is not None
+        self.engine.save(Path(output_dir) / ENGINE, state={"schedule": self.lr_scheduler})
 
     def _save_scaler(self, output_dir: str) -> None: ...
 
-    def _save_rng_state(self, output_dir: str) -> None: ...
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        raise ValueError(
-            f"resume_from_checkpoint={resume_from_checkpoint!r}: checkpoints have the weights but not the optimizer's "
-            "state yet, so training cannot go on from one exactly; to start from its weights, build the model from it"
-        )
+        """Not yet: there may be no engine. ``take_up`` comes when there is one."""
 
     def _load_best_model(self) -> None:
         assert self.engine is not None
         load_weights(self.engine, Path(str(self.state.best_model_checkpoint)))
-
-
-class _View(torch.optim.Optimizer):
-    """The engine's optimizer for transformers' loop to look at: its groups and rates, but no step of its own."""
-
-    def __init__(self, inner: torch.optim.Optimizer | None, lr: float) -> None:
-        alone = [{"params": [nn.Parameter(torch.zeros(()))], "lr": lr}]  # of a rank that trains nothing
-        super().__init__(inner.param_groups if inner else alone, {"lr": lr})
-        if inner is not None:
-            self.param_groups, self.state = inner.param_groups, inner.state
-
-    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The engine has already done it."""
 
 
 def _refused(args: Any, more: Mapping[str, Any], kind: type) -> Iterator[tuple[str, Any, str]]:

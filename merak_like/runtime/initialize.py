@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from merak_like.partitioner.mesh import Mesh
 from merak_like.runtime.pulse import Pulse
-from merak_like.runtime.rendezvous import agree_on_name
+from merak_like.runtime.rendezvous import agree_on_name, starts
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class World:
     """How long any wait may last before it is an error."""
     pulse: Pulse | None = None
     """None alone, and where the caller made the process group without torchrun's environment."""
+    restarted: bool = False
+    """Whether torchrun has started the ranks of this job before, on these nodes or others."""
 
     @property
     def alone(self) -> bool:
@@ -36,6 +38,11 @@ class World:
 def world_size() -> int:
     """How many ranks torchrun (or the caller's own process group) started; 1 without either."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def devices() -> int:
+    """The accelerators of this machine, or 1: the processes that make sense on it."""
+    return max(torch.cuda.device_count(), 1)
 
 
 def rank() -> int:
@@ -62,22 +69,26 @@ def join(mesh: Mesh, *, timeout: float, device: torch.device | str | None = None
         )
     limit = timedelta(seconds=timeout)
     where = torch.device(device) if device is not None else _device()
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    again = start != "0"
+    store = _store(limit) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
     if size == 1:
-        return World(0, 1, where, limit)
+        return World(0, 1, where, limit, restarted=again or (store is not None and starts(store) > 1))
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if not dist.is_initialized():
         backend = "nccl" if where.type == "cuda" else "gloo"
-        store = _store(limit) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
         if store is not None:
             rank = int(os.environ["RANK"])
             start = agree_on_name(store, rank, size, limit)
             own = dist.PrefixStore(f"merak/{start}", store)  # pyright: ignore[reportPrivateImportUsage]
+            if rank == 0:
+                own.set("number", str(starts(store)))
+            again = int(own.get("number")) > 1
             dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
         else:
             dist.init_process_group(backend, timeout=limit)
-    return World(dist.get_rank(), size, where, limit, _pulse(limit, start))
+    return World(dist.get_rank(), size, where, limit, _pulse(limit, start), again)
 
 
 def _store(limit: timedelta) -> Any:

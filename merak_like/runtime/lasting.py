@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,20 @@ class Lasting:
 
     def save(
         self, folder: str | Path, *, state: Mapping[str, Any] | None = None, background: bool = False,
-        keep: int | None = None,
+        keep: int | None = None, spare: Collection[int] = (),
     ) -> Path | None:  # fmt: skip
         """Write all that training needs to go on exactly to ``folder/step-N``; every rank calls it.
 
         ``state`` is kept beside it: values, and objects with ``state_dict`` and ``load_state_dict`` such as a learning
         rate schedule; of each key that of the first rank that has it. With ``background`` it is copied, and written
         while training goes on; what fails then is raised by the next ``save``, ``saved`` or ``close``. ``keep`` removes
-        all but so many complete checkpoints. Returns the checkpoint, or None while it is being written.
+        all but so many complete checkpoints, and those of the steps in ``spare``. Returns the checkpoint, or None while
+        it is being written.
         """
         self._open()
-        return self._checkpoints.save(Path(folder), self.steps, state or {}, background=background, keep=keep)
+        return self._checkpoints.save(
+            Path(folder), self.steps, state or {}, background=background, keep=keep, spare=spare
+        )
 
     def saved(self) -> Path | None:
         """Wait for what ``save`` writes in the background; the last checkpoint written."""
@@ -62,6 +65,12 @@ class Lasting:
         """Do not end when this process is sent one of these signals, but let ``stopping`` say so on every rank."""
         self._open()
         self._signals.listen(*signals)
+
+    def heed(self, signals: Signals) -> None:
+        """As ``stop_at``, with signals that somebody listened to before there was an engine, and their handlers."""
+        self._open()
+        self._signals.close()
+        self._signals = signals
 
     def _end(self) -> None:
         self._signals.close()

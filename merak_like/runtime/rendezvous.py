@@ -41,3 +41,11 @@ def agree_on_name(store: Any, rank: int, size: int, limit: timedelta) -> str:
                     answered[other] = theirs
         time.sleep(PAUSE)
     return word
+
+
+def starts(store: Any) -> int:
+    """How often this job was started, this time included: one rank of each start counts.
+
+    Torchrun's own count does not: it stays where it is when nodes come or go (torch 2.13).
+    """
+    return store.add("merak/starts", 1)

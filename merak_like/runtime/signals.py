@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from typing import Any
 
 
@@ -26,3 +27,15 @@ class Signals:
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before.clear()
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers send before they kill."""
+
+
+def polite() -> Signals:
+    """Listens to those from now on, in the main thread; in another one to none, since Python has them there only."""
+    signals = Signals()
+    if threading.current_thread() is threading.main_thread():
+        signals.listen(*SIGNALS)
+    return signals

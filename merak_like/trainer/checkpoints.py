@@ -1,133 +1,105 @@
-"""Saving and finding what a run left: a folder ``step-N`` for each time.
+"""The checkpoints of a run: what ``Engine.save`` keeps, the loop's state beside it, and which of them a run takes up.
 
-The loop knows only the protocol. ``Weights`` writes what ``from_pretrained`` loads and the state of the loop, but not
-the optimizer's: training cannot go on from it exactly, and is refused to.
+run/checkpoints/step-00000200     whole or not there
+run/checkpoints-1/                of a run that was begun anew in this folder, or of steps that were gone back on
 """
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
-import torch
-
+from merak_like.runtime.checkpoint import folder as files
+from merak_like.runtime.checkpoint.saver import Restored
 from merak_like.runtime.engine import Engine
+from merak_like.trainer.settings import Checkpoints
 
-STATE = "trainer.json"
+LOOP = "trainer"
+"""The loop's part of a checkpoint's state."""
+Resume = bool | Literal["auto"] | str | Path
+"""False: begin anew. True: go on; "auto": where there is something to go on from. Or the folder of a checkpoint or run.
 
-
-class Checkpointer(Protocol):
-    """How a run's state gets to the disk and back. Every rank calls; a method returns when all may go on."""
-
-    exact: bool
-    """Whether training goes on from a checkpoint as if it had never stopped."""
-
-    def save(self, folder: Path, engine: Engine, state: Mapping[str, Any]) -> None:
-        """Write the engine's state and the loop's to a folder that is there whole or not at all."""
-        ...
-
-    def load(self, folder: Path, engine: Engine) -> Mapping[str, Any]:
-        """Put a checkpoint's state into the engine; the loop's state."""
-        ...
-
-    def latest(self, folder: Path) -> Path | None:
-        """The newest whole checkpoint in a folder."""
-        ...
+Ranks that torchrun starts again go on from what their run has, whatever was asked.
+"""
 
 
-class Weights:
-    """Weights and the loop's state, without the optimizer's."""
+class Checkpointer:
+    """Saves and finds the checkpoints of one run. Every rank makes the same calls."""
 
-    exact = False
+    def __init__(self, engine: Engine, run: Path, asked: Checkpoints) -> None:
+        self.engine, self.folder, self.asked = engine, run / "checkpoints", asked
 
-    def __init__(self, extras: Sequence[Any] = ()) -> None:
-        """``extras``, such as a tokenizer, have a ``save_pretrained`` and are written beside the weights."""
-        self.extras = extras
+    def save(self, loop: Mapping[str, Any], best: int | None, *, background: bool) -> None:
+        """Write the job as it is, or copy it and leave the writing to a thread; ``best`` is a step to keep."""
+        spare = () if best is None else (best,)
+        state = {LOOP: loop}
+        self.engine.save(self.folder, state=state, background=background, keep=self.asked.keep, spare=spare)
 
-    def save(self, folder: Path, engine: Engine, state: Mapping[str, Any]) -> None:
-        """Write ``folder`` under another name and rename it."""
-        part = folder.with_name(f"{folder.name}.part")
-        lead = engine.world.rank == 0
-        if lead:
-            shutil.rmtree(part, ignore_errors=True)
-        engine.save_pretrained(part)
-        if lead:
-            for extra in self.extras:
-                extra.save_pretrained(part)
-            (part / STATE).write_text(json.dumps(state), encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-        engine.barrier()
+    def resume(self, asked: Resume) -> Restored | None:
+        """Bring the engine to a checkpoint; None where the run begins anew.
 
-    def load(self, folder: Path, engine: Engine) -> Mapping[str, Any]:
-        """Copy the weights of this rank's stage into it."""
-        load_weights(engine, folder)
-        return json.loads((folder / STATE).read_text(encoding="utf-8"))
+        Raises ValueError where there is nothing to go on from, and CheckpointError where all there is is damaged.
+        """
+        again = self.engine.world.restarted
+        if again or asked in (True, "auto"):
+            found = self.engine.resume(self.folder)
+            if found is not None:
+                return self._of_a_trainer(found)
+            if asked is True:
+                raise ValueError(
+                    f"there is no checkpoint in {self.folder} to resume from: say checkpoints.resume=auto to begin "
+                    "anew where there is none"
+                )
+        if asked in (True, False, "auto"):
+            return None
+        return self._of_a_trainer(self.engine.load(within(Path(asked))))
 
-    def latest(self, folder: Path) -> Path | None:
-        """The one with the most steps."""
-        found = numbered(folder)
-        return found[max(found)] if found else None
+    def load(self, step: int, folder: str | None) -> bool:
+        """Bring the engine to the checkpoint of a step, of this run or in a folder; False if it is not there."""
+        self.engine.saved()
+        there = files.candidates(Path(folder) if folder else self.folder)
+        path = next((path for path in there if files.step_of(path) == step), None)
+        return path is not None and self.engine.load(path).step == step
+
+    def own(self, restored: Restored | None) -> bool:
+        """Whether that is a checkpoint of this run."""
+        return restored is not None and restored.path.resolve().parent == self.folder.resolve()
+
+    def go_back(self, step: int) -> Path | None:
+        """Set aside what is newer than a step, for one rank to call; where it went."""
+        later = [path for path in files.candidates(self.folder) if files.step_of(path) > step]
+        if not later:
+            return None
+        aside = free(self.folder)
+        aside.mkdir()
+        for path in later:
+            path.rename(aside / path.name)
+        return aside
+
+    @staticmethod
+    def _of_a_trainer(found: Restored) -> Restored:
+        if LOOP not in found.state:
+            raise ValueError(
+                f"{found.path} was written by engine.save and knows nothing of the loop, it has {sorted(found.state)}: "
+                "take it up with engine.load, or start from its weights with model.path"
+            )
+        return found
 
 
-def numbered(folder: Path) -> dict[int, Path]:
-    """The whole checkpoints of a folder by their step."""
-    names = ((re.fullmatch(r"step-(\d+)", path.parent.name), path.parent) for path in folder.glob(f"step-*/{STATE}"))
-    return {int(match[1]): path for match, path in names if match}
+def within(folder: Path) -> Path:
+    """Where the checkpoints are that a folder means: a run's, or itself."""
+    return folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
 
 
 def set_aside(folder: Path, names: Sequence[str]) -> None:
     """Give what an earlier run left in a folder another name, so that two runs are not taken for one."""
     for name in names:
-        old = folder / name
-        if old.exists():
-            free = next(n for n in range(1, 10**6) if not (folder / f"{old.stem}-{n}{old.suffix}").exists())
-            old.rename(folder / f"{old.stem}-{free}{old.suffix}")
+        if (folder / name).exists():
+            (folder / name).rename(free(folder / name))
 
 
-def forget(folder: Path, keep: int | None, best: int | None) -> None:
-    """Delete all but the newest checkpoints and the best one."""
-    found = numbered(folder)
-    if keep is not None:
-        for step in sorted(found)[:-keep]:
-            if step != best:
-                shutil.rmtree(found[step])
-
-
-@torch.no_grad()
-def load_weights(engine: Engine, folder: Path) -> None:
-    """Fill what this rank holds, or its part of it, from a folder of safetensors; only that is read.
-
-    The folder of a LoRA adapter has what was trained, under names without PEFT's name for the adapter. Raises
-    ValueError, naming them, where tensors are missing; a tied one may be there under any of its names.
-    """
-    from safetensors import safe_open
-
-    wanted = {name: tensor for name, tensor in engine.model.state_dict(keep_vars=True).items() if not tensor.is_meta}
-    left: dict[int, list[str]] = {}
-    adapter = (folder / "adapter_config.json").is_file()
-    for name, tensor in wanted.items():
-        if tensor.requires_grad or not adapter:
-            left.setdefault(id(tensor), []).append(name)
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            there = set(file.keys())
-            for key, aliases in list(left.items()):
-                saved = [name.replace(".modules_to_save", "").replace(".default", "") for name in aliases if adapter]
-                name = next((name for name in (*aliases, *saved) if name in there), None)
-                if name is None:
-                    continue
-                into = wanted[aliases[0]]
-                divided = next((alias for alias in aliases if alias in engine._shards.layouts), None)
-                if divided is None:
-                    into.copy_(file.get_tensor(name))
-                else:
-                    engine._shards.read(divided, file.get_slice(name), into)
-                del left[key]
-    if left:
-        missing = [aliases[0] for aliases in left.values()]
-        raise ValueError(f"{folder} has no {missing[:5]} ({len(missing)} missing): is it a checkpoint of this model?")
+def free(path: Path) -> Path:
+    """The first of its numbered names that nothing has."""
+    names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in range(1, 10**6))
+    return next(name for name in names if not name.exists())

@@ -112,7 +112,7 @@ def load(path: Path | None, changes: Sequence[str] = ()) -> Run:
 
 def to_yaml(run: Settings) -> str:
     """Every field as it was understood; ``load`` reads it back to the same run."""
-    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(run.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
@@ -174,7 +174,7 @@ def every_key(section: type[BaseModel], before: str = "") -> list[str]:
     """All keys of a section and the sections in it, with dots."""
     found: list[str] = []
     for name, field in section.model_fields.items():
-        found.append(f"{before}{name}")
+        found.append(f"{before}{field.alias or name}")
         kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
         for kind in kinds:
             if isinstance(kind, type) and issubclass(kind, BaseModel):

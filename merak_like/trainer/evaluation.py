@@ -37,16 +37,19 @@ def accuracy(made: Predictions) -> dict[str, float]:
 
 def evaluated(
     engine: Engine, data: Samples, collate: Collate, batch: int, most: int | None = None,
-    metrics: Metrics | None = None,
+    metrics: Metrics | None = None, *, stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:  # fmt: skip
     """``eval_loss``, the mean over all items of all batches; for language models ``eval_perplexity``; and ``metrics``.
 
-    With ``metrics`` every rank gathers all predictions: choose data for which they fit into memory.
+    With ``metrics`` every rank gathers all predictions: choose data for which they fit into memory. Nothing is found
+    where ``stop()``, asked between batches, says so on every rank.
     """
     loss, items = 0.0, 0
     made_of: list[tuple[Tensor, Tensor]] = []
     starts = range(0, len(data), batch)[:most]
     for start in starts:
+        if stop():
+            return {}
         made = collate([data[i] for i in range(start, min(start + batch, len(data)))])
         full, times = enough(made, engine.plan.mesh.dp * engine.plan.micro_batches)
         if metrics is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -19,31 +20,33 @@ METRICS = "metrics.jsonl"
 
 
 class Journal:
-    """Takes lines of numbers. One that is not ``open`` (another rank's) keeps quiet."""
+    """Takes lines of numbers, from ``start`` to ``close``. Another rank's than the lead keeps quiet."""
 
     def __init__(self, folder: Path, asked: Logging, settings: Mapping[str, Any], steps: int, *, lead: bool) -> None:
         self.folder, self.lead = folder, lead
+        self._asked, self._settings, self._steps = asked, settings, steps
         self._trackers: list[Tracker] = []
         self._file: Any = None
         self._bar: Progress | None = None
-        self._steps = steps
-        if lead:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / METRICS).open("a", encoding="utf-8")
-            self._trackers = [TRACKERS[name](folder, asked.project, settings) for name in asked.trackers]
-            if asked.console:
-                self._bar = _bar()
-                self._task = self._bar.add_task("", total=steps)
 
     def start(self, step: int) -> None:
-        """The loop begins, at a step."""
+        """The loop begins, behind a step: lines of later ones, which are done again, are taken out of the file."""
+        if self.lead and self._file is None:
+            asked = self._asked
+            self.folder.mkdir(parents=True, exist_ok=True)
+            up_to(self.folder / METRICS, step)
+            self._file = (self.folder / METRICS).open("a", encoding="utf-8")
+            self._trackers = [TRACKERS[name](self.folder, asked.project, self._settings) for name in asked.trackers]
+            if asked.console:
+                self._bar = _bar()
+                self._task = self._bar.add_task("", total=self._steps)
         if self._bar is not None:
             self._bar.start()
             self._bar.update(self._task, completed=step)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """One line."""
-        if not self.lead:
+        if self._file is None:
             return
         print(json.dumps({"step": step, "time": round(time.time(), 3), **numbers}), file=self._file, flush=True)
         for log, _ in self._trackers:
@@ -78,7 +81,26 @@ class Journal:
             for _, end in self._trackers:
                 end()
             self._trackers.clear()
-            self.lead, self._bar, self._file = False, None, None
+            self._bar, self._file = None, None
+
+
+def up_to(file: Path, step: int) -> None:
+    """Leave only the lines of a metrics file up to a step; one that was cut off goes, too."""
+    if not file.is_file():
+        return
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
+    if kept != lines:
+        part = file.with_name(f"{file.name}.part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(file)
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 SHOWN = {

@@ -25,7 +25,7 @@ from merak_like.runtime.batches import rows
 from merak_like.runtime.batches import split as cut
 from merak_like.runtime.initialize import rank
 from merak_like.runtime.tensor_parallel.sharding import sharding
-from merak_like.trainer.config import Run, to_yaml
+from merak_like.trainer.config import Run, load, to_yaml
 from merak_like.trainer.data.build import Datasets, datasets, rows_of, split
 from merak_like.trainer.data.collate import Collate, stack
 from merak_like.trainer.evaluation import accuracy
@@ -164,7 +164,12 @@ def planned(run: Run, prepared: Prepared) -> Plan:
     asked = run.parallelism
     if asked.plan is not None:
         return Plan.load(asked.plan)
-    mesh = Mesh(asked.dp, asked.pp, asked.tp)
+    if asked.ranks is None:
+        raise ValueError(
+            "a degree of auto is chosen when torchrun has started the ranks: say degrees for --dry-run, or see the "
+            "choices with merak plan --world RANKS"
+        )
+    mesh = Mesh(**{axis: degree for axis, degree in asked.degrees.items() if isinstance(degree, int)})
     example = prepared.example(run.training.batch)
     parts = mesh.dp * (asked.micro_batches or 1)
     model = sharding(prepared.model, mesh.tp, prepared.loss_fn)
@@ -177,20 +182,45 @@ def planned(run: Run, prepared: Prepared) -> Plan:
     )  # fmt: skip
 
 
-def start(run: Run) -> dict[str, float]:
-    """Train as the run says; its folder then has the plan, the metrics, the checkpoints and the model in ``model/``."""
+def start(run: Run) -> tuple[dict[str, float], bool]:
+    """Train as the run says; its folder then has the plan, the metrics, the checkpoints and the model in ``model/``.
+
+    Whether it came to the end: a run that a signal interrupts has its checkpoint, but no model yet.
+    """
     prepared = prepare(run)
     trainer = Trainer(
         prepared.model, run, prepared.data.train, prepared.data.eval, collate=prepared.collate,
         loss_fn=prepared.loss_fn, weights=prepared.weights, tokenizer=prepared.tokenizer,
-        compute_metrics=accuracy if prepared.data.classes and run.parallelism.tp == 1 else None,
+        compute_metrics=accuracy if prepared.data.classes else None,
     )  # fmt: skip
     if rank() == 0:
         record(run, trainer.engine.plan)
     summary = trainer.train()
-    trainer.checkpointer.save(run.folder / "model", trainer.engine, trainer.state.to_json())
+    if not trainer.interrupted:
+        trainer.save(run.folder / "model")
     trainer.close()
-    return summary
+    return summary, not trainer.interrupted
+
+
+def weights_of(checkpoint: Path, output: Path) -> None:
+    """Write what a checkpoint of a run has of weights, in one process, as the run itself does at its end."""
+    file = checkpoint.parent.parent / "config.resolved.yaml"
+    run = load(file, ["parallelism.dp=1", "parallelism.pp=1", "parallelism.tp=1", *ALONE])
+    prepared = prepare(run)
+    trainer = Trainer(
+        prepared.model, run, prepared.data.train, prepared.data.eval, collate=prepared.collate,
+        loss_fn=prepared.loss_fn, weights=prepared.weights, tokenizer=prepared.tokenizer,
+    )  # fmt: skip
+    trainer.engine.load(checkpoint)
+    trainer.save(output)
+    trainer.close()
+
+
+ALONE = (
+    "parallelism.plan=", "parallelism.zero=0", "parallelism.sequence_parallel=false", "parallelism.tp_shares=1",
+    "parallelism.schedule=1f1b", "parallelism.chunks=", "parallelism.device=cpu",
+)  # fmt: skip
+"""What a layout of several ranks may have asked for, and one process need not."""
 
 
 def record(run: Run, plan: Plan) -> None:

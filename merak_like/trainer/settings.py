@@ -5,6 +5,7 @@ Every field has a default but the number of steps, and every section refuses a k
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -12,20 +13,28 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Degree = Count | Literal["auto"]
 
 
 class Section(BaseModel):
     """A part of the settings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class Parallelism(Section):
     """How the model is spread over ranks; the fields are those of ``auto_parallel``."""
 
-    dp: Count = 1
-    pp: Count = 1
-    tp: Count = 1
+    dp: Degree = 1
+    """``auto``: chosen for the ranks that torchrun started, and anew when it starts others."""
+    pp: Degree = 1
+    tp: Degree = 1
+    zero: Literal[0, 1, 2] = 0
+    """Spread over replicas: 1 the optimizer's state, 2 the gradients too."""
+    sequence_parallel: bool = False
+    """Divide activations outside of sharded weights among tensor-parallel ranks too."""
+    tp_shares: Count = 1
+    """Parts of a micro-batch, the tensor-parallel sums of one under the compute of another."""
     schedule: str = "1f1b"
     chunks: Count | None = None
     recompute: Literal["auto", "none", "full"] = "auto"
@@ -40,10 +49,28 @@ class Parallelism(Section):
     timeout: float = 600.0
     """Seconds that any wait for another rank may last."""
 
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> Self:
+        degrees = self.degrees
+        if self.plan is not None and "auto" in degrees.values():
+            raise ValueError("parallelism.plan has its degrees: give these instead of auto, or leave the plan out")
+        if self.tp == 1 and (self.sequence_parallel or self.tp_shares > 1):
+            key = "sequence_parallel" if self.sequence_parallel else "tp_shares"
+            raise ValueError(f"parallelism.{key} is about tensor-parallel ranks: say parallelism.tp=2 or more with it")
+        if self.zero and self.tp not in (1, "auto"):
+            raise ValueError(f"parallelism.zero={self.zero} does not go with tp={self.tp} yet: use zero=0, or tp=1")
+        return self
+
     @property
-    def ranks(self) -> int:
-        """How many processes this needs."""
-        return self.dp * self.pp * self.tp
+    def degrees(self) -> dict[str, int | str]:
+        """By axis."""
+        return {"dp": self.dp, "pp": self.pp, "tp": self.tp}
+
+    @property
+    def ranks(self) -> int | None:
+        """How many processes this needs; None where the degrees are chosen for as many as there are."""
+        fixed = [degree for degree in self.degrees.values() if isinstance(degree, int)]
+        return prod(fixed) if len(fixed) == len(self.degrees) else None
 
 
 class Optimizer(Section):
@@ -118,7 +145,8 @@ class Training(Section):
     seed: int = 0
     shuffle: bool = True
     skip_bad_steps: Annotated[int, Field(ge=0)] = 0
-    """How many steps may be left out because their loss or gradients are not finite; the next one stops the run."""
+    """How many steps in a row may be left out because their loss or gradients are not finite; the next one stops the
+    run."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -149,6 +177,10 @@ class Checkpoints(Section):
     """The newest that stay on the disk, the best one besides; None: all."""
     best: bool = False
     """Write one whenever ``evaluation.metric`` is better than ever, and end with the best weights."""
+    resume: bool | Literal["auto"] | Path = False
+    """Go on from the newest whole one: ``true``, or where there is one: ``auto``; or the folder of one, or of a run."""
+    background: bool = Field(default=False, alias="async")
+    """Write them while training goes on."""
 
 
 class Logging(Section):
@@ -168,8 +200,9 @@ class Settings(Section):
     optimizer: Optimizer = Optimizer()
     methods: Methods = Methods()
     schedule: Schedule = Schedule()
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16``: computed in bfloat16 where autocast allows it; weights and their gradients stay float32."""
+    precision: Literal["fp32", "bf16", "fp16", "autocast"] = "fp32"
+    """``bf16``, ``fp16``: computed in it, while sums of gradients, the optimizer and its weights are float32; for fp16
+    the loss is scaled. ``autocast``: float32 weights, computed in bfloat16 where torch's autocast allows it."""
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     logging: Logging = Logging()

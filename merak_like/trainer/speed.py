@@ -5,12 +5,17 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from merak_like.partitioner.hardware import PRESETS
 from merak_like.partitioner.plan import Plan
+from merak_like.runtime.engine import Engine
 
 BACKWARD = 3
 """Forward and backward together, in forwards: the backward of a matmul is two matmuls. Recompute is not counted."""
@@ -29,21 +34,18 @@ class Meter:
     """Of one device, in flops per second; None where nobody knows."""
     steps: int = 0
     items: int = 0
-    loss: float = 0.0
     waited: float = 0.0
     began: float = field(default_factory=time.perf_counter)
 
-    def add(self, loss: float, items: int, waited: float) -> None:
+    def add(self, items: int, waited: float) -> None:
         """A step is done; ``waited`` is how many seconds it had to wait for data."""
-        self.steps, self.items = self.steps + 1, self.items + items
-        self.loss, self.waited = self.loss + loss, self.waited + waited
+        self.steps, self.items, self.waited = self.steps + 1, self.items + items, self.waited + waited
 
     def read(self, batch: int) -> dict[str, float]:
         """The numbers since the last reading, and a new beginning. ``batch`` is the samples of a step."""
         took = max(time.perf_counter() - self.began, 1e-9)
         achieved = self.flops * batch / self.samples * self.steps / took / self.ranks
         line = {
-            "loss": self.loss / max(self.steps, 1),
             "seconds_per_step": took / max(self.steps, 1),
             "items_per_second": self.items / took,
             "data_wait": self.waited / took,
@@ -51,13 +53,16 @@ class Meter:
         }
         if self.peak:
             line["model_flops_utilisation"] = achieved / self.peak
-        self.restart()
+        self.steps, self.items, self.waited = 0, 0, 0.0
+        self.began = time.perf_counter()
         return line
 
-    def restart(self) -> None:
-        """Forget what was, such as the time that an evaluation took."""
-        self.steps, self.items, self.loss, self.waited = 0, 0, 0.0, 0.0
-        self.began = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time of something else, such as an evaluation."""
+        stopped = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - stopped
 
 
 def meter(plan: Plan, dtype: str) -> Meter:
@@ -77,3 +82,14 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def most_memory(engine: Engine) -> dict[str, float]:
+    """The peak memory of the fullest rank, and which it is."""
+    mine = peak_bytes(engine.world.device)
+    everyone: list[Any] = [mine]
+    if not engine.world.alone:
+        everyone = [None] * engine.world.size
+        engine.barrier()
+        dist.all_gather_object(everyone, mine)
+    return {"peak_memory_bytes": max(everyone), "fullest_rank": everyone.index(max(everyone))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -21,8 +21,16 @@ class State:
     """Tokens (or samples) that losses were the mean of."""
     skipped: int = 0
     """Steps left out because something was not finite."""
+    loss: float = 0.0
+    """Sum of the losses since the last line of the log."""
+    losses: int = 0
+    """Of so many steps."""
+    owed: bool = False
+    """Whether an evaluation of this step was cut short, or not begun, because the run was told to end."""
     best: float | None = None
     best_step: int | None = None
+    best_in: str | None = None
+    """The folder of its checkpoint where that is another run's, from which this one went on."""
     history: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     """Every line that was logged."""
 
@@ -33,7 +41,13 @@ class State:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> State:
         """From ``to_json``."""
-        return cls(**data)
+        known = {one.name for one in fields(cls)}
+        return cls(**{name: value for name, value in data.items() if name in known})
+
+    def mean_loss(self) -> float:
+        """Of the steps since this was last asked."""
+        mean, self.loss, self.losses = self.loss / max(self.losses, 1), 0.0, 0
+        return mean
 
 
 @dataclass

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,16 +138,28 @@ def commit(place: Path, manifest: Manifest) -> Path:
     return final
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` complete checkpoints. What is damaged counts as none and is left alone."""
-    complete = [path for path in candidates(folder) if _complete(path)]
-    for old in complete[keep:]:
+def step_of(path: Path) -> int:
+    """The step of a checkpoint by its name."""
+    place = _place(path.name)
+    return place[0] if place is not None else 0
+
+
+def prune(folder: Path, keep: int, spare: Collection[int] = ()) -> None:
+    """Remove all but the newest ``keep`` complete checkpoints, and those of the steps in ``spare``.
+
+    What is damaged counts as none and is left alone.
+    """
+    kept = [path for path in candidates(folder) if complete(path)]
+    for old in kept[keep:]:
+        if step_of(old) in spare:
+            continue
         gone = folder / f"removing-{old.name}"  # under its own name a half-removed one would look damaged
         old.rename(gone)
         shutil.rmtree(gone)
 
 
-def _complete(path: Path) -> bool:
+def complete(path: Path) -> bool:
+    """Whether all files of a checkpoint are there, in their sizes."""
     try:
         files = Manifest.read(path).files
     except CheckpointError:

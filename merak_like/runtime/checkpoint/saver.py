@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,8 @@ class Checkpoints:
     # --- saving --------------------------------------------------------------------------------------------------
 
     def save(
-        self, folder: Path, step: int, state: Mapping[str, Any], *, background: bool, keep: int | None
+        self, folder: Path, step: int, state: Mapping[str, Any], *, background: bool, keep: int | None,
+        spare: Collection[int] = (),
     ) -> Path | None:  # fmt: skip
         """Write a checkpoint, or copy what goes into it and leave the writing to a thread."""
         if keep is not None and keep < 1:
@@ -65,9 +66,9 @@ class Checkpoints:
         self._join_group()
         held, facts = self._contents.written(), self._contents.facts(state)
         if not background:
-            return self._write(folder, step, held, facts, keep)
+            return self._write(folder, step, held, facts, keep, spare)
         copies = self._copy(held)
-        work = lambda: self._in_thread(folder, step, copies, facts, keep)  # noqa: E731
+        work = lambda: self._in_thread(folder, step, copies, facts, keep, spare)  # noqa: E731
         self._thread = threading.Thread(target=work, name="merak-checkpoint")
         self._thread.start()
         return None
@@ -111,7 +112,9 @@ class Checkpoints:
             copies.append(one._replace(parts=tuple(made)))
         return copies
 
-    def _write(self, folder: Path, step: int, held: list[Held], facts: Any, keep: int | None) -> Path:
+    def _write(
+        self, folder: Path, step: int, held: list[Held], facts: Any, keep: int | None, spare: Collection[int]
+    ) -> Path:  # fmt: skip
         planner = Writing(held)
         about = {"model": self._contents.plan.model, "mesh": str(self._contents.plan.mesh),
                  "merak_like": __version__, "torch": torch.__version__}  # fmt: skip
@@ -141,7 +144,7 @@ class Checkpoints:
             names |= {name: files.fingerprint(place / name) for name in (files.JOB, ".metadata")}
             made = files.commit(place, Manifest(step, about, names))
             if keep is not None:
-                files.prune(folder, keep)
+                files.prune(folder, keep, spare)
             return [made] * len(told)
 
         written: Path = self._together(f"write checkpoint {step}", data, finish)

@@ -1,0 +1,65 @@
+"""From settings and data to an engine."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from merak_like.api import auto_parallel
+from merak_like.partitioner.plan import Plan
+from merak_like.partitioner.report.text import parse_bytes
+from merak_like.runtime.engine import Engine
+from merak_like.trainer.data.loader import Samples, Share
+from merak_like.trainer.groups import optimizer_factory
+from merak_like.trainer.methods import methods_of
+from merak_like.trainer.settings import Settings
+
+
+def check(args: Settings, eval_dataset: Samples | None) -> None:
+    """Raise ValueError for settings that contradict each other or the data."""
+    if eval_dataset is None and (args.evaluation.every or args.checkpoints.best):
+        asked = "evaluation.every" if args.evaluation.every else "checkpoints.best"
+        raise ValueError(f"{asked} is set, but there is no eval_dataset to look at")
+
+
+def assembled(
+    model: nn.Module, args: Settings, example: Any, loss_fn: Any, loss_weight: Any, optimizer: Any, weights: Any
+) -> Engine:
+    """What ``auto_parallel`` makes of the settings."""
+    asked = args.parallelism
+    limit = parse_bytes(asked.memory_limit) if isinstance(asked.memory_limit, str) else asked.memory_limit
+    return auto_parallel(
+        model, asked.dp, asked.pp, asked.tp, example=example, loss_fn=loss_fn, loss_weight=loss_weight,
+        optimizer=optimizer or optimizer_factory(model, args.optimizer), schedule=asked.schedule, chunks=asked.chunks,
+        recompute=asked.recompute, micro_batches=asked.micro_batches, max_grad_norm=args.optimizer.max_grad_norm,
+        weights=weights, plan=Plan.load(asked.plan) if asked.plan else None, hardware=asked.hardware,
+        memory_limit=limit, device=asked.device, timeout=asked.timeout, seed=args.training.seed, zero=asked.zero,
+        sequence_parallel=asked.sequence_parallel, tp_shares=asked.tp_shares,
+        skip_not_finite=args.training.skip_bad_steps,
+        precision=args.precision if args.precision in ("bf16", "fp16") else None, methods=methods_of(args.methods),
+    )  # fmt: skip
+
+
+def around(args: Settings) -> AbstractContextManager[Any]:
+    """What the precision needs around everything that computes."""
+    if args.precision != "autocast":
+        return nullcontext()
+    kind = torch.device(args.parallelism.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    return torch.autocast(kind, torch.bfloat16)
+
+
+def share(engine: Engine, samples: Samples, batch: int) -> Share:
+    """A replica reads only its own samples where that cannot change a shape, and so a number."""
+    mesh = engine.plan.mesh
+    own = mesh.dp > 1 and getattr(samples, "uniform", False) and batch % (mesh.dp * engine.plan.micro_batches) == 0
+    return Share(engine.groups.coord.dp, mesh.dp) if own else Share()
+
+
+def restore_options(engine: Engine, fresh: list[dict[str, Any]], names: tuple[str, ...]) -> None:
+    """Give the optimizer's groups options of the settings back: a checkpoint brings those it was written with."""
+    groups = engine.optimizer.param_groups if engine.optimizer is not None else []
+    for group, options in zip(groups, fresh, strict=True):
+        group.update({name: options[name] for name in names if name in options})
