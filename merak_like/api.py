@@ -124,8 +124,6 @@ def auto_parallel(
             raise ValueError(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
             )
-        if zero and mesh.tp > 1:
-            raise ValueError(f"zero={zero} does not go with tp={mesh.tp} yet: use zero=0, or more dp or pp instead")
         micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
         parts = sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel)
         # on the CPU whatever the device, so that a plan does not depend on where it was made
@@ -178,14 +176,14 @@ def auto_parallel(
         if zero or precise.compute is not None:
             reducer = store = FlatReducer(
                 trainable, holding, watch, readers, pending, zero=zero, dtypes=precise.dtypes, counted=in_norm,
-                dp=groups.sums.get(((), ())),
+                dp=groups.sums.get(((), ())), whole={name for name in trainable if parts.partial(name)},
             )  # fmt: skip
             slots = store.slots
-            store.copies = parts.copies({slot.name: slot.target for slot in slots}, groups, watch)
+            store.copies = parts.copies(slots, groups, watch)
         else:
-            copies = parts.copies(trainable, groups, watch)
-            reducer, store = Reducer(trainable, holding, watch, readers, pending, copies), None
             slots = [Slot(name, p, tuple(p.shape), counted=name in in_norm) for name, p in trainable.items()]
+            copies = parts.copies(slots, groups, watch)
+            reducer, store = Reducer(trainable, holding, watch, readers, pending, copies), None
         learner = optimizer(trainable.values()) if optimizer and trainable else None
         if learner is not None and store is not None:
             if zero:

@@ -53,16 +53,27 @@ MORE_PRECISION = [
     call("in_precision", 4, 1, name="gpt2", precision="bf16", zero=2),
     call("in_precision", 2, 2, name="llama", precision="fp16", zero=2),
 ]
+SHARDED = [
+    Call("sharded-falcon-1-2x1x2", "tests.sharded:spread", {"name": "falcon", "dp": 2, "pp": 1, "tp": 2, "zero": 1})
+]
+MORE_SHARDED = [
+    Call(f"sharded-{name}-{zero}-{rows}-2x1x2", "tests.sharded:spread",
+         {"name": name, "dp": 2, "pp": 1, "tp": 2, "zero": zero, "sequence_parallel": rows})
+    for name, zero, rows in (("llama", 1, False), ("falcon", 2, False), ("llama", 1, True), ("t5", 2, True))
+]  # fmt: skip
 MUCH = [call("as_much_as_said", 4, 1, zero=zero) for zero in (1, 2)]
 OVERFLOW = call("overflowing", 2, 2, zero=1)
 SKIPPING = call("skipping", 2, 2)
 SAVING = [
     lasting_call("unbroken", 2, 2, "zero1", name="gpt2", zero=1),
+    lasting_call("unbroken", 2, 1, "both", name="gpt2", zero=1, tp=2),
     lasting_call("unbroken", 4, 1, "bf16", name="gpt2", zero=2, precision="bf16"),
 ]
 GOING_ON = [lasting_call("go_on", 2, 2, "zero1", name="gpt2", exact=True, zero=1)]
 MORE_GOING_ON = [
     lasting_call("go_on", 4, 1, "zero1", name="gpt2", exact=False, zero=2),
+    lasting_call("go_on", 2, 1, "both", name="gpt2", exact=True, zero=1, tp=2),
+    lasting_call("go_on", 4, 1, "both", name="gpt2", exact=False, zero=2),
     lasting_call("go_on", 1, 4, "zero1", name="gpt2", exact=False),
     lasting_call("go_on", 4, 1, "bf16", name="gpt2", exact=True, zero=2, precision="bf16"),
 ]
@@ -91,6 +102,11 @@ def of(cases: list[Call], slow: Sequence[Call] = ()) -> Any:
 
 @of(SPREAD, MORE)
 def test_spread_training_equals_plain_training(case: Call, results: Callable[[Call], list[Any]]) -> None:
+    assert max(results(case)) <= 1e-10
+
+
+@of(SHARDED, MORE_SHARDED)
+def test_replicas_of_sharded_weights_spread_their_shards(case: Call, results: Callable[[Call], list[Any]]) -> None:
     assert max(results(case)) <= 1e-10
 
 

@@ -74,15 +74,13 @@ class Update:
         """
         self.slots, self.optimizer, self.guard = slots, optimizer, guard
         self.max_grad_norm = max_grad_norm
-        self._store, self._answers = store, answers
+        self._store = store
+        self._counted = {slot.name: _counted(slot, answers) for slot in slots if slot.counted}
 
     def squares(self) -> float:
         """This rank's share of the squared norm of all gradients."""
         found = [(slot, slot.target.grad) for slot in self.slots if slot.counted]
-        return squared_norm([p for slot, grad in found if grad is not None for p in self._counted(slot, grad)])
-
-    def _counted(self, slot: Slot, gradient: Tensor) -> Iterable[Tensor]:
-        return self._answers(slot.name, gradient) if slot.run is None else (gradient,)
+        return squared_norm([p for slot, grad in found if grad is not None for p in self._counted[slot.name](grad)])
 
     def apply(self, found: StepResult, step: int, blame: Callable[[], str]) -> StepResult:
         """Clip, and step. ``found`` has the norm of the gradients as they are, scaled.
@@ -109,6 +107,19 @@ class Update:
         """Bring targets that were changed otherwise, as by a checkpoint, into the model's parameters."""
         if self._store is not None:
             self._store.publish()
+
+
+def _counted(slot: Slot, answers: Callable[[str, Tensor], Iterable[Tensor]]) -> Callable[[Tensor], Iterable[Tensor]]:
+    """From a gradient of a slot to what this rank counts of it."""
+    if slot.run is None:
+        return lambda gradient: answers(slot.name, gradient)
+    marks = torch.zeros(slot.shape, dtype=torch.bool, device=slot.target.device)
+    for part in answers(slot.name, marks):
+        part.fill_(True)
+    mine = marks.flatten()[slice(*slot.run)]
+    if mine.all():
+        return lambda gradient: (gradient,)
+    return (lambda gradient: (gradient[mine],)) if mine.any() else lambda gradient: ()
 
 
 def squared_norm(gradients: Sequence[Tensor]) -> float:
