@@ -30,6 +30,7 @@ from merak_like.partitioner.tracer.fine import fine_trace, steps
 from merak_like.runtime import collect
 from merak_like.runtime.batches import LossWeight, rows, signature, split, to_device
 from merak_like.runtime.data_parallel import Reducer
+from merak_like.runtime.deepspeed_zero import DeepSpeedReducer
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.groups import make_groups
 from merak_like.runtime.initialize import join, world_size
@@ -38,6 +39,7 @@ from merak_like.runtime.materialize import Initialiser, materialize
 from merak_like.runtime.optimizer import Slot, Update
 from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.programs import Programs
+from merak_like.runtime.spreading import spreading_of
 from merak_like.runtime.tensor_parallel.sharding import on_meta, sharding
 from merak_like.runtime.watch import Watch
 from merak_like.runtime.zero import FlatReducer, refuse_unsuited, retarget
@@ -65,6 +67,7 @@ def auto_parallel(
     skip_not_finite: int = 0,
     precision: str | Precision | None = None,
     zero: int = 0,
+    zero_backend: str | None = None,
     loss_weight: LossWeight | None = None,
     weights: str | Path | None = None,
     plan: Plan | None = None,
@@ -88,7 +91,9 @@ def auto_parallel(
     A degree ``"auto"`` is chosen, with the number of micro-batches, for the ranks that torchrun started, the example's
     batch and the memory; degrees that are given stay. ``tp_shares`` of 2 or more runs each micro-batch in so many
     parts, the sums over tensor-parallel ranks of one part under the compute of another. ``sequence_parallel`` divides
-    activations outside of sharded weights among these ranks too, by rows. ``plan`` obeys a plan made before.
+    activations outside of sharded weights among these ranks too, by rows. ``zero`` spreads the optimizer's state (1)
+    and gradients (2) over replicas; ``zero_backend`` "deepspeed" or "deepspeed-offload" (state and update on the CPU)
+    lets DeepSpeed's optimizer do level 1. ``plan`` obeys a plan made before.
     ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
@@ -97,10 +102,11 @@ def auto_parallel(
     degrees = {axis: _degree(axis, degree) for axis, degree in (("dp", dp), ("pp", pp), ("tp", tp))}
     chosen = None in degrees.values()
     mesh = Mesh(world_size()) if chosen else Mesh(*(degree or 1 for degree in degrees.values()))
-    if zero not in (0, 1, 2):
-        raise ValueError(f"zero={zero}: it is 0, 1 (spread the optimizer's state) or 2 (gradients too)")
+    spread = spreading_of(zero, zero_backend, mesh)
+    if spread.deepspeed and optimizer is None:
+        raise ValueError(f"zero_backend={zero_backend!r} spreads an optimizer's state: pass optimizer= too")
     precise = precision_of(precision)
-    world = join(mesh, timeout=timeout, device=device)
+    world = join(mesh, timeout=timeout, device=device, grouped=spread.deepspeed)
     if not model.training:
         model.train()
     watch = Watch(world.rank, world.timeout, world.pulse)
@@ -144,7 +150,7 @@ def auto_parallel(
                 plan = decide(parts.graph(rough), plan.micro_batches).with_notes(compared)
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
         choices = {
-            "seed": seed, "max_grad_norm": max_grad_norm, "precision": precise, "zero": zero,
+            "seed": seed, "max_grad_norm": max_grad_norm, "precision": precise, "zero": spread,
             "sequence_parallel": sequence_parallel, "tp_shares": tp_shares,
         }  # fmt: skip
         collect.agree(facts | {name: str(choice) for name, choice in choices.items()}, world, watch)
@@ -156,7 +162,9 @@ def auto_parallel(
                 f"micro-batches of {rows(micro)} samples: make the plan from this model and an example of that size"
             )
         sums = {name: (plan.shared.get(name, ()), parts.partial(name)) for s in plan.stages for name in s.params}
-        groups = make_groups(mesh, world, plan.stage_rank, list(sums.values()), parts.spans())
+        groups = make_groups(
+            mesh, world, plan.stage_rank, list(sums.values()), parts.spans(), replicas=spread.deepspeed
+        )  # fmt: skip
         shards = parts.shards(groups.coord.tp)
         own = [stage for stage in plan.stages if stage.rank == groups.coord.pp]
         initialise, counted, save = _habits(model)
@@ -173,22 +181,30 @@ def auto_parallel(
         precise.lower(model, trainable.values())
         in_norm = {n for n in trainable if groups.coord.dp == 0 and holders[n] == groups.coord.pp}
         holding = {name: groups.sums[sums[name]] for name in trainable}
-        if zero or precise.compute is not None:
+        learner = optimizer(trainable.values()) if optimizer and trainable else None
+        if learner is not None and zero:
+            refuse_unsuited(learner, zero)
+        if learner is not None and spread.deepspeed:
+            reducer = store = DeepSpeedReducer(
+                trainable, holding, watch, learner, replicas=groups.replicas, dp=groups.sums.get(((), ())),
+                dtypes=precise.dtypes, counted={n for n in trainable if holders[n] == groups.coord.pp},
+                offload=spread.offload, device=world.device,
+            )  # fmt: skip
+            slots = store.slots
+            store.copies = parts.copies(slots, groups, watch)
+        elif zero or precise.compute is not None:
             reducer = store = FlatReducer(
                 trainable, holding, watch, readers, pending, zero=zero, dtypes=precise.dtypes, counted=in_norm,
                 dp=groups.sums.get(((), ())), whole={name for name in trainable if parts.partial(name)},
             )  # fmt: skip
             slots = store.slots
             store.copies = parts.copies(slots, groups, watch)
+            if learner is not None:
+                retarget(learner, trainable, slots)
         else:
             slots = [Slot(name, p, tuple(p.shape), counted=name in in_norm) for name, p in trainable.items()]
             copies = parts.copies(slots, groups, watch)
             reducer, store = Reducer(trainable, holding, watch, readers, pending, copies), None
-        learner = optimizer(trainable.values()) if optimizer and trainable else None
-        if learner is not None and store is not None:
-            if zero:
-                refuse_unsuited(learner, zero)
-            retarget(learner, trainable, slots)
         return Engine(
             plan=plan,
             model=model,

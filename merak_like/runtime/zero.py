@@ -38,6 +38,7 @@ def refuse_unsuited(optimizer: torch.optim.Optimizer, zero: int) -> None:
     """Raise ValueError for an optimizer that cannot work on shares of weights."""
     kind = type(optimizer)
     known = kind.__module__.startswith("torch.optim") and kind.__name__ in ELEMENTWISE
+    known = known or (kind.__module__.startswith("deepspeed.") and kind.__name__ == "DeepSpeedCPUAdam")
     if not getattr(optimizer, "elementwise", known):
         raise ValueError(
             f"zero={zero} gives each rank runs of numbers, and {kind.__name__} may look at whole weights: use one of "

@@ -58,7 +58,7 @@ class Contents:
         if coord.tp and name not in self.shards.layouts:
             return False
         if slot is not None and slot.run is not None:
-            return True
+            return slot.counted
         if self._is_buffer(name):
             return rank_of[name] == coord.pp
         share = list(rank_of).index(name) % self.plan.mesh.dp
