@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from merak_like import __version__
+from merak_like.ds_config.rates import Rate
+from merak_like.ds_config.read import ARGUMENTS, arguments
 from merak_like.partitioner.degrees import choose
 from merak_like.partitioner.executable import ENGINE
 from merak_like.partitioner.graph import ProxyGraph
@@ -64,10 +66,12 @@ def auto_parallel(
     micro_batches: int | None = None,
     sequence_parallel: bool = False,
     max_grad_norm: float | None = None,
+    rate: Rate | None = None,
     skip_not_finite: int = 0,
     precision: str | Precision | None = None,
     zero: int = 0,
     zero_backend: str | None = None,
+    ds_config: Mapping[str, Any] | str | Path | None = None,
     loss_weight: LossWeight | None = None,
     weights: str | Path | None = None,
     plan: Plan | None = None,
@@ -93,8 +97,9 @@ def auto_parallel(
     parts, the sums over tensor-parallel ranks of one part under the compute of another. ``sequence_parallel`` divides
     activations outside of sharded weights among these ranks too, by rows. ``zero`` spreads the optimizer's state (1)
     and gradients (2) over replicas; ``zero_backend`` "deepspeed" or "deepspeed-offload" (state and update on the CPU)
-    lets DeepSpeed's optimizer do level 1. ``plan`` obeys a plan made before.
-    ``timeout`` in seconds limits every wait for another rank.
+    lets DeepSpeed's optimizer do level 1. ``rate`` gives each step's learning rate from the step and a group's own.
+    ``ds_config`` is a DeepSpeed configuration; what it says is honoured, or refused by name. ``plan`` obeys a plan made
+    before. ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
     traced or cut, memory that does not suffice, and ranks that do not agree.
@@ -102,6 +107,10 @@ def auto_parallel(
     degrees = {axis: _degree(axis, degree) for axis, degree in (("dp", dp), ("pp", pp), ("tp", tp))}
     chosen = None in degrees.values()
     mesh = Mesh(world_size()) if chosen else Mesh(*(degree or 1 for degree in degrees.values()))
+    if ds_config is not None:
+        given = (optimizer, rate, micro_batches, max_grad_norm, precision, zero, zero_backend)
+        told = arguments(ds_config, degrees, rows(example), dict(zip(ARGUMENTS, given, strict=True)))
+        optimizer, rate, micro_batches, max_grad_norm, precision, zero, zero_backend = told.values()
     spread = spreading_of(zero, zero_backend, mesh)
     if spread.deepspeed and optimizer is None:
         raise ValueError(f"zero_backend={zero_backend!r} spreads an optimizer's state: pass optimizer= too")
@@ -221,6 +230,7 @@ def auto_parallel(
                 guard=precise.guard(skip_not_finite),
                 store=store,
                 answers=shards.answers,
+                rate=rate,
             ),
             world=world,
             groups=groups,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -82,20 +82,20 @@ class DeepSpeedReducer:
         deepspeed = load(device)
         refuse(parameters, optimizer, dtypes)
         self.copies: Copies | None = None
-        self._names = {id(p): name for name, p in parameters.items()}
         self._parameters, self._watch, self._replicas = parameters, watch, replicas
+        self._names = {id(p): name for name, p in parameters.items()}
         self._lowered = [p for p in parameters.values() if dtypes(p)[0] != dtypes(p)[1]]
         with torch.no_grad():
             for parameter in parameters.values():
                 parameter.data = parameter.data.to(dtypes(parameter)[0])
         self._shared: dict[int, tuple[Group, list[nn.Parameter]]] = {}
-        for name, parameter in parameters.items():
+        for name, parameter in sorted(parameters.items()):
             if groups[name] is not None and groups[name] is not dp:
                 self._shared.setdefault(id(groups[name]), (groups[name], []))[1].append(parameter)
         self._optimizer = optimizer
         self._members = [list(group["params"]) for group in optimizer.param_groups if group["params"]]
         self._all = list(optimizer.param_groups)
-        self._offload = offload
+        self._offload, self._device = offload, device
         optimizer.param_groups[:] = [group for group in self._all if group["params"]]
         self._zero: Any = self._make(deepspeed, next(iter(parameters.values())))
         assert self._zero.optimizer is optimizer, "DeepSpeed made an optimizer of its own"
@@ -173,12 +173,12 @@ class DeepSpeedReducer:
         """
         self._fill()
         for group, parameters in self._shared.values():
-            flat = torch.cat([_gradient(p).flatten() for p in parameters])
+            flat = torch.cat([_gradient_of(p).flatten() for p in parameters])
             work = dist.all_reduce(flat, group=group, async_op=True)
             self._watch.wait(work, "the sum of gradients of weights on several stages", "with the ranks that hold them")
             flat /= dist.get_world_size(self._replicas)  # which DeepSpeed is about to sum over
             for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                _gradient(p).copy_(total.view_as(p))
+                _gradient_of(p).copy_(total.view_as(p))
         with self._watch.waiting("DeepSpeed's sum of gradients over the replicas"):
             self._zero.reduce_gradients(pipeline_parallel=True)
         self._sums = [self._own(number) for number in range(len(self._places))]
@@ -198,12 +198,15 @@ class DeepSpeedReducer:
 
     def _fill(self) -> None:
         """DeepSpeed wants gradients of the same weights on all replicas: zeros where only another has one."""
-        has = [_gradient_of(p) is not None for p in self._parameters.values()]
-        counts = torch.tensor(has, dtype=torch.float32, device=self._zero.bit16_groups_flat[0].device)
-        for group in {id(g): g for g in (self._replicas, *(g for g, _ in self._shared.values()))}.values():
-            work = dist.all_reduce(counts, group=group, async_op=True)
+        counts = {id(p): float(_gradient_of(p) is not None) for p in self._parameters.values()}
+        shared = {id(p) for _, parameters in self._shared.values() for p in parameters}
+        alone = [p for p in self._parameters.values() if id(p) not in shared]
+        for group, parameters in ((self._replicas, alone), *self._shared.values()):
+            told = torch.tensor([counts[id(p)] for p in parameters], device=self._device)
+            work = dist.all_reduce(told, group=group, async_op=True)
             self._watch.wait(work, "who has which gradient", "with the ranks that hold the same parameters")
-        missing = [name for name, count in zip(self._parameters, counts.tolist(), strict=True) if not count]
+            counts.update(zip(map(id, parameters), told.tolist(), strict=True))
+        missing = [name for name, p in self._parameters.items() if not counts[id(p)]]
         if missing:
             raise ValueError(
                 f"{missing[:3]} ({len(missing)} weights) have no gradient, and DeepSpeed would let them decay with a "
@@ -263,12 +266,10 @@ class DeepSpeedReducer:
             groups[:] = self._all
 
 
-class _Flat(list[Tensor]):
+class _Flat(NamedTuple):
     """Gradients that are one flat partition already, as DeepSpeed asks for them."""
 
-    def __init__(self, flat: Tensor) -> None:
-        super().__init__([flat])
-        self.flat_partition = flat
+    flat_partition: Tensor
 
 
 def refuse(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, dtypes: Dtypes) -> None:
@@ -287,15 +288,9 @@ def refuse(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimi
         )
 
 
-def _gradient_of(parameter: nn.Parameter) -> Tensor | None:
-    """What has been summed so far, in float32."""
+def _gradient_of(parameter: nn.Parameter) -> Any:
+    """What has been summed so far, in float32; None if nothing."""
     return parameter.grad if parameter.dtype == torch.float32 else getattr(parameter, "grad_accum", None)
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    found = _gradient_of(parameter)
-    assert found is not None
-    return found
 
 
 def _widen(parameter: Any) -> None:

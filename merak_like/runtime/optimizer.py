@@ -67,14 +67,17 @@ class Update:
     def __init__(
         self, slots: Sequence[Slot], optimizer: torch.optim.Optimizer | None, *, max_grad_norm: float | None,
         guard: Guard, store: Store | None = None, answers: Callable[[str, Tensor], Iterable[Tensor]] = everything,
+        rate: Callable[[int, float], float] | None = None,
     ) -> None:  # fmt: skip
         """``store`` is where the targets lie that are not the model's parameters themselves.
 
+        ``rate`` is a learning-rate schedule: from a step and a group's own rate to the rate it learns at.
         ``answers`` gives the parts of a named gradient that this one of several tensor-parallel ranks counts.
         """
         self.slots, self.optimizer, self.guard = slots, optimizer, guard
         self.max_grad_norm = max_grad_norm
-        self._store = store
+        self._store, self._rate = store, rate
+        self._own = [group["lr"] for group in optimizer.param_groups] if optimizer and rate else []
         self._counted = {slot.name: _counted(slot, answers) for slot in slots if slot.counted}
 
     def squares(self) -> float:
@@ -97,6 +100,8 @@ class Update:
                 if slot.target.grad is not None:
                     slot.target.grad.mul_(factor / scale)
         if self.optimizer is not None:
+            for group, own in zip(self.optimizer.param_groups, self._own, strict=False):
+                group["lr"] = self._rate(step, own) if self._rate else own
             if self._store is None:
                 self.optimizer.step()
             else:
