@@ -50,6 +50,15 @@ class Choices:
     decided: tuple[str, ...]
     """Keys that tune DeepSpeed: they change no number, and the engine decides such things itself."""
 
+    def tell(self) -> None:
+        """Warn, on rank 0, of keys that only tune DeepSpeed."""
+        if self.decided and rank() == 0:
+            keys = ", ".join(self.decided)
+            warnings.warn(
+                f"ds_config: {keys} tune DeepSpeed and change no number; the engine decides such things itself",
+                stacklevel=4,
+            )
+
     def over(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of ``auto_parallel`` with what the configuration says of them.
 
@@ -87,12 +96,7 @@ def arguments(
         "fp16.enabled": precision == torch.float16, "bf16.enabled": precision == torch.bfloat16,
     }  # fmt: skip
     choices = read(config, dp=degrees["dp"] or 1, tp=degrees["tp"] or 1, samples=samples, auto=auto)
-    if choices.decided and rank() == 0:
-        warnings.warn(
-            f"ds_config: {', '.join(choices.decided)} tune DeepSpeed and change no number; the engine decides such "
-            "things itself",
-            stacklevel=3,
-        )
+    choices.tell()
     asked = {**given, "precision": precision_of(given["precision"]) if given["precision"] else None}
     return choices.over(asked)
 
