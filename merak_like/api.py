@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -31,24 +31,22 @@ from merak_like.partitioner.tracer import LossFn, trace
 from merak_like.partitioner.tracer.fine import fine_trace, steps
 from merak_like.runtime import collect
 from merak_like.runtime.batches import LossWeight, rows, signature, split, to_device
-from merak_like.runtime.data_parallel import Reducer
-from merak_like.runtime.deepspeed_zero import DeepSpeedReducer
 from merak_like.runtime.engine import Engine
+from merak_like.runtime.fully_sharded import Whole
 from merak_like.runtime.groups import make_groups
 from merak_like.runtime.initialize import join, world_size
+from merak_like.runtime.learning import Held, OptimizerFactory, learning
 from merak_like.runtime.links import DistLinks, NoLinks
 from merak_like.runtime.materialize import Initialiser, materialize
-from merak_like.runtime.optimizer import Slot, Update
+from merak_like.runtime.optimizer import Update
 from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.programs import Programs
 from merak_like.runtime.spreading import spreading_of
 from merak_like.runtime.tensor_parallel.sharding import on_meta, sharding
 from merak_like.runtime.watch import Watch
-from merak_like.runtime.zero import FlatReducer, refuse_unsuited, retarget
 
 Degree = int | str
 Save = Callable[[nn.Module, Path, Mapping[str, Tensor]], None]
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 def auto_parallel(
@@ -95,11 +93,12 @@ def auto_parallel(
     A degree ``"auto"`` is chosen, with the number of micro-batches, for the ranks that torchrun started, the example's
     batch and the memory; degrees that are given stay. ``tp_shares`` of 2 or more runs each micro-batch in so many
     parts, the sums over tensor-parallel ranks of one part under the compute of another. ``sequence_parallel`` divides
-    activations outside of sharded weights among these ranks too, by rows. ``zero`` spreads the optimizer's state (1)
-    and gradients (2) over replicas; ``zero_backend`` "deepspeed" or "deepspeed-offload" (state and update on the CPU)
-    lets DeepSpeed's optimizer do level 1. ``rate`` gives each step's learning rate from the step and a group's own.
-    ``ds_config`` is a DeepSpeed configuration; what it says is honoured, or refused by name. ``plan`` obeys a plan made
-    before. ``timeout`` in seconds limits every wait for another rank.
+    activations outside of sharded weights among these ranks too, by rows. ``zero`` spreads the optimizer's state (1),
+    gradients (2) and, with pp=tp=1, weights (3, by torch's ``fully_shard``) over replicas; ``zero_backend`` "deepspeed"
+    or "deepspeed-offload" (state and update on the CPU) lets DeepSpeed's optimizer do level 1. ``rate`` gives each
+    step's learning rate from the step and a group's own. ``ds_config`` is a DeepSpeed configuration; what it says is
+    honoured, or refused by name. ``plan`` obeys a plan made before. ``timeout`` in seconds limits every wait for
+    another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
     traced or cut, memory that does not suffice, and ranks that do not agree.
@@ -140,7 +139,10 @@ def auto_parallel(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
             )
         micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
-        parts = sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel)
+        if spread.weights and mesh.dp > 1:
+            parts, recompute = Whole(model, loss_fn), "none" if recompute == "auto" else recompute
+        else:
+            parts = sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel)
         # on the CPU whatever the device, so that a plan does not depend on where it was made
         rough = parts.trace(micro, "cpu")
         proof = collect.from_first(partial(parts.prove, rough, micro) if world.rank == 0 else None, world, watch)
@@ -188,47 +190,27 @@ def auto_parallel(
         readers = {name: frozenset(s.index for s in own if name in s.params) for name in trainable}
         pending = Counter[int]()
         precise.lower(model, trainable.values())
-        in_norm = {n for n in trainable if groups.coord.dp == 0 and holders[n] == groups.coord.pp}
-        holding = {name: groups.sums[sums[name]] for name in trainable}
-        learner = optimizer(trainable.values()) if optimizer and trainable else None
-        if learner is not None and zero:
-            refuse_unsuited(learner, zero)
-        if learner is not None and spread.deepspeed:
-            reducer = store = DeepSpeedReducer(
-                trainable, holding, watch, learner, replicas=groups.replicas, dp=groups.sums.get(((), ())),
-                dtypes=precise.dtypes, counted={n for n in trainable if holders[n] == groups.coord.pp},
-                offload=spread.offload, device=world.device,
-            )  # fmt: skip
-            slots = store.slots
-            store.copies = parts.copies(slots, groups, watch)
-        elif zero or precise.compute is not None:
-            reducer = store = FlatReducer(
-                trainable, holding, watch, readers, pending, zero=zero, dtypes=precise.dtypes, counted=in_norm,
-                dp=groups.sums.get(((), ())), whole={name for name in trainable if parts.partial(name)},
-            )  # fmt: skip
-            slots = store.slots
-            store.copies = parts.copies(slots, groups, watch)
-            if learner is not None:
-                retarget(learner, trainable, slots)
-        else:
-            slots = [Slot(name, p, tuple(p.shape), counted=name in in_norm) for name, p in trainable.items()]
-            copies = parts.copies(slots, groups, watch)
-            reducer, store = Reducer(trainable, holding, watch, readers, pending, copies), None
+        held = Held(
+            trainable, {name: groups.sums[sums[name]] for name in trainable}, readers,
+            {name for name in trainable if holders[name] == groups.coord.pp}, pending,
+        )  # fmt: skip
+        paths = {call.path for call in rough.calls}
+        learns = learning(model, held, optimizer, spread, precise, parts, groups, watch, world.device, paths)
         return Engine(
             plan=plan,
             model=model,
-            parameters=trainable,
+            parameters=learns.parameters,
             programs=Programs(
                 model, plan, rough, micro, groups.coord.pp, world.device, parts, parts.prepare(groups, watch), pending
             ),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
-            reducer=reducer,
+            reducer=learns.reducer,
             update=Update(
-                slots,
-                learner,
+                learns.slots,
+                learns.optimizer,
                 max_grad_norm=max_grad_norm,
                 guard=precise.guard(skip_not_finite),
-                store=store,
+                store=learns.store,
                 answers=shards.answers,
                 rate=rate,
             ),

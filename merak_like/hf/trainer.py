@@ -99,7 +99,7 @@ class HFTrainer(transformers.Trainer):
 
         elsewhere: list[tuple[nn.Parameter, bool]] = []
         limit = self.args.max_grad_norm
-        told = {"max_grad_norm": limit if limit and limit > 0 else None}
+        told: dict[str, Any] = {"max_grad_norm": limit if limit and limit > 0 else None}
         told |= self._asked.settle(self._degrees["dp"], self._degrees["tp"], steps)
         with self._precision():
             return auto_parallel(

@@ -85,9 +85,9 @@ class DeepSpeedReducer:
         self._parameters, self._watch, self._replicas = parameters, watch, replicas
         self._names = {id(p): name for name, p in parameters.items()}
         self._lowered = [p for p in parameters.values() if dtypes(p)[0] != dtypes(p)[1]]
-        with torch.no_grad():
-            for parameter in parameters.values():
-                parameter.data = parameter.data.to(dtypes(parameter)[0])
+        whole = {name: p.data for name, p in parameters.items()}
+        for parameter in parameters.values():
+            parameter.data = parameter.data.to(dtypes(parameter)[0])
         self._shared: dict[int, tuple[Group, list[nn.Parameter]]] = {}
         for name, parameter in sorted(parameters.items()):
             if groups[name] is not None and groups[name] is not dp:
@@ -110,6 +110,8 @@ class DeepSpeedReducer:
             self._places.append(cut)
             self.slots += [slot for slot, _ in cut]
             group["params"] = [slot.target for slot, _ in cut]
+            for slot, _ in cut:  # DeepSpeed has made them from weights that are rounded already
+                slot.target.data.copy_(whole[slot.name].flatten()[slice(*slot.run or ())])
         optimizer.param_groups[:] = self._all
         self._sums: list[Tensor] = []
 
@@ -123,7 +125,8 @@ class DeepSpeedReducer:
         from deepspeed.utils.timer import NoopTimer  # pyright: ignore[reportMissingImports]
 
         pinned = first.device.type == "cuda"
-        where = DeepSpeedZeroOffloadOptimizerConfig(device="cpu", pin_memory=pinned) if self._offload else None
+        offload: Any = DeepSpeedZeroOffloadOptimizerConfig
+        where = offload(device="cpu", pin_memory=pinned) if self._offload else None
         names = {p: name for name, p in self._parameters.items()}
         most = max(sum(p.numel() for p in members) for members in self._members)
         return DeepSpeedZeroOptimizer(
