@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from merak_like import __version__
+from merak_like.ds_config.rates import Rate
+from merak_like.ds_config.read import ARGUMENTS, arguments
 from merak_like.partitioner.degrees import choose
 from merak_like.partitioner.executable import ENGINE
 from merak_like.partitioner.graph import ProxyGraph
@@ -29,23 +31,23 @@ from merak_like.partitioner.tracer import LossFn, trace
 from merak_like.partitioner.tracer.fine import fine_trace, steps
 from merak_like.runtime import collect
 from merak_like.runtime.batches import LossWeight, rows, signature, split, to_device
-from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.engine import Engine
+from merak_like.runtime.fully_sharded import Whole
 from merak_like.runtime.groups import make_groups
 from merak_like.runtime.initialize import join, world_size
+from merak_like.runtime.learning import Held, OptimizerFactory, learning
 from merak_like.runtime.links import DistLinks, NoLinks
 from merak_like.runtime.materialize import Initialiser, materialize
 from merak_like.runtime.methods.method import Job, Method, Methods
-from merak_like.runtime.optimizer import Slot, Update
+from merak_like.runtime.optimizer import Update
 from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.programs import Programs
+from merak_like.runtime.spreading import spreading_of
 from merak_like.runtime.tensor_parallel.sharding import on_meta, sharding
 from merak_like.runtime.watch import Watch
-from merak_like.runtime.zero import FlatReducer, refuse_unsuited, retarget
 
 Degree = int | str
 Save = Callable[[nn.Module, Path, Mapping[str, Tensor]], None]
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 def auto_parallel(
@@ -63,9 +65,12 @@ def auto_parallel(
     micro_batches: int | None = None,
     sequence_parallel: bool = False,
     max_grad_norm: float | None = None,
+    rate: Rate | None = None,
     skip_not_finite: int = 0,
     precision: str | Precision | None = None,
     zero: int = 0,
+    zero_backend: str | None = None,
+    ds_config: Mapping[str, Any] | str | Path | None = None,
     methods: Sequence[Method] = (),
     loss_weight: LossWeight | None = None,
     weights: str | Path | None = None,
@@ -91,10 +96,13 @@ def auto_parallel(
     A degree ``"auto"`` is chosen, with the number of micro-batches, for the ranks that torchrun started, the example's
     batch and the memory; degrees that are given stay. ``tp_shares`` of 2 or more runs each micro-batch in so many
     parts, the sums over tensor-parallel ranks of one part under the compute of another. ``sequence_parallel`` divides
-    activations outside of sharded weights among these ranks too, by rows. ``methods`` of ``merak_like.runtime.methods``
-    change how stages run or gradients are treated. ``plan`` obeys a plan made before. ``fuse`` runs activations that
-    the model spells out as the one kernel of torch that computes the same up to rounding.
-    ``timeout`` in seconds limits every wait for another rank.
+    activations outside of sharded weights among these ranks too, by rows. ``zero`` spreads the optimizer's state (1),
+    gradients (2) and, with pp=tp=1, weights (3, by torch's ``fully_shard``) over replicas; ``zero_backend`` "deepspeed"
+    or "deepspeed-offload" (state and update on the CPU) lets DeepSpeed's optimizer do level 1. ``rate`` gives each
+    step's learning rate from the step and a group's own. ``ds_config`` is a DeepSpeed configuration; what it says is
+    honoured, or refused by name. ``methods`` of ``merak_like.runtime.methods`` change how stages run or gradients are
+    treated. ``fuse`` runs activations that the model spells out as the one kernel of torch that computes the same up
+    to rounding. ``plan`` obeys a plan made before. ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
     traced or cut, memory that does not suffice, and ranks that do not agree.
@@ -102,10 +110,15 @@ def auto_parallel(
     degrees = {axis: _degree(axis, degree) for axis, degree in (("dp", dp), ("pp", pp), ("tp", tp))}
     chosen = None in degrees.values()
     mesh = Mesh(world_size()) if chosen else Mesh(*(degree or 1 for degree in degrees.values()))
-    if zero not in (0, 1, 2):
-        raise ValueError(f"zero={zero}: it is 0, 1 (spread the optimizer's state) or 2 (gradients too)")
+    if ds_config is not None:
+        given = (optimizer, rate, micro_batches, max_grad_norm, precision, zero, zero_backend)
+        told = arguments(ds_config, degrees, rows(example), dict(zip(ARGUMENTS, given, strict=True)))
+        optimizer, rate, micro_batches, max_grad_norm, precision, zero, zero_backend = told.values()
+    spread = spreading_of(zero, zero_backend, mesh)
+    if spread.deepspeed and optimizer is None:
+        raise ValueError(f"zero_backend={zero_backend!r} spreads an optimizer's state: pass optimizer= too")
     precise = precision_of(precision)
-    world = join(mesh, timeout=timeout, device=device)
+    world = join(mesh, timeout=timeout, device=device, grouped=spread.deepspeed)
     if not model.training:
         model.train()
     watch = Watch(world.rank, world.timeout, world.pulse)
@@ -129,12 +142,16 @@ def auto_parallel(
             raise ValueError(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
             )
-        if zero and mesh.tp > 1:
-            raise ValueError(f"zero={zero} does not go with tp={mesh.tp} yet: use zero=0, or more dp or pp instead")
         micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
         job = Job(plan.schedule if plan else schedule, mesh.tp, tp_shares, zero, precise.loss_scale is not None)
         plugged = Methods(methods, job)
-        parts = plugged.around(sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel, fuse))
+        if spread.weights and mesh.dp > 1:
+            if methods:
+                raise ValueError("zero=3 runs the model whole, not the stages that methods= change: use zero=2")
+            parts, recompute = Whole(model, loss_fn, fuse=False), "none" if recompute == "auto" else recompute
+        else:
+            parts = sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel, fuse)
+        parts = plugged.around(parts)
         # on the CPU whatever the device, so that a plan does not depend on where it was made
         rough = parts.trace(micro, "cpu")
         proof = collect.from_first(partial(parts.prove, rough, micro) if world.rank == 0 else None, world, watch)
@@ -153,7 +170,7 @@ def auto_parallel(
                 plan = decide(parts.graph(rough), plan.micro_batches).with_notes(compared)
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
         choices = {
-            "seed": seed, "max_grad_norm": max_grad_norm, "precision": precise, "zero": zero,
+            "seed": seed, "max_grad_norm": max_grad_norm, "precision": precise, "zero": spread,
             "sequence_parallel": sequence_parallel, "tp_shares": tp_shares, "fuse": fuse, "methods": tuple(methods),
         }  # fmt: skip
         collect.agree(facts | {name: str(choice) for name, choice in choices.items()}, world, watch)
@@ -165,7 +182,9 @@ def auto_parallel(
                 f"micro-batches of {rows(micro)} samples: make the plan from this model and an example of that size"
             )
         sums = {name: (plan.shared.get(name, ()), parts.partial(name)) for s in plan.stages for name in s.params}
-        groups = make_groups(mesh, world, plan.stage_rank, list(sums.values()), parts.spans())
+        groups = make_groups(
+            mesh, world, plan.stage_rank, list(sums.values()), parts.spans(), replicas=spread.deepspeed
+        )  # fmt: skip
         shards = parts.shards(groups.coord.tp)
         own = [stage for stage in plan.stages if stage.rank == groups.coord.pp]
         initialise, counted, save = _habits(model)
@@ -180,40 +199,29 @@ def auto_parallel(
         readers = {name: frozenset(s.index for s in own if name in s.params) for name in trainable}
         pending = Counter[int]()
         precise.lower(model, trainable.values())
-        in_norm = {n for n in trainable if groups.coord.dp == 0 and holders[n] == groups.coord.pp}
-        holding = {name: groups.sums[sums[name]] for name in trainable}
-        if zero or precise.compute is not None:
-            reducer = store = FlatReducer(
-                trainable, holding, watch, readers, pending, zero=zero, dtypes=precise.dtypes, counted=in_norm,
-                dp=groups.sums.get(((), ())),
-            )  # fmt: skip
-            slots = store.slots
-            store.copies = parts.copies({slot.name: slot.target for slot in slots}, groups, watch)
-        else:
-            copies = parts.copies(trainable, groups, watch)
-            reducer, store = Reducer(trainable, holding, watch, readers, pending, copies), None
-            slots = [Slot(name, p, tuple(p.shape), counted=name in in_norm) for name, p in trainable.items()]
-        learner = optimizer(trainable.values()) if optimizer and trainable else None
-        if learner is not None and store is not None:
-            if zero:
-                refuse_unsuited(learner, zero)
-            retarget(learner, trainable, slots)
+        held = Held(
+            trainable, {name: groups.sums[sums[name]] for name in trainable}, readers,
+            {name for name in trainable if holders[name] == groups.coord.pp}, pending,
+        )  # fmt: skip
+        paths = {call.path for call in rough.calls}
+        learns = learning(model, held, optimizer, spread, precise, parts, groups, watch, world.device, paths)
         return Engine(
             plan=plan,
             model=model,
-            parameters=trainable,
+            parameters=learns.parameters,
             programs=Programs(
                 model, plan, rough, micro, groups.coord.pp, world.device, parts, parts.prepare(groups, watch), pending
             ),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
-            reducer=plugged.gradients(reducer, model, trainable, learner, groups, world, watch),
+            reducer=plugged.gradients(learns.reducer, model, trainable, learns.optimizer, groups, world, watch),
             update=Update(
-                slots,
-                learner,
+                learns.slots,
+                learns.optimizer,
                 max_grad_norm=max_grad_norm,
                 guard=precise.guard(skip_not_finite),
-                store=store,
+                store=learns.store,
                 answers=shards.answers,
+                rate=rate,
             ),
             world=world,
             groups=groups,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from merak_like.runtime import flat
 from tests.scenarios import PARTS, SAMPLES, TOLERANCE, agree, is_statistics, leads
 from tests.training import Subject, Trained, by_engine, in_one_precision, plainly
 from tests.zoo.case import Batch
@@ -36,3 +37,12 @@ def sharded(
         one, batches, dp, pp, PARTS // dp, tp=tp, schedule=schedule, loss_weight=one.weight, **more
     )  # fmt: skip
     return agree(ours, lambda: plain, TOLERANCE[dtype], skip=lambda key: dp > 1 and is_statistics(key))  # type: ignore[arg-type,return-value]
+
+
+def spread(name: str, dp: int, pp: int, tp: int, zero: int, **more: Any) -> float:
+    """The same with replicas that share the optimizer's state; small buckets, so that shares end inside of weights."""
+    before, flat.SPREAD_BYTES = flat.SPREAD_BYTES, 2000
+    try:
+        return sharded(name, dp, pp, tp, steps=3, zero=zero, **more)
+    finally:
+        flat.SPREAD_BYTES = before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -35,6 +35,41 @@ def spread(name: str, dp: int, pp: int, zero: int, schedule: str = "1f1b", bucke
     ours = by_engine(one, batches, dp, pp, PARTS // dp, zero=zero, schedule=schedule)
     flat.SPREAD_BYTES = before
     return 0.0 if plain is None else same(ours, plain, 1e-10)
+
+
+def deepspeed(name: str, dp: int, pp: int, backend: str, tp: int = 1, adam: str = "adamw", **more: Any) -> float:
+    """DeepSpeed's ZeRO-1 against plain training, in float32, with two groups of weights."""
+    from merak_like.runtime.deepspeed_zero import cpu_adam
+
+    make = cpu_adam if adam == "cpu_adam" else torch.optim.AdamW
+    one, batches, plain = grouped(name)
+    settings = {"zero": 1, "zero_backend": backend, "optimizer": partial(decaying, make), "tp": tp} | more
+    ours = by_engine(one, batches, dp, pp, PARTS // dp, **settings)
+    return 0.0 if plain is None else same(ours, plain, 1e-5)
+
+
+def decaying(make: Any, parameters: Any) -> torch.optim.Optimizer:
+    """Matrices decay, vectors do not."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() < 2], "lr": 2e-3},
+    ]
+    return make([group for group in groups if group["params"]], lr=1e-3, weight_decay=0.0)
+
+
+@lru_cache(maxsize=4)
+def grouped(name: str) -> tuple[Subject, list[Any], Trained | None]:
+    """A model in float32 and plain training of it."""
+    one = training.in_one_precision(name, dtype=torch.float32)
+    batches = [one.batch(SAMPLES)] * STEPS
+    if not leads():
+        return one, batches, None
+    usual, training.adamw = training.adamw, partial(decaying, torch.optim.AdamW)
+    try:
+        return one, batches, training.plainly(one, batches, PARTS)
+    finally:
+        training.adamw = usual
 
 
 def as_much_as_said(dp: int, pp: int, zero: int) -> list[int]:

@@ -131,7 +131,7 @@ RULES: dict[str, Rule] = {
         package("torch.fx"),
         door=("partitioner/tracer/*", "runtime/stage_code.py", "runtime/value_code.py", "runtime/tensor_parallel/*"),
     ),
-    "deepspeed has one door": Names(package("deepspeed"), door=("runtime/zero.py",)),
+    "deepspeed has one door": Names(package("deepspeed"), door=("runtime/deepspeed_zero.py",)),
     "cryptography has one door": Names(package("cryptography"), door=("split/keys.py",)),
     "grpc has one door": Names(package("grpc"), door=("split/*",)),
     "matplotlib has one door": Names(package("matplotlib"), door=("*/report/*",)),

@@ -53,16 +53,36 @@ MORE_PRECISION = [
     call("in_precision", 4, 1, name="gpt2", precision="bf16", zero=2),
     call("in_precision", 2, 2, name="llama", precision="fp16", zero=2),
 ]
+SHARDED = [
+    Call("sharded-falcon-1-2x1x2", "tests.sharded:spread", {"name": "falcon", "dp": 2, "pp": 1, "tp": 2, "zero": 1})
+]
+MORE_SHARDED = [
+    Call(f"sharded-{name}-{zero}-{rows}-2x1x2", "tests.sharded:spread",
+         {"name": name, "dp": 2, "pp": 1, "tp": 2, "zero": zero, "sequence_parallel": rows})
+    for name, zero, rows in (("llama", 1, False), ("falcon", 2, False), ("llama", 1, True), ("t5", 2, True))
+]  # fmt: skip
+WEIGHTS = [
+    call("spread", 2, 1, name="gpt2", zero=3),
+    call("spread", 4, 1, name="patchy", zero=3),
+    call("spread", 2, 1, name="llama", zero=3),
+    call("in_precision", 2, 1, name="gpt2", precision="bf16", zero=3),
+]
 MUCH = [call("as_much_as_said", 4, 1, zero=zero) for zero in (1, 2)]
 OVERFLOW = call("overflowing", 2, 2, zero=1)
 SKIPPING = call("skipping", 2, 2)
 SAVING = [
     lasting_call("unbroken", 2, 2, "zero1", name="gpt2", zero=1),
+    lasting_call("unbroken", 4, 1, "rows", name="gpt2", zero=3),
+    lasting_call("unbroken", 2, 1, "both", name="gpt2", zero=1, tp=2),
     lasting_call("unbroken", 4, 1, "bf16", name="gpt2", zero=2, precision="bf16"),
 ]
 GOING_ON = [lasting_call("go_on", 2, 2, "zero1", name="gpt2", exact=True, zero=1)]
 MORE_GOING_ON = [
     lasting_call("go_on", 4, 1, "zero1", name="gpt2", exact=False, zero=2),
+    lasting_call("go_on", 4, 1, "rows", name="gpt2", exact=True, zero=3),
+    lasting_call("go_on", 2, 2, "rows", name="gpt2", exact=False, zero=1),
+    lasting_call("go_on", 2, 1, "both", name="gpt2", exact=True, zero=1, tp=2),
+    lasting_call("go_on", 4, 1, "both", name="gpt2", exact=False, zero=2),
     lasting_call("go_on", 1, 4, "zero1", name="gpt2", exact=False),
     lasting_call("go_on", 4, 1, "bf16", name="gpt2", exact=True, zero=2, precision="bf16"),
 ]
@@ -91,6 +111,17 @@ def of(cases: list[Call], slow: Sequence[Call] = ()) -> Any:
 
 @of(SPREAD, MORE)
 def test_spread_training_equals_plain_training(case: Call, results: Callable[[Call], list[Any]]) -> None:
+    assert max(results(case)) <= 1e-10
+
+
+@of([], WEIGHTS)
+def test_spread_weights_too(case: Call, results: Callable[[Call], list[Any]]) -> None:
+    precision = case.arguments.get("precision")
+    assert max(results(case)) <= (spread.TOLERANCE[precision] if precision else 1e-10)
+
+
+@of(SHARDED, MORE_SHARDED)
+def test_replicas_of_sharded_weights_spread_their_shards(case: Call, results: Callable[[Call], list[Any]]) -> None:
     assert max(results(case)) <= 1e-10
 
 
@@ -162,8 +193,8 @@ def test_optimizer_that_looks_at_whole_weights_is_refused() -> None:
 
 
 def test_unknown_levels_and_precisions_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"zero=3: it is 0, 1 \(spread the optimizer's state\) or 2"):
-        build(zero=3)
+    with pytest.raises(ValueError, match=r"zero=4: it is 0, 1 \(spread the optimizer's state\), 2"):
+        build(zero=4)
     with pytest.raises(ValueError, match="precision='int8' is none of bf16, fp16"):
         build(precision="int8")
 

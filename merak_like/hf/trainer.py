@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 from merak_like.api import auto_parallel
+from merak_like.hf.ds_config import Asked
 from merak_like.hf.resuming import ENGINE, View, newest, take_up
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.predict import predict
@@ -49,13 +50,14 @@ class HFTrainer(transformers.Trainer):
     ) -> None:  # fmt: skip
         given = args if args is not None else transformers.TrainingArguments(output_dir="tmp_trainer")
         self._options: dict[str, Any] = {"micro_batches": given.gradient_accumulation_steps, **(engine or {})}
-        self._degrees = {"dp": dp, "pp": pp, "tp": tp}
+        self._degrees, self._asked = {"dp": dp, "pp": pp, "tp": tp}, Asked(given, self._options)
         self.engine: Engine | None = None
         self._norm = 0.0
         as_one = copy.copy(given)
         as_one.per_device_train_batch_size *= given.gradient_accumulation_steps * dp
         as_one.per_device_eval_batch_size *= dp
         as_one.gradient_accumulation_steps = 1
+        as_one.deepspeed = as_one.deepspeed_plugin = as_one.hf_deepspeed_config = None  # the engine does what it says
         refused = [f"{name}={value!r} ({why})" for name, value, why in _refused(given, more, type(self))]
         if refused:
             raise ValueError(f"HFTrainer cannot honour {'; '.join(refused)}")
@@ -83,11 +85,12 @@ class HFTrainer(transformers.Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if self.engine is None:
-            self.engine = self._build()
+            self.engine = self._build(steps=max_steps)
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.optimizer = View(self.engine.optimizer, self.args.learning_rate)
         self.create_scheduler(num_training_steps=max_steps)
+        self.lr_scheduler = self._asked.scheduler(self.optimizer, self.lr_scheduler)
         self.engine.heed(self._signals)
         if resume_from_checkpoint is not None:
             take_up(self.engine, self.lr_scheduler, Path(resume_from_checkpoint))
@@ -96,7 +99,7 @@ class HFTrainer(transformers.Trainer):
         self.callback_handler.train_dataloader = train_dataloader
         return self.model, train_dataloader
 
-    def _build(self, example: Any = None) -> Engine:
+    def _build(self, example: Any = None, steps: int = -1) -> Engine:
         model: Any = self.model
 
         def factory(parameters: Any) -> torch.optim.Optimizer:
@@ -114,11 +117,13 @@ class HFTrainer(transformers.Trainer):
 
         elsewhere: list[tuple[nn.Parameter, bool]] = []
         limit = self.args.max_grad_norm
+        told: dict[str, Any] = {"max_grad_norm": limit if limit and limit > 0 else None}
+        told |= self._asked.settle(self._degrees["dp"], self._degrees["tp"], steps)
         with self._precision():
             return auto_parallel(
-                model, **self._degrees, example=self._first() if example is None else example, optimizer=factory,
-                max_grad_norm=limit if limit and limit > 0 else None, seed=self.args.seed,
-                device=self.args.device if self.args.device.type == "cpu" else None, **self._options,
+                model, **self._degrees, example=self._first() if example is None else example,
+                optimizer=self._asked.optimizer(factory), seed=self.args.seed,
+                device=self.args.device if self.args.device.type == "cpu" else None, **(self._options | told),
             )  # fmt: skip
 
     def _first(self) -> Any:
@@ -153,7 +158,8 @@ class HFTrainer(transformers.Trainer):
 
     def _precision(self) -> AbstractContextManager[Any]:
         """transformers leaves autocast to accelerate, which would wrap the model's forward."""
-        return torch.autocast(self.args.device.type, torch.bfloat16) if self.args.bf16 else nullcontext()
+        asked = self.args.bf16 and not self._asked.config
+        return torch.autocast(self.args.device.type, torch.bfloat16) if asked else nullcontext()
 
     @property
     def _parts(self) -> int:
@@ -270,9 +276,8 @@ def _refused(args: Any, more: Mapping[str, Any], kind: type) -> Iterator[tuple[s
     own_loss = kind.compute_loss is not transformers.Trainer.compute_loss
     checks = (
         ("label_smoothing_factor", bool(args.label_smoothing_factor), "pass the loss as engine={'loss_fn': ...}"),
-        ("fp16", args.fp16, "use bf16, or none"),
+        ("fp16", args.fp16 and not args.deepspeed, "use bf16, or none"),
         ("fsdp", bool(args.fsdp), "the degrees dp, pp and tp say how the model is spread"),
-        ("deepspeed", bool(args.deepspeed), "the degrees dp, pp and tp say how the model is spread"),
         ("torch_compile", args.torch_compile, "stages are not compiled"),
         ("neftune_noise_alpha", args.neftune_noise_alpha is not None, "it adds a hook to a model that is traced"),
         ("auto_find_batch_size", args.auto_find_batch_size, "say memory_limit= in engine= and look at the plan"),

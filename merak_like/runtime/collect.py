@@ -21,12 +21,17 @@ def state_dict(
     model: nn.Module, plan: Plan, shards: Shards, groups: Groups, world: World, watch: Watch
 ) -> dict[str, Tensor]:
     """Every entry of the model's state_dict, full, on rank 0; {} elsewhere."""
-    own = model.state_dict(keep_vars=True)
+    own = {name: whole(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     first = {alias: names[0] for names in plan.ties for alias in names}
     entries = {first.get(name, name): tensor for name, tensor in own.items()}
     rank_of = {name: rank for name, rank in holders(plan).items() if name in entries}
     gathered = _gather(entries, rank_of, shards, groups, world, watch)
     return {name: gathered[first.get(name, name)] for name in own} if world.rank == 0 else {}
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor whose rows replicas share, gathered; every replica asks."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gradients(

@@ -23,21 +23,28 @@ class LossScale:
     """The one factor that every rank multiplies the loss with, so that small gradients are not lost in float16.
 
     It is halved when a gradient overflowed, and doubled after ``interval`` good steps (Micikevicius et al., ICLR 2018,
-    section 3.2). All ranks see the same norm, so all have the same factor.
+    section 3.2); None: it stays. All ranks see the same norm, so all have the same factor.
     """
 
     value: float = 2.0**16
-    interval: int = 2000
+    interval: int | None = 2000
+    patience: int = 1
+    """Overflows since it was last doubled until it is halved, and then at each."""
     good: int = 0
     """Good steps since it last changed."""
+    overflows: int = 0
+    """Since it was last doubled."""
 
     def after(self, finite: bool) -> None:
         """Take note of a step."""
         self.good = self.good + 1 if finite else 0
+        if self.interval is None:
+            return
         if not finite:
-            self.value /= 2
+            self.overflows += 1
+            self.value /= 2 if self.overflows >= self.patience else 1
         elif self.good == self.interval:
-            self.value, self.good = self.value * 2, 0
+            self.value, self.good, self.overflows = self.value * 2, 0, 0
 
 
 @dataclass
@@ -72,13 +79,14 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         scale = self.loss_scale
-        return {"skipped": self.skipped, "scale": None if scale is None else (scale.value, scale.good)}
+        return {"skipped": self.skipped, "scale": None if scale is None else (scale.value, scale.good, scale.overflows)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on as the job that was saved."""
         self.skipped = saved["skipped"]
         if self.loss_scale is not None and saved["scale"] is not None:
-            self.loss_scale.value, self.loss_scale.good = saved["scale"]
+            self.loss_scale.value, self.loss_scale.good, *rest = saved["scale"]
+            self.loss_scale.overflows = sum(rest)
 
 
 class Witness:

@@ -184,17 +184,20 @@ class FlatBucket:
 
 def buckets_of(
     parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Group], readers: Mapping[str, Set[int]], zero: int,
-    dtypes: Dtypes, counted: Set[str], dp: Group,
+    dtypes: Dtypes, counted: Set[str], dp: Group, whole: Set[str] = frozenset(),
 ) -> list[FlatBucket]:  # fmt: skip
-    """Last layers first, as the backward meets them; parameters of several stages in buckets of their own, last."""
+    """Last layers first, as the backward meets them; parameters of several stages in buckets of their own, last.
+
+    Those in ``whole`` are not spread.
+    """
     by_kind: dict[Any, list[tuple[str, nn.Parameter]]] = {}
     kinds: dict[Any, Kind] = {}
     for name in reversed(list(parameters)):
         group, stages = groups.get(name), frozenset(readers[name])
         compute, full = dtypes(parameters[name])
-        spread = zero > 0 and group is not None
+        spread = zero > 0 and group is not None and name not in whole
         every = zero > 1 and spread and group is dp and len(stages) == 1
-        key = (group is not dp, id(group), compute, full, stages if every else None, name in counted)
+        key = (group is not dp, id(group), compute, full, stages if every else None, name in counted, spread)
         ways, mine = (dist.get_world_size(group), dist.get_rank(group)) if spread else (1, 0)
         kind = kinds.setdefault(key, Kind(group, stages, ways, mine, compute, full, every, name in counted))
         kind.stages = kind.stages | stages

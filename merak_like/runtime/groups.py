@@ -35,6 +35,8 @@ class Groups:
     """For transfers to a higher rank: NCCL orders a pair of ranks per communicator, so each direction has its own."""
     down: Group = None
     """For transfers to a lower rank."""
+    replicas: Group = None
+    """The ranks with this stage and shard, if it was asked for: then it is there for a rank alone, too."""
     made: tuple[Group, ...] = ()
 
     def rank_of(self, stage: int) -> int:
@@ -56,18 +58,19 @@ class Groups:
 
 
 def make_groups(
-    mesh: Mesh, world: World, stage_rank: tuple[int, ...], sums: Collection[Sum], spans: Collection[Span]
-) -> Groups:
+    mesh: Mesh, world: World, stage_rank: tuple[int, ...], sums: Collection[Sum], spans: Collection[Span],
+    *, replicas: bool = False,
+) -> Groups:  # fmt: skip
     """Make every group of the mesh, in the same order on every rank, and keep this rank's.
 
     ``stage_rank`` is the pipeline rank of each stage; ``sums`` tells which gradients are added up over which ranks,
-    ``spans`` which tensor-parallel ranks talk.
+    ``spans`` which tensor-parallel ranks talk. ``replicas`` asks for a group that is never None.
     """
     coord = mesh.coord(world.rank)
     made: list[Group] = []
 
-    def group(ranks: Collection[int]) -> Group:
-        if len(ranks) < 2:
+    def group(ranks: Collection[int], least: int = 2) -> Group:
+        if len(ranks) < least:
             return None
         new = dist.new_group(sorted(ranks), timeout=world.timeout)
         if world.rank not in ranks:
@@ -75,9 +78,9 @@ def make_groups(
         made.append(new)
         return new
 
-    def each(sets: Iterable[frozenset[int]]) -> Group:
+    def each(sets: Iterable[frozenset[int]], least: int = 2) -> Group:
         """This rank's of disjoint sets of ranks."""
-        found = [group(ranks) for ranks in dict.fromkeys(sets)]
+        found = [group(ranks, least) for ranks in dict.fromkeys(sets)]
         return next((one for one in found if one is not None), None)
 
     def line(at: Coord) -> frozenset[int]:
@@ -101,7 +104,9 @@ def make_groups(
         span: each(frozenset(mesh.rank(at._replace(tp=tp)) for tp in spanned(at.tp, (span,))) for at in everywhere)
         for span in sorted(set(spans))
     }
-    return Groups(mesh, coord, stage_rank, own_sums, own_tensor, up, down, tuple(made))
+    lines = (frozenset(mesh.rank(at._replace(dp=dp)) for dp in range(mesh.dp)) for at in everywhere)
+    own_replicas = each(lines, least=1) if replicas else None
+    return Groups(mesh, coord, stage_rank, own_sums, own_tensor, up, down, own_replicas, tuple(made))
 
 
 def spanned(tp: int, spans: Iterable[Span]) -> frozenset[int]:

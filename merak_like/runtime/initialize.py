@@ -55,8 +55,12 @@ def variables(*starts: str) -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(starts)}
 
 
-def join(mesh: Mesh, *, timeout: float, device: torch.device | str | None = None) -> World:
+def join(
+    mesh: Mesh, *, timeout: float, device: torch.device | str | None = None, grouped: bool = False
+) -> World:  # fmt: skip
     """Join the job that torchrun started, or use the process group that already exists.
+
+    ``grouped``: a single process has one too, for those who do not work without.
 
     Raises ValueError unless the job has as many ranks as the mesh.
     """
@@ -73,6 +77,10 @@ def join(mesh: Mesh, *, timeout: float, device: torch.device | str | None = None
     again = start != "0"
     store = _store(limit) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
     if size == 1:
+        if grouped and not dist.is_initialized():
+            backend = "nccl" if where.type == "cuda" else "gloo"
+            alone = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=limit)
         return World(0, 1, where, limit, restarted=again or (store is not None and starts(store) > 1))
     if where.type == "cuda":
         torch.cuda.set_device(where)

@@ -67,22 +67,23 @@ class Update:
     def __init__(
         self, slots: Sequence[Slot], optimizer: torch.optim.Optimizer | None, *, max_grad_norm: float | None,
         guard: Guard, store: Store | None = None, answers: Callable[[str, Tensor], Iterable[Tensor]] = everything,
+        rate: Callable[[int, float], float] | None = None,
     ) -> None:  # fmt: skip
         """``store`` is where the targets lie that are not the model's parameters themselves.
 
+        ``rate`` is a learning-rate schedule: from a step and a group's own rate to the rate it learns at.
         ``answers`` gives the parts of a named gradient that this one of several tensor-parallel ranks counts.
         """
         self.slots, self.optimizer, self.guard = slots, optimizer, guard
         self.max_grad_norm = max_grad_norm
-        self._store, self._answers = store, answers
+        self._store, self._rate = store, rate
+        self._own = [group["lr"] for group in optimizer.param_groups] if optimizer and rate else []
+        self._counted = {slot.name: _counted(slot, answers) for slot in slots if slot.counted}
 
     def squares(self) -> float:
         """This rank's share of the squared norm of all gradients."""
         found = [(slot, slot.target.grad) for slot in self.slots if slot.counted]
-        return squared_norm([p for slot, grad in found if grad is not None for p in self._counted(slot, grad)])
-
-    def _counted(self, slot: Slot, gradient: Tensor) -> Iterable[Tensor]:
-        return self._answers(slot.name, gradient) if slot.run is None else (gradient,)
+        return squared_norm([p for slot, grad in found if grad is not None for p in self._counted[slot.name](grad)])
 
     def apply(self, found: StepResult, step: int, blame: Callable[[], str]) -> StepResult:
         """Clip, and step. ``found`` has the norm of the gradients as they are, scaled.
@@ -99,6 +100,8 @@ class Update:
                 if slot.target.grad is not None:
                     slot.target.grad.mul_(factor / scale)
         if self.optimizer is not None:
+            for group, own in zip(self.optimizer.param_groups, self._own, strict=False):
+                group["lr"] = self._rate(step, own) if self._rate else own
             if self._store is None:
                 self.optimizer.step()
             else:
@@ -109,6 +112,19 @@ class Update:
         """Bring targets that were changed otherwise, as by a checkpoint, into the model's parameters."""
         if self._store is not None:
             self._store.publish()
+
+
+def _counted(slot: Slot, answers: Callable[[str, Tensor], Iterable[Tensor]]) -> Callable[[Tensor], Iterable[Tensor]]:
+    """From a gradient of a slot to what this rank counts of it."""
+    if slot.run is None:
+        return lambda gradient: answers(slot.name, gradient)
+    marks = torch.zeros(slot.shape, dtype=torch.bool, device=slot.target.device)
+    for part in answers(slot.name, marks):
+        part.fill_(True)
+    mine = marks.flatten()[slice(*slot.run)]
+    if mine.all():
+        return lambda gradient: (gradient,)
+    return (lambda gradient: (gradient[mine],)) if mine.any() else lambda gradient: ()
 
 
 def squared_norm(gradients: Sequence[Tensor]) -> float:

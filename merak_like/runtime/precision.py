@@ -25,6 +25,10 @@ class Precision:
     compute: torch.dtype | None = None
     loss_scale: float | None = None
     """What the loss is first multiplied with, so that small gradients are not lost; None: 1, always."""
+    interval: int | None = 2000
+    """Good steps after which that is doubled; None: it never changes."""
+    patience: int = 1
+    """Overflows until it is halved."""
 
     def dtypes(self, parameter: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """In which dtype a parameter computes, and in which it is summed and updated."""
@@ -43,7 +47,7 @@ class Precision:
         """What becomes of a step that is not finite. A loss scale finds its size by overflowing: it may skip more."""
         if self.loss_scale is None:
             return Guard(limit)
-        return Guard(max(limit, OVERFLOWS), LossScale(self.loss_scale))
+        return Guard(max(limit, OVERFLOWS), LossScale(self.loss_scale, self.interval, self.patience))
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:

@@ -38,6 +38,7 @@ def refuse_unsuited(optimizer: torch.optim.Optimizer, zero: int) -> None:
     """Raise ValueError for an optimizer that cannot work on shares of weights."""
     kind = type(optimizer)
     known = kind.__module__.startswith("torch.optim") and kind.__name__ in ELEMENTWISE
+    known = known or (kind.__module__.startswith("deepspeed.") and kind.__name__ == "DeepSpeedCPUAdam")
     if not getattr(optimizer, "elementwise", known):
         raise ValueError(
             f"zero={zero} gives each rank runs of numbers, and {kind.__name__} may look at whole weights: use one of "
@@ -73,11 +74,12 @@ class FlatReducer:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Group], watch: Watch,
         readers: Mapping[str, Set[int]], pending: Counter[int], *, zero: int,
-        dtypes: Dtypes, counted: Set[str], dp: Group,
+        dtypes: Dtypes, counted: Set[str], dp: Group, whole: Set[str] = frozenset(),
     ) -> None:  # fmt: skip
         """``dtypes`` says in which dtype a parameter computes, and in which it is summed and updated.
 
         ``dp`` is the group of this rank's replicas: what is not shared between stages is summed behind the backward.
+        ``whole`` are not spread: tensor-parallel ranks see parts of their gradients.
         """
         self.watch, self._pending = watch, pending
         self._passed: set[int] = set()
@@ -90,7 +92,7 @@ class FlatReducer:
         self._works: list[tuple[Any, str, Callable[[], object]]] = []
         self._counts: list[list[float]] = []
         self._dp, self._readers = dp, {id(p): readers[name] for name, p in parameters.items()}
-        self.buckets = buckets_of(parameters, groups, readers, zero, dtypes, counted, dp)
+        self.buckets = buckets_of(parameters, groups, readers, zero, dtypes, counted, dp, whole)
         self.once = [b for b in self.buckets if not b.kind.every]
         self._place = {id(p): (b, i) for b in self.buckets for i, p in enumerate(b.parameters)}
         self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for b in self.buckets for p in b.parameters]

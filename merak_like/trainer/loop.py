@@ -22,6 +22,7 @@ from merak_like.trainer.data.loader import Loader, Samples
 from merak_like.trainer.data.order import Order
 from merak_like.trainer.evaluation import Metrics, evaluated
 from merak_like.trainer.journal import METRICS, Journal
+from merak_like.trainer.listeners import Rates, listeners
 from merak_like.trainer.rates import rate, warmup_steps
 from merak_like.trainer.settings import Settings
 from merak_like.trainer.speed import meter, most_memory

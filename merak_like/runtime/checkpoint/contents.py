@@ -54,11 +54,11 @@ class Contents:
         return held + [self.plain(name, tensor) for name, tensor in self.others().items() if self._writes(name)]
 
     def _writes(self, name: str, slot: Slot | None = None) -> bool:
-        if slot is not None and slot.run is not None:
-            return True
         rank_of, coord = holders(self.plan), self.groups.coord
         if coord.tp and name not in self.shards.layouts:
             return False
+        if slot is not None and slot.run is not None:
+            return slot.counted
         if self._is_buffer(name):
             return rank_of[name] == coord.pp
         share = list(rank_of).index(name) % self.plan.mesh.dp

@@ -28,7 +28,7 @@ from merak_like.runtime.finite import Guard
 from merak_like.runtime.groups import Groups, make_groups
 from merak_like.runtime.initialize import World
 from merak_like.runtime.links import NoLinks
-from merak_like.runtime.optimizer import Update
+from merak_like.runtime.optimizer import Slot, Update
 from merak_like.runtime.programs import Programs
 from merak_like.runtime.tensor_parallel.sharding import sharding
 from merak_like.runtime.tensor_parallel.shards import Shards
@@ -107,7 +107,7 @@ class Cast:
             with self.mode:
                 reducer = Reducer(
                     parameters, {name: groups.sums[self.sums[name]] for name in parameters}, watch, readers, pending,
-                    self.parts.copies(parameters, groups, watch),
+                    self.parts.copies([Slot(n, p, tuple(p.shape)) for n, p in parameters.items()], groups, watch),
                 )  # fmt: skip
             talks = [group for group in groups.tensor.values() if group is not None]
             once = OnePrograms(programs, self.micro, self.mode, self.real, talks)

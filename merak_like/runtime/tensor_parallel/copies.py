@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from merak_like.runtime.optimizer import Slot
 from merak_like.runtime.tensor_parallel.collectives import TensorGroup
 
 
@@ -16,17 +17,32 @@ from merak_like.runtime.tensor_parallel.collectives import TensorGroup
 class Copy:
     """Elements ``start <= i < stop`` along a dimension of this rank's part, which all ranks of a group have."""
 
-    parameter: nn.Parameter
+    slot: Slot
     dim: int
     start: int
     stop: int
     group: TensorGroup
 
-    @property
-    def gradient(self) -> Tensor | None:
-        """Of these elements, as a view; None if the parameter has none."""
-        grad = self.parameter.grad
-        return None if grad is None else grad.narrow(self.dim, self.start, self.stop - self.start)
+    def cut(self, gradient: Tensor) -> Tensor:
+        """These elements of a gradient of the slot: a view, or copied together from a run."""
+        return gradient[self._places()] if self.slot.run else self._narrow(gradient)
+
+    def put(self, gradient: Tensor, elements: Tensor) -> None:
+        """Write these elements into a gradient."""
+        if self.slot.run:
+            gradient[self._places()] = elements
+        else:
+            part = self._narrow(gradient)
+            part.copy_(elements.view_as(part))
+
+    def _narrow(self, whole: Tensor) -> Tensor:
+        return whole.narrow(self.dim, self.start, self.stop - self.start)
+
+    def _places(self) -> Tensor:
+        """Where they are in the run; the ranks of a group have runs at the same place."""
+        marks = torch.zeros(self.slot.shape, dtype=torch.bool, device=self.slot.target.device)
+        self._narrow(marks).fill_(True)
+        return marks.flatten()[slice(*self.slot.run or (None,))]
 
 
 class Copies:
@@ -40,10 +56,11 @@ class Copies:
     def add_up(self) -> None:
         """Sum their gradients, one collective for each group and dtype."""
         for copies in self.by_group.values():
-            pieces = [piece for copy in copies if (piece := copy.gradient) is not None]
-            for dtype in dict.fromkeys(piece.dtype for piece in pieces):
-                same = [piece for piece in pieces if piece.dtype == dtype]
-                flat = torch.cat([piece.flatten() for piece in same])
+            found = [(copy, grad) for copy in copies if (grad := copy.slot.target.grad) is not None]
+            for dtype in dict.fromkeys(grad.dtype for _, grad in found):
+                same = [(copy, grad) for copy, grad in found if grad.dtype == dtype]
+                pieces = [copy.cut(grad).flatten() for copy, grad in same]
+                flat = torch.cat(pieces)
                 copies[0].group.reduce(flat, "the sum of gradients of weights that several ranks have")
-                for piece, total in zip(same, flat.split([piece.numel() for piece in same]), strict=True):
-                    piece.copy_(total.view_as(piece))
+                for (copy, grad), total in zip(same, flat.split([p.numel() for p in pieces]), strict=True):
+                    copy.put(grad, total)

@@ -26,6 +26,7 @@ from merak_like.partitioner.tracer import LossFn, Trace, trace
 from merak_like.partitioner.tracer.fine import fine_trace, steps
 from merak_like.runtime.batches import rows, samples
 from merak_like.runtime.groups import Groups, Span
+from merak_like.runtime.optimizer import Slot
 from merak_like.runtime.prepared import Prepared
 from merak_like.runtime.tensor_parallel.collectives import TensorGroup
 from merak_like.runtime.tensor_parallel.copies import Copies, Copy
@@ -83,7 +84,7 @@ class Sharding(Protocol):
         """What makes a trace this rank's own."""
         ...
 
-    def copies(self, parameters: Mapping[str, nn.Parameter], groups: Groups, watch: Watch) -> Copies:
+    def copies(self, slots: Sequence[Slot], groups: Groups, watch: Watch) -> Copies:
         """The parts of sharded weights that several ranks have."""
         ...
 
@@ -137,7 +138,7 @@ class Unsharded:
     def prepare(self, groups: Groups, watch: Watch) -> Prepare:
         return lambda traced, starts, batch: Prepared.plainly(traced, self.model, starts)
 
-    def copies(self, parameters: Mapping[str, nn.Parameter], groups: Groups, watch: Watch) -> Copies:
+    def copies(self, slots: Sequence[Slot], groups: Groups, watch: Watch) -> Copies:
         return Copies(())
 
 
@@ -271,15 +272,15 @@ class Sharded:
 
         return prepared
 
-    def copies(self, parameters: Mapping[str, nn.Parameter], groups: Groups, watch: Watch) -> Copies:
-        found = list[Copy]()
+    def copies(self, slots: Sequence[Slot], groups: Groups, watch: Watch) -> Copies:
+        found, of = list[Copy](), {slot.name: slot for slot in slots}
         for block in self.derived.blocks:
             for name, layout in block.weights.items():
-                for group in block.groups if name in parameters else ():
+                for group in block.groups if name in of else ():
                     for dim, factors in enumerate(layout):
                         ranks = TensorGroup(groups.tensor[group.degree, group.repeat], group.degree, watch)
                         for start, stop in same_parts(factors, group.degree, group.repeat, self.tp):
-                            found.append(Copy(parameters[name], dim, start, stop, ranks))
+                            found.append(Copy(of[name], dim, start, stop, ranks))
         return Copies(tuple(dict.fromkeys(found)))
 
 
