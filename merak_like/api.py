@@ -148,7 +148,7 @@ def auto_parallel(
         if spread.weights and mesh.dp > 1:
             if methods:
                 raise ValueError("zero=3 runs the model whole, not the stages that methods= change: use zero=2")
-            parts, recompute = Whole(model, loss_fn, fuse=False), "none" if recompute == "auto" else recompute
+            parts, recompute = Whole(model, loss_fn), "none" if recompute == "auto" else recompute
         else:
             parts = sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel, fuse)
         parts = plugged.around(parts)
