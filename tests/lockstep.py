@@ -22,6 +22,7 @@ from merak_like._compat import TorchDispatchMode, tree_leaves
 from merak_like.partitioner.mesh import Coord, Mesh
 from merak_like.runtime import rng
 from merak_like.runtime.groups import Groups, spanned
+from merak_like.runtime.optimizer import Slot
 from merak_like.runtime.tensor_parallel import scatter
 from merak_like.runtime.tensor_parallel.sharding import Sharded
 from tests.training import Subject
@@ -144,7 +145,8 @@ def in_lockstep(
         stage.backward(0, {"loss": torch.ones_like(out["loss"])})
         if thrifty:
             stage.weight(0)
-        mine.copies(dict(models[rank].named_parameters()), groups, Free()).add_up()  # type: ignore[arg-type]
+        slots = [Slot(name, p, tuple(p.shape)) for name, p in models[rank].named_parameters()]
+        mine.copies(slots, groups, Free()).add_up()  # type: ignore[arg-type]
         for name, parameter in models[rank].named_parameters():
             if parameter.grad is not None:
                 sums[rank][name] = parameter.grad
