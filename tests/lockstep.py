@@ -106,7 +106,7 @@ class Ran:
 
 
 def in_lockstep(
-    one: Subject, batch: Any, tp: int, sequence_parallel: bool = True, planned: Any = None, thrifty: bool = False,
+    one: Subject, batch: Any, tp: int, sequence_parallel: bool = True, fuse: bool = True, planned: Any = None, thrifty: bool = False,
     shares: int = 1,
 ) -> Ran:  # fmt: skip
     """Forward and backward; ``planned`` is the batch that decided how weights lie and which gradients are summed.
@@ -117,11 +117,11 @@ def in_lockstep(
     boxes: dict[Any, dict[Any, Any]] = {}
     models, sums = [copy.deepcopy(one.model) for _ in range(tp)], [dict[str, Tensor]() for _ in range(tp)]
     losses, kept, code, errors = [0.0] * tp, [0] * tp, [""] * tp, list[BaseException]()
-    parts = Sharded(one.model, tp, one.loss_fn, shares, sequence_parallel)
+    parts = Sharded(one.model, tp, one.loss_fn, shares, sequence_parallel, fuse)
 
     def work(rank: int) -> None:
         ring.await_turn(rank)
-        mine = Sharded(models[rank], tp, one.loss_fn, shares, sequence_parallel)
+        mine = Sharded(models[rank], tp, one.loss_fn, shares, sequence_parallel, fuse)
         first = mine.trace(batch if planned is None else planned, "cpu")
         mine.graph(first)
         traced = first if planned is None else mine.trace(batch, "cpu")
