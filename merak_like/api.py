@@ -132,7 +132,7 @@ def auto_parallel(
         micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
         job = Job(plan.schedule if plan else schedule, mesh.tp, tp_shares, zero, precise.loss_scale is not None)
         plugged = Methods(methods, job)
-        parts = plugged.around(sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel))
+        parts = plugged.around(sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel), model)
         # on the CPU whatever the device, so that a plan does not depend on where it was made
         rough = parts.trace(micro, "cpu")
         proof = collect.from_first(partial(parts.prove, rough, micro) if world.rank == 0 else None, world, watch)
