@@ -29,6 +29,15 @@ def test_one_rank_is_plain_kfac(kind: str, more: dict[str, Any]):
     assert worst(ours, theirs)[0] < 1e-6
 
 
+def test_a_step_that_is_not_finite_is_skipped_and_forgotten():
+    data = batches(3, 32, torch.float64)
+    spoiled = {**data[1], "x": data[1]["x"] * float("nan")}
+    clean = by_engine(model(dtype=torch.float64), [data[0], data[2]], 0.1, Kfac())[1]
+    losses, ours = by_engine(model(dtype=torch.float64), [data[0], spoiled, data[2]], 0.1, Kfac(), skip_not_finite=1)
+    assert losses[1] != losses[1]
+    assert worst(ours, clean)[0] < 1e-12
+
+
 def test_owners_share_the_factors_evenly():
     sizes = {f"layer{i}": 10 for i in range(8)} | {"large": 40}
     owners = owners_of(sizes, 3)
