@@ -58,8 +58,8 @@ def test_chunks_under_autocast_are_as_exact_as_torch():
 
 @pytest.mark.parametrize(
     ("name", "recompute"),
-    [("gpt2", "none"), ("bert", "full")]
-    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", "none"), ("gpt2", "full"), ("bert", "none"))],
+    [("gpt2", "full")]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", "none"), ("gpt2", "none"), ("bert", "full"))],
 )
 def test_a_model_trains_without_its_logits(name: str, recompute: str):
     one = in_one_precision(name)
