@@ -101,6 +101,16 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path):
     again.close()
 
 
+def test_weights_that_are_views_stay_where_they_are():
+    memory = torch.zeros(6)
+    parameter = nn.Parameter(torch.empty(0))
+    parameter.data = memory[:4]
+    optimizer = FlatAdamW([parameter], 0.1)
+    parameter.grad = torch.ones(4)
+    optimizer.step()
+    assert memory.tolist() == pytest.approx([-0.1] * 4 + [0, 0])
+
+
 def test_what_it_cannot_do_is_refused():
     with pytest.raises(ValueError, match="capturable"):
         FlatAdamW([nn.Parameter(torch.zeros(2))], capturable=True)
