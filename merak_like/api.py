@@ -151,7 +151,7 @@ def auto_parallel(
             parts, recompute = Whole(model, loss_fn), "none" if recompute == "auto" else recompute
         else:
             parts = sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel, fuse)
-        parts = plugged.around(parts)
+        parts = plugged.around(parts, model)
         # on the CPU whatever the device, so that a plan does not depend on where it was made
         rough = parts.trace(micro, "cpu")
         proof = collect.from_first(partial(parts.prove, rough, micro) if world.rank == 0 else None, world, watch)

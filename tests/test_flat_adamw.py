@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from merak_like import Engine, auto_parallel
 from merak_like.runtime.methods.flat_adamw import FlatAdamW
 
 SIZES = [(7, 5), (3,), (16, 16), (1,), (33, 2), (5, 4, 3), (11,)]
@@ -72,6 +74,41 @@ def test_state_goes_over_to_torch_and_back():
     again.load_state_dict(copy.deepcopy(mine.state_dict()))
     train(again, ours, range(3, 6))
     assert equal(ours, theirs)
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path):
+    def engine() -> Engine:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        return auto_parallel(
+            model, example=batch, loss_fn=lambda out, b: out.square().mean(), optimizer=FlatAdamW, device="cpu",
+            hardware="a100-80gb",
+        )  # fmt: skip
+
+    batch = {"input": torch.randn(4, 6)}
+    through = engine()
+    for step in range(4):
+        if step == 2:
+            through.save(tmp_path)
+        through.step(batch)
+    again = engine()
+    assert again.resume(tmp_path) is not None
+    for _ in range(2):
+        again.step(batch)
+    for name, weight in through.full_state_dict().items():
+        assert torch.equal(again.full_state_dict()[name], weight)
+    through.close()
+    again.close()
+
+
+def test_weights_that_are_views_stay_where_they_are():
+    memory = torch.zeros(6)
+    parameter = nn.Parameter(torch.empty(0))
+    parameter.data = memory[:4]
+    optimizer = FlatAdamW([parameter], 0.1)
+    parameter.grad = torch.ones(4)
+    optimizer.step()
+    assert memory.tolist() == pytest.approx([-0.1] * 4 + [0, 0])
 
 
 def test_what_it_cannot_do_is_refused():

@@ -14,16 +14,28 @@ from tests.kfac_runs import WIDTHS, batches, by_engine, by_hooks, model
 from tests.ranks import Call, results_of, selected_calls
 from tests.training import worst
 
-OPTIONS = {"damping": 0.003, "weight": 0.95}
+OPTIONS: dict[str, Any] = {"damping": 0.003, "weight": 0.95}
 
 
-@pytest.mark.parametrize("kind", ["mlp", "images"])
-@pytest.mark.parametrize("more", [{}, {"micro_batches": 2, "recompute": "full"}, {"schedule": "zb-h1"}])
+AGAIN, LATER = {"micro_batches": 2, "recompute": "full"}, {"schedule": "zb-h1"}
+MORE = [pytest.param(*case, marks=pytest.mark.slow) for case in (("mlp", {}), ("images", LATER), ("mlp", LATER))]
+
+
+@pytest.mark.parametrize(("kind", "more"), [("images", AGAIN), *MORE])
 def test_one_rank_is_plain_kfac(kind: str, more: dict[str, Any]):
     data = batches(4, 64, torch.float64)
     theirs = by_hooks(model(kind, torch.float64), data, 0.1, **OPTIONS, clip=0.01)
     _, ours = by_engine(model(kind, torch.float64), data, 0.1, Kfac(**OPTIONS), **more)
     assert worst(ours, theirs)[0] < 1e-6
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_forgotten():
+    data = batches(3, 32, torch.float64)
+    spoiled = {**data[1], "x": data[1]["x"] * float("nan")}
+    clean = by_engine(model(dtype=torch.float64), [data[0], data[2]], 0.1, Kfac())[1]
+    losses, ours = by_engine(model(dtype=torch.float64), [data[0], spoiled, data[2]], 0.1, Kfac(), skip_not_finite=1)
+    assert losses[1] != losses[1]
+    assert worst(ours, clean)[0] < 1e-12
 
 
 def test_owners_share_the_factors_evenly():

@@ -58,8 +58,8 @@ def test_chunks_under_autocast_are_as_exact_as_torch():
 
 @pytest.mark.parametrize(
     ("name", "recompute"),
-    [("gpt2", "none"), ("bert", "full")]
-    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", "none"), ("gpt2", "full"), ("bert", "none"))],
+    [("gpt2", "full")]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", "none"), ("gpt2", "none"), ("bert", "full"))],
 )
 def test_a_model_trains_without_its_logits(name: str, recompute: str):
     one = in_one_precision(name)
@@ -77,7 +77,7 @@ def test_the_logits_are_gone_from_the_recorded_model():
     batch = one.batch(2, 12)
     plain = trace(one.model, batch)
     found = ChunkedLoss().traced(trace(one.model, batch), one.model)
-    vocabulary = one.model.config.vocab_size
+    vocabulary = one.model.get_submodule("lm_head").get_parameter("weight").shape[0]
     assert any(v.shape[-1:] == (vocabulary,) for v in plain.graph.values.values())
     assert not any(v.shape[-1:] == (vocabulary,) for v in found.graph.values.values())
     assert set(found.graph.outputs) == {"loss"}

@@ -123,7 +123,7 @@ def chunked_loss() -> Lines:
     both = (lambda: F.cross_entropy(F.linear(x, w), target)), (lambda: linear_cross_entropy(x, w, None, target))
     grads = [step(one) for one in both]
     off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*grads, strict=True))
-    seconds = [cpu(lambda one=one: step(one), 3) for one in both]
+    seconds = [cpu(lambda one=one: step(one), 1) for one in both]
     where = "2048 tokens, width 256, 50,000 words"
     return [
         [where, "peak memory to the plain loss's, gradients included", "25 %", f"{ours / naive:.0%}"],
@@ -145,7 +145,7 @@ class Deep(nn.Module):
     def forward(self, x, labels):
         return F.cross_entropy(self.head(self.body(x)), labels)
 torch.manual_seed(0)
-batch = {"x": torch.randn(16384, 256), "labels": torch.randint(10, (16384,))}
+batch = {"x": torch.randn(8192, 256), "labels": torch.randint(10, (8192,))}
 def engine(methods):
     return auto_parallel(Deep(), example=batch, hardware="a100-80gb", device="cpu", methods=methods,
                          optimizer=lambda p: torch.optim.SGD(p, 0.01))
@@ -167,11 +167,8 @@ def compress() -> Lines:
         torch.manual_seed(0)
         engine = space["engine"](methods)
         engine.step(some)
-        seconds = cpu(lambda: engine.step(some), 5)
-        torch.manual_seed(0)
-        fresh = space["engine"](methods)
-        fresh.step(some)
-        return fresh.full_gradients(), seconds
+        found = {name: g.clone() for name, g in engine.full_gradients().items()}
+        return found, cpu(lambda: engine.step(some), 3)
 
     exact, plainly = gradients()
     lines: Lines = []
@@ -188,18 +185,28 @@ def compress() -> Lines:
             [where, f"bound {bound}{coder}: time of a step to plain", "", f"{seconds / plainly:.1f}"],
         ]
     lines.append(
-        [f"{where}, 16,384 rows", "bound 0.02: peak memory of a step down by", "40 %", f"{1 - ours / plain:.0%}"]
+        [f"{where}, 8,192 rows", "bound 0.02: peak memory of a step down by", "40 %", f"{1 - ours / plain:.0%}"]
     )
-    accuracy = {kind: [_digits(kind, seed) for seed in range(3)] for kind in ("plain", "0.02", "adapted")}
-    means = {kind: sum(found) / 3 for kind, found in accuracy.items()}
-    for kind in ("0.02", "adapted"):
-        what = f"bound {kind}: accuracy less than plain's {means['plain']:.3f} by"
-        where = "digits, two convolutions, 8 epochs, 3 seeds"
-        lines.append([where, what, "0.010", f"{means['plain'] - means[kind]:.3f}"])
     return lines
 
 
-def _digits(kind: str, seed: int, epochs: int = 8) -> float:
+def compress_digits() -> Lines:
+    """A small convolutional network on digits, with packed inputs and without."""
+    accuracy = {kind: [_digits(kind, seed) for seed in range(3)] for kind in ("plain", "0.02", "adapted")}
+    means = {kind: sum(found) / 3 for kind, found in accuracy.items()}
+    where = "digits, two convolutions, 4 epochs, 3 seeds"
+    return [
+        [
+            where,
+            f"bound {kind}: accuracy less than {means['plain']:.3f} by",
+            "0.010",
+            f"{means['plain'] - means[kind]:.3f}",
+        ]
+        for kind in ("0.02", "adapted")
+    ]
+
+
+def _digits(kind: str, seed: int, epochs: int = 4) -> float:
     """Accuracy on 360 held-out digits after training a small convolutional network with packed inputs."""
     import torch
     import torch.nn.functional as F
@@ -250,13 +257,13 @@ def compiled() -> Lines:
     def step(module: Any) -> Any:
         block.zero_grad()
         module(x).square().mean().backward()
-        return [p.grad.clone() for p in block.parameters()]
+        return [p.grad.clone() for p in block.parameters() if p.grad is not None]
 
     begin = time.process_time()
     made, plain = step(quick), step(block)
     first = time.process_time() - begin
     off = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-8)) for a, b in zip(made, plain, strict=True))
-    seconds = [cpu(lambda m=m: step(m), 20) for m in (quick, block)]
+    seconds = [cpu(lambda m=m: step(m), 9) for m in (quick, block)]
     where = "transformer block of 128, 8 x 64 tokens"
     return [
         [where, "time of forward and backward to eager's", "", f"{seconds[0] / seconds[1]:.2f}"],
@@ -274,8 +281,8 @@ def kfac() -> Lines:
         options |= {} if kind == "sgd" else {"kl_clip": None}
         return Call(f"{kind} {rate}", "tests.kfac_runs:on_ranks", options)
 
-    calls = [call("sgd", r, 70) for r in (0.3, 0.4, 0.5, 0.7)] + [
-        call(k, r, 30) for k in ("mpd", "kfac") for r in (0.1, 0.2, 0.3)
+    calls = [call("sgd", r, 60) for r in (0.4, 0.5, 0.6)] + [
+        call(k, r, 20) for k in ("mpd", "kfac") for r in (0.2, 0.3)
     ]
     job = torchrun(calls, 4, timeout=280)
     found = {c.name: job.results(c.name) for c in calls}
@@ -296,7 +303,7 @@ def kfac() -> Lines:
     more = f"{extra['mpd'] / 1024:.0f} {extra['kfac'] / 1024:.0f}"
     return [
         [where, "factor bytes on the wire", "0", f"{factors}"],
-        [where, "steps to a loss of 0.3: SGD (best of 4 rates), shared factors, owners", "", told],
+        [where, "steps to a loss of 0.3: SGD (best of 3 rates), shared factors, owners", "", told],
         [where, "steps to those with shared factors", "1.10", f"{steps['kfac'] / steps['mpd']:.2f}"],
         [where, "steps to those of tuned SGD", "0.50", f"{steps['kfac'] / steps['sgd']:.2f}"],
         [where, "bytes of a step beyond SGD's, KiB: shared factors, owners", "", more],
@@ -322,6 +329,7 @@ ROWS = {
     "chunked_loss": Row("ChunkedLoss", chunked_loss),
     "compiled": Row("Compiled", compiled),
     "compress": Row("Compress", compress),
+    "compress_digits": Row("Compress", compress_digits),
     "kfac": Row("Kfac", kfac),
     "experts": Row("MatrixProductExperts", small.experts),
     "low_rank": Row("LowRank", small.low_rank),

@@ -71,7 +71,11 @@ def low_rank() -> Lines:
     rank, layers = 4, "[02]"
 
     def projected(energy: bool) -> Callable[[Any], None]:
-        return lambda m: [project(one.weight, rank, energy=energy) for one in chosen(m, layers, rank).values()] and None
+        def after(model: Any) -> None:
+            for one in chosen(model, layers, rank).values():
+                project(one.weight, rank, energy=energy)
+
+        return after
 
     dense = [trained(seed) for seed in range(SEEDS)]
     late = copy.deepcopy(dense)
@@ -101,10 +105,10 @@ def element_weights() -> Lines:
     x, y = digits()
     batches = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 1437, 8)]
     lines: Lines = []
+    models = [trained(seed) for seed in range(SEEDS)]
     for rank in (4, 8):
         errors, scores = [0.0] * 3, [0.0] * 3
-        for seed in range(SEEDS):
-            model = trained(seed)
+        for model in models:
             weight = model[0].weight.detach()
             fisher = fisher_information(model, ["0.weight"], batches, lambda m, b: F.cross_entropy(m(b[0]), b[1]))[
                 "0.weight"
@@ -148,7 +152,7 @@ def powers() -> Lines:
     ]
 
 
-def experts(steps: int = 250) -> Lines:
+def experts(steps: int = 150) -> Lines:
     """A language model of one block on letters: 8 experts with a shared core, and a dense layer of as many numbers."""
     import pydoc_data.topics as topics
 
@@ -210,7 +214,7 @@ def experts(steps: int = 250) -> Lines:
     ]
 
 
-def binarised(epochs: int = 20) -> Lines:
+def binarised(epochs: int = 12) -> Lines:
     """An edge layer of signs beside one of floats: accuracy, and what a decoder finds of the digits."""
     import torch
     import torch.nn.functional as F
@@ -255,15 +259,17 @@ def binarised(epochs: int = 20) -> Lines:
     right, error = ({k: mean(r[i] for r in some) for k, some in found.items()} for i in (0, 1))
     blind = float(F.mse_loss(x[:1437].mean(0).expand(360, 64), x[1437:]))
     where = f"digits, 512 features at the cut, {SEEDS} seeds"
+    times = f"{error['binary'] / error['float']:.1f} x {error['leak'] / error['float']:.1f} x"
+    errors = " ".join(f"{v:.4f}" for v in (*error.values(), blind))
     return [
         [where, "fewer bytes of a batch of 64, frame included", "31 x", f"{found['binary'][0][2]:.1f} x"],
         [where, "accuracy: float, signs, signs and leak loss", "-0.03", " ".join(f"{v:.3f}" for v in right.values())],
-        [where, "decoder's error to float's: signs, signs and leak loss", "3 x", f"{error['binary'] / error['float']:.1f} x {error['leak'] / error['float']:.1f} x"],
-        [where, "decoder's error: float, signs, with leak loss; by the mean", "", " ".join(f"{v:.4f}" for v in (*error.values(), blind))],
-    ]  # fmt: skip
+        [where, "decoder's error to float's: signs, signs and leak loss", "3 x", times],
+        [where, "decoder's error: float, signs, with leak loss; by the mean", "", errors],
+    ]
 
 
-def superposed(epochs: int = 15) -> Lines:
+def superposed(epochs: int = 12) -> Lines:
     """C3-SL at a wide cut: groups of 1, 4 and 16."""
     import torch
     import torch.nn.functional as F

@@ -35,7 +35,7 @@ from merak_like.runtime.stage_code import Piece
 
 A, NOISE = 0.32, 0.01
 """Of COMET's model of the error, and how much of it is allowed."""
-RANGE = 3.0
+RANGE = 2.5
 """Bounds are relative to so many root mean squares of the tensor: about its range, and no outlier moves it."""
 TIGHTEST, LOOSEST = 1e-3, 0.1
 SMALLEST = 1024

@@ -140,7 +140,9 @@ def _lay_flat(parameters: Sequence[Tensor]) -> None:
     """Give the weights of one dtype and device one memory, last first: as the backward meets them."""
     kinds: dict[Any, list[Tensor]] = {}
     for parameter in reversed(parameters):
-        if parameter.is_contiguous() and not parameter.is_meta and parameter.numel():
+        # what is a view of other memory, as with ZeRO, belongs there
+        alone = not parameter.is_meta and parameter.untyped_storage().nbytes() == parameter.nbytes
+        if alone and parameter.is_contiguous() and parameter.numel():
             kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
     for members in kinds.values():
         flat = torch.cat([p.detach().flatten() for p in members])

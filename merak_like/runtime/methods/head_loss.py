@@ -100,7 +100,8 @@ def find(trace: Trace, model: nn.Module) -> Head:
 def _options(node: Node, modules: dict[str, nn.Module]) -> dict[str, Any] | None:
     """The target and the options of a cross-entropy; None for any other node."""
     if node.op == "call_function" and node.target is F.cross_entropy:
-        given = dict(zip(("target", "weight"), node.args[1:], strict=False)) | dict(node.kwargs)
+        given: dict[str, Any] = dict(zip(("target", "weight"), node.args[1:], strict=False))
+        given.update(node.kwargs)
         unknown = [k for k in ("size_average", "reduce") if given.pop(k, None) is not None]
         return None if unknown or len(node.args) > 3 else given
     module = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -127,9 +128,9 @@ def _walk(head: Head, trace: Trace, modules: dict[str, nn.Module]) -> str:
                 return f"{node.target} has hooks"
             head.layer, head.biased = node, module.bias is not None
             return ""
-        source = node.args[0] if node.args else None
-        if node.op != "call_method" or not hasattr(source, "name"):
+        if node.op != "call_method":
             return f"{node.name} stands between the layer and the loss"
+        source = node.args[0]
         before, after = (trace.graph.values[n.name].shape for n in (source, node))
         rows_only = node.target in CASTING or (node.target in RESHAPING and _keeps_columns(node, before, after))
         if not rows_only or after[-1] != shape[-1]:

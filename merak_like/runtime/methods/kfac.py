@@ -30,6 +30,9 @@ from merak_like.runtime.optimizer import agree_on
 from merak_like.runtime.split_backward import Operands
 from merak_like.runtime.stage_code import Piece
 
+SOLID = torch.contiguous_format
+"""What is sent lies in one piece."""
+
 
 @dataclass
 class Factor:
@@ -52,6 +55,10 @@ class Factor:
             return
         new = self.total.mul_(scale)
         self.mean = new if self.mean is None else self.mean.lerp_(new, weight)
+        self.forget()
+
+    def forget(self) -> None:
+        """Leave this step out."""
         self.total, self.rows = None, 0
 
 
@@ -85,6 +92,11 @@ class Curved:
         grad.copy_(matrix.t() if self.turned else matrix.reshape(weight.shape))
         if self.bias is not None and self.bias.grad is not None:
             self.bias.grad.copy_(made[:, -1])
+
+    @property
+    def finite(self) -> bool:
+        """Whether this step's sums are numbers."""
+        return all(bool(f.total.isfinite().all()) for f in (self.a, self.g) if f.total is not None)
 
     @property
     def ready(self) -> bool:
@@ -177,18 +189,14 @@ class Kfac(Method):
             if self.share_factors and place.replicas is not None:
                 self._share(layer, place)
             # g is of the mean over all n samples of all replicas; n g is that of one sample's own loss
-            layer.g.settle(self.weight, layer.g.rows * place.count**2)
-            layer.a.settle(self.weight, 1 / max(1, layer.a.rows))
+            if layer.finite:
+                layer.g.settle(self.weight, layer.g.rows * place.count**2)
+                layer.a.settle(self.weight, 1 / max(1, layer.a.rows))
         works: list[tuple[Any, Curved, Tensor, Tensor]] = []
         for layer in ready:
             before = layer.gradient()
-            if layer.owner == self._mine:
-                if layer.inverse is None or step % self.every == 0:
-                    layer.inverse = inverses(layer.a.mean, layer.g.mean, self.damping)  # type: ignore[arg-type]
-                of_a, of_g = layer.inverse
-                made = (of_g @ before.to(of_g.dtype) @ of_a).to(before.dtype).contiguous()
-            else:
-                made = torch.empty(before.shape, dtype=before.dtype, device=before.device)
+            mine = layer.owner == self._mine
+            made = self._of_owner(layer, before, step) if mine else torch.empty_like(before, memory_format=SOLID)
             work = None
             if place.replicas is not None:
                 source = dist.get_global_rank(place.replicas, layer.owner)
@@ -201,9 +209,22 @@ class Kfac(Method):
         for _, layer, _, made in works:
             layer.put(made.mul_(factor))
 
+    def _of_owner(self, layer: Curved, before: Tensor, step: int) -> Tensor:
+        if not layer.finite:  # the step is refused or skipped for its norm, as ever; the averages stay clean
+            layer.a.forget()
+            layer.g.forget()
+            return torch.full_like(before, float("nan"), memory_format=SOLID)
+        if layer.a.mean is None or layer.g.mean is None:  # only other replicas ran this layer so far
+            return before.contiguous()
+        if layer.inverse is None or step % self.every == 0:
+            layer.inverse = inverses(layer.a.mean, layer.g.mean, self.damping)
+        of_a, of_g = layer.inverse
+        return (of_g @ before.to(of_g.dtype) @ of_a).to(before.dtype).contiguous()
+
     def _share(self, layer: Curved, place: Place) -> None:
         for factor in (layer.a, layer.g):
-            assert factor.total is not None
+            if factor.total is None:
+                raise ValueError(f"share_factors needs every replica to run {layer.name} in every step: leave it out")
             work = dist.all_reduce(factor.total, group=place.replicas, async_op=True)
             place.watch.wait(work, f"the factors of {layer.name}", "with the replicas")
             factor.total /= place.count

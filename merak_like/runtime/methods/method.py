@@ -114,9 +114,9 @@ class Methods:
         if watching and (whole := [type(m).__name__ for m in self._methods if m.compiles]):
             raise ValueError(f"{watching[0]} sees each layer as it is called, which {whole[0]} hides: use one of them")
 
-    def around(self, parts: Sharding) -> Sharding:
+    def around(self, parts: Sharding, model: nn.Module) -> Sharding:
         """A model's traces and stages, as the methods want them."""
-        return Wrapped(parts, self._methods) if self._methods else parts  # type: ignore[return-value]
+        return Wrapped(parts, model, self._methods) if self._methods else parts  # type: ignore[return-value]
 
     def gradients(
         self, reducer: Gradients, model: nn.Module, own: Mapping[str, nn.Parameter],
@@ -132,8 +132,8 @@ class Methods:
 class Wrapped:
     """A ``Sharding`` whose traces and pieces go through methods; all else is its own."""
 
-    def __init__(self, parts: Sharding, methods: Sequence[Method]) -> None:
-        self._parts, self._methods = parts, methods
+    def __init__(self, parts: Sharding, model: nn.Module, methods: Sequence[Method]) -> None:
+        self._parts, self._model, self._methods = parts, model, methods
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._parts, name)
@@ -142,7 +142,7 @@ class Wrapped:
         """Record a micro-batch and change what was recorded."""
         found = self._parts.trace(batch, device)
         for method in self._methods:
-            found = method.traced(found, self._parts.model)
+            found = method.traced(found, self._model)
         return found
 
     def prepare(self, groups: Groups, watch: Watch) -> Prepare:

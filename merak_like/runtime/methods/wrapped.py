@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
 
 from merak_like.runtime.data_parallel import Gradients
 
@@ -17,17 +18,26 @@ class AfterSum:
         """``before()`` is called as a step begins."""
         self._inner, self._after, self._before, self._step = inner, after, before, 0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
     def begin(self) -> None:
         """Forget the last step."""
         if self._before is not None:
             self._before()
         self._inner.begin()
 
+    def enter(self, stage: int, *, last: bool, whole: bool) -> None:
+        """A backward of a stage begins."""
+        self._inner.enter(stage, last=last, whole=whole)
+
     def finish(self) -> None:
         """Sum what is left, wait, and what follows."""
         self._inner.finish()
         self._after(self._step)
         self._step += 1
+
+    def gradients(self) -> Mapping[str, Tensor | None]:
+        """The last step's gradients by name, whole."""
+        return self._inner.gradients()
+
+    def close(self) -> None:
+        """Leave the parameters alone."""
+        self._inner.close()
