@@ -32,9 +32,10 @@ from merak_like.runtime.batches import LossWeight, rows, signature, split, to_de
 from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.groups import make_groups
+from merak_like.runtime.initialising import Initialiser
 from merak_like.runtime.initialize import join, world_size
 from merak_like.runtime.links import DistLinks, NoLinks
-from merak_like.runtime.materialize import Initialiser, materialize
+from merak_like.runtime.materialize import materialize
 from merak_like.runtime.optimizer import Slot, Update
 from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.programs import Programs
