@@ -34,10 +34,11 @@ from merak_like.runtime.batches import LossWeight, rows, signature, split, to_de
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.fully_sharded import Whole
 from merak_like.runtime.groups import make_groups
+from merak_like.runtime.initialising import Initialiser
 from merak_like.runtime.initialize import join, world_size
 from merak_like.runtime.learning import Held, OptimizerFactory, learning
 from merak_like.runtime.links import DistLinks, NoLinks
-from merak_like.runtime.materialize import Initialiser, materialize
+from merak_like.runtime.materialize import materialize
 from merak_like.runtime.methods.method import Job, Method, Methods
 from merak_like.runtime.optimizer import Update
 from merak_like.runtime.precision import Precision, precision_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 
 from merak_like import Mesh, hf, make_plan, trace
 from merak_like.partitioner.plan import Plan
-from merak_like.runtime.materialize import materialize
+from merak_like.partitioner.tensor_parallel.layout import Axis
+from merak_like.runtime.initialising import reset_parameters
+from merak_like.runtime.materialize import fill, materialize
+from merak_like.runtime.tensor_parallel.shards import Shards
 
 CPU = torch.device("cpu")
 
@@ -95,3 +99,45 @@ def test_weights_with_data_keep_it_beside_weights_without():
     after = materialize(model, plan_of(gpt2, 1), [0], CPU, seed=1, initialise=hf.initialiser(model))
     for name, weight in before.items():
         torch.testing.assert_close(after[name].detach(), weight, rtol=0, atol=0)
+
+
+class Twins(nn.Module):
+    """One weight is a copy of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.other.weight.copy_(self.one.weight)
+
+
+@pytest.mark.parametrize("build", [gpt2, pytest.param(t5, marks=pytest.mark.slow), Twins])
+def test_no_more_than_one_module_is_whole_before_it_is_cut(build: Callable[[], nn.Module]):
+    with torch.device("meta"):
+        model = build()
+    names = {name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    ties = [("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")]
+    ties = [("transformer.wte.weight", "lm_head.weight")] if build is gpt2 else ties if build is t5 else []
+    largest = max(sum(p.nbytes for p in m.parameters(recurse=False)) for m in model.modules())
+    own = reset_parameters if build is Twins else hf.initialiser(model)
+    most = [0]
+
+    def initialise(module: nn.Module) -> None:
+        own(module)
+        most[0] = max(most[0], sum(p.nbytes for p in model.parameters() if not p.is_meta))
+
+    whole = copy.deepcopy(model)
+    fill(whole, names, ties, CPU, seed=1, initialise=reset_parameters if build is Twins else hf.initialiser(whole))
+    layouts = {
+        name: ((Axis(len(p), 2),), *((Axis(size),) for size in p.shape[1:]))
+        for name, p in model.named_parameters()
+        if len(p) % 2 == 0
+    }
+    shards = Shards(layouts, 1, 2)
+    fill(model, names, ties, CPU, seed=1, initialise=initialise, shards=shards)
+    for name, tensor in whole.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), shards.cut(name, tensor), rtol=0, atol=0)
+    if build is not Twins:
+        assert most[0] == largest

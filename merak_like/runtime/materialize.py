@@ -5,21 +5,16 @@ Initialisation is seeded per tensor by its name, so every layout starts from the
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from merak_like.partitioner.plan import Plan
+from merak_like.runtime.initialising import Initialiser, initialised, moved, places_of, reset_parameters
 from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
-
-Initialiser = Callable[[nn.Module], None]
-"""Fills the parameters and buffers of a module, those of its inner modules too where they are its own business."""
 
 
 def materialize(
@@ -36,7 +31,7 @@ def materialize(
     """Put the tensors of some stages on the device, all else on meta, in place; the stages' parameters by name.
 
     With ``shards`` each tensor becomes this rank's part of it. From ``weights`` only that part is read; to initialise
-    one the whole of it is made, so that all ranks draw the same numbers, and then cut.
+    one the whole of it is made, so that all ranks draw the same numbers, and then cut: one module's own at a time.
 
     Tensors that have data keep it. Tensors on meta are read from ``weights`` (a safetensors file or a folder of them)
     or initialised as the model itself would. Raises ValueError for a tensor that neither can fill, and, before anything
@@ -73,8 +68,7 @@ def fill(
         wanted = {n: t for n, t in named if given or first.get(n, n) in empty}
         empty -= {first.get(name, name) for name in _read(model, wanted, Path(weights), first, shards)}
     if empty:  # with a checkpoint too: buffers that are not saved are computed, as when the model is built
-        _initialise(model, empty, seed, initialise or reset_parameters)
-        _cut(model, empty, first, shards)
+        initialised(model, empty, places_of(model, first), device, seed, initialise or reset_parameters, shards)
     return {name: p for name, p in model.named_parameters() if name in keep}
 
 
@@ -100,9 +94,9 @@ def _place(
     model: nn.Module, keep: Collection[str], first: Mapping[str, str], device: torch.device, shards: Shards,
     read: Collection[str],
 ) -> set[str]:  # fmt: skip
-    """Move or drop every tensor; the names (first ones) of those that have memory but no data yet. Ties stay ties.
+    """Move or drop every tensor; the names (first ones) of those that have no data yet. Ties stay ties.
 
-    What has data, and what is to be ``read``, gets the size of this rank's part.
+    What has data, and what is to be ``read``, gets memory and the size of this rank's part.
     """
     made: dict[str, Tensor] = {}
     empty: set[str] = set()
@@ -114,91 +108,15 @@ def _place(
                 full = f"{path}.{key}" if path else key
                 name = first.get(full, full)
                 if name not in made:
-                    where = device if name in keep else torch.device("meta")
                     if tensor.is_meta and name in keep:
                         empty.add(name)
                     here = name in keep and (name in read or not tensor.is_meta)
-                    made[name] = _moved(tensor, where, shards.cut(name, tensor.detach()) if here else tensor.detach())
+                    where = device if here else torch.device("meta")
+                    made[name] = moved(tensor, where, shards.cut(name, tensor.detach()) if here else tensor.detach())
                     if name not in keep:
                         setattr(made[name], GIVEN_UP, True)
                 registry[key] = made[name]  # type: ignore[assignment]
     return empty
-
-
-def _moved(tensor: Tensor, device: torch.device, data: Tensor) -> Tensor:
-    """These numbers on the device, and what else the tensor is."""
-    if data.device != device:
-        data = torch.empty_like(data, device=device) if device.type == "meta" or data.is_meta else data.to(device)
-    return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
-
-
-def _cut(model: nn.Module, names: Collection[str], first: Mapping[str, str], shards: Shards) -> None:
-    """Put this rank's part in the place of whole tensors. Ties stay ties."""
-    made: dict[str, Tensor] = {}
-    for path, module in model.named_modules():
-        for registry in (module._parameters, module._buffers):
-            for key, tensor in registry.items():
-                name = first.get(full := f"{path}.{key}" if path else key, full)
-                if tensor is not None and name in names and name in shards.layouts:
-                    if name not in made:
-                        made[name] = _moved(tensor, tensor.device, shards.cut(name, tensor.detach()))
-                    registry[key] = made[name]  # type: ignore[assignment]
-
-
-def reset_parameters(module: nn.Module) -> None:
-    """How torch's own layers initialise themselves."""
-    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-    if callable(reset):
-        reset()
-
-
-def _initialise(model: nn.Module, empty: set[str], seed: int, initialise: Initialiser) -> None:
-    """Inner modules first: an attention that scales its own output projection has the last word, as in a real build."""
-    names: dict[int, str] = {}
-    for name, tensor in _named(model):
-        if name in empty or id(tensor) not in names:
-            names[id(tensor)] = name
-    versions = {name: tensor._version for name, tensor in _named(model) if name in empty}
-    own = {module: path for path, module in model.named_modules()}
-    inner_first = sorted(own, key=lambda module: own[module].count(".") + bool(own[module]), reverse=True)
-    with torch.random.fork_rng(), torch.no_grad():
-        for module in inner_first:
-            held = {names[id(tensor)]: tensor for _, tensor in _named(module)}
-            if not empty & held.keys():
-                continue
-            data = {name: t.clone() for name, t in held.items() if name not in empty and not t.is_meta}
-            with Streams(f"{seed}/{own[module]}", names):
-                initialise(module)
-            for name, tensor in data.items():
-                held[name].copy_(tensor)
-    missed = sorted(name for name, tensor in _named(model) if name in versions and tensor._version == versions[name])
-    if missed:
-        raise ValueError(
-            f"nothing initialises {missed[:5]} of {type(model).__name__}, which is on the meta device: give the module "
-            "that owns them a reset_parameters(), build the model on the CPU, or pass weights=, a folder of safetensors"
-        )
-
-
-class Streams(TorchFunctionMode):
-    """Random numbers for each tensor by its name, so that tensors that are on other ranks need not be drawn here."""
-
-    def __init__(self, seed: str, names: Mapping[int, str]) -> None:
-        super().__init__()
-        self.seed, self.names = seed, names
-        self.now, self.turns = "", 0
-        self._begin()
-
-    def _begin(self) -> None:
-        digest = hashlib.sha256(f"{self.seed}/{self.now}/{self.turns}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        told = (self.names.get(id(item)) for item in (*args, *(kwargs or {}).values()) if isinstance(item, Tensor))
-        name = next(filter(None, told), self.now)
-        if name != self.now:
-            self.now, self.turns = name, self.turns + 1
-            self._begin()
-        return func(*args, **(kwargs or {}))
 
 
 def read(model: nn.Module, wanted: Mapping[str, Tensor], weights: str | Path) -> None:

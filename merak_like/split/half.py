@@ -20,9 +20,10 @@ from merak_like.runtime.batches import LossWeight, rows, split, to_device
 from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.finite import Guard
+from merak_like.runtime.initialising import Initialiser
 from merak_like.runtime.initialize import World
 from merak_like.runtime.links import DistLinks, Links
-from merak_like.runtime.materialize import Initialiser, fill
+from merak_like.runtime.materialize import fill
 from merak_like.runtime.optimizer import Slot, Update
 from merak_like.runtime.watch import Watch
 from merak_like.split.crew import Crew
