@@ -25,6 +25,7 @@ from merak_like.runtime.dry_run.alike import Group, numbered
 from merak_like.runtime.dry_run.echo import RECEIVE, SEND, WAIT, Event
 from merak_like.runtime.dry_run.rank import Did
 
+
 @dataclass(frozen=True)
 class Proof:
     """What was proved, or what is wrong."""
