@@ -82,6 +82,11 @@ class Job:
         return held(self.order)
 
     @cached_property
+    def compiled(self) -> dict[Any, Any]:
+        """The order with transfers, by what recomputes and the edges: for who judges partitions."""
+        return {}
+
+    @cached_property
     def recomputes(self) -> frozenset[int]:
         """The stages that may recompute, or must where everything is recomputed."""
         if self.recompute == "none":
