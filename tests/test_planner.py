@@ -107,6 +107,7 @@ def test_the_choice_equals_exhaustive_simulation(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_choice_equals_exhaustive_simulation_on_a_thousand_instances():
     every = test_the_choice_equals_exhaustive_simulation.hypothesis.inner_test
     settings(max_examples=1000, deadline=None)(

@@ -1,6 +1,6 @@
 """Is a step on this machine what the planner says? Random models and layouts on up to four processes.
 
-    python -m benchmarks.planner.here            profile, then every row that is missing; ends after --minutes
+    python -m benchmarks.planner.here            profile, then every row that is missing, for at most --minutes
     python -m benchmarks.planner.here --again    forget what was measured before
 
 The machine is profiled first, as a user would: ``this_machine``, links between two processes, and ``calibrate`` fed
@@ -197,18 +197,31 @@ def answer(path: Path) -> None:
         (folder / "answer.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def profiled() -> tuple[Hardware, tuple[float, float]]:
-    """This machine's hardware, calibrated; and the mean error of stages before and after that."""
-    between = Link(**run("link", 2, {}))
-    rough = replace(this_machine(device="cpu", again=True), intra=between)
-    pairs: list[tuple[Plan, Recorded]] = []
-    for model in sorted(MODELS):
-        for layers, width, samples in ((4, 128, 1), (4, 384, 4)):
-            row = Row(model, layers, width, 1, 1, 1, "1f1b", 2, samples)
-            found = run("step", 1, {"row": asdict(row), "hardware": rough.to_json(), "profile": True})
-            pairs.append((Plan.from_json(found["plan"]), Recorded.from_json(found["profile"])))
-    made = calibrate(pairs)
-    return made.hardware, made.error
+def profile(held: dict[str, Any], until: float) -> Hardware | None:
+    """This machine's hardware, calibrated; None where the minutes ended before. What is missing in ``held`` is run."""
+    if "rough" not in held:
+        between = Link(**run("link", 2, {}))
+        held["rough"] = json.loads(replace(this_machine(device="cpu", again=True), intra=between).to_json())
+        _save(held)
+    rough = json.dumps(held["rough"])
+    for row in (Row(model, 4, 256, 1, 1, 1, "1f1b", 2, 2) for model in sorted(MODELS)):
+        if row.model in held.setdefault("profiles", {}):
+            continue
+        if time.monotonic() > until:
+            return None
+        found = run("step", 1, {"row": asdict(row), "hardware": rough, "profile": True})
+        held["profiles"][row.model] = {name: json.loads(found[name]) for name in ("plan", "profile")}
+        _save(held)
+    made = calibrate([
+        (Plan.from_json(json.dumps(one["plan"])), Recorded.from_json(json.dumps(one["profile"])))
+        for one in held["profiles"].values()
+    ])  # fmt: skip
+    held["calibration"] = {
+        "error before": made.error[0], "error after": made.error[1], "constants": dict(made.changed),
+    }  # fmt: skip
+    _save(held)
+    print(f"stages of {len(MODELS)} models: mean error {made.error[0]:.1%}, calibrated {made.error[1]:.1%}", flush=True)
+    return made.hardware
 
 
 def predicted(measured: dict[str, Any], ranks: int) -> float:
@@ -229,11 +242,11 @@ def main() -> None:
         return
     until = time.monotonic() + 60 * args.minutes
     held: dict[str, Any] = {} if args.again or not OUT.exists() else json.loads(OUT.read_text(encoding="utf-8"))
-    if "hardware" not in held:
-        hardware, errors = profiled()
-        held = {"hardware": json.loads(hardware.to_json()), "calibration": errors, "rows": {}}
-        _save(held)
-    text = json.dumps(held["hardware"])
+    hardware = profile(held, until)
+    if hardware is None:
+        return
+    held.setdefault("rows", {})
+    text = hardware.to_json()
     for turn in range(ROUNDS):
         for row in rows():
             known = held["rows"].setdefault(row.name, {"rounds": []})

@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+KEPT = 2**28
+"""Bytes of tables that are kept between the two passes of a chain partition."""
+
 StageCost = Callable[[int], Floats]
 """``cost(k)[i, t]``: cost of the range ``i .. i + t`` with ``k`` stages after it; infinite where it must not be."""
 
@@ -54,6 +57,7 @@ def bottleneck(size: int, stages: int, cost: StageCost) -> tuple[float, tuple[in
 
     Among equals the earlier stages are taken as short as possible within the least sum of squared stage costs.
     """
+    cost = _once(cost)
     best = suffixes(size, stages, cost)
     worst = float(best[stages - 1, 0])
     if not np.isfinite(worst):
@@ -81,6 +85,24 @@ def bottleneck(size: int, stages: int, cost: StageCost) -> tuple[float, tuple[in
     for k in reversed(range(stages)):
         starts.append(int(choice[k, starts[-1]]))
     return worst, tuple(starts)
+
+
+def _once(cost: StageCost) -> StageCost:
+    """The same, each table made once where all of them are no more than ``KEPT`` bytes."""
+    tables: dict[int, Floats] = {}
+    left = KEPT
+
+    def kept(k: int) -> Floats:
+        nonlocal left
+        if k in tables:
+            return tables[k]
+        table = cost(k)
+        left -= table.nbytes
+        if left >= 0:
+            tables[k] = table
+        return table
+
+    return kept
 
 
 def _last_rows(size: int, width: int) -> Ints:

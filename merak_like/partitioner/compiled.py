@@ -150,13 +150,13 @@ class Compiled:
         """See ``simulator``: the most at once of each stage, and of each rank."""
         columns, stages = self.columns, costs.stages
         table = np.array([(s.activation_bytes, s.kept, s.held_for_weight) for s in stages], np.int64)
-        whole, kept, waits = table[columns.stage].T
-        kept = np.where(columns.apart | np.isin(columns.stage, list(recomputes)), kept, whole)
+        whole, before, waits = table[columns.stage].T
+        kept: Ints = np.where(columns.apart | np.isin(columns.stage, list(recomputes)), before, whole)
         nothing = np.zeros_like(whole)
         opened = np.where(columns.apart, 0, whole - kept)
-        during = np.choose(columns.kind, (kept, whole - kept, opened, nothing))
+        during: Ints = np.choose(columns.kind, (kept, whole - kept, opened, nothing))
         left = opened + np.where(columns.weighed, waits, 0) - whole
-        after = np.choose(columns.kind, (kept, whole - kept, left, -waits))
+        after: Ints = np.choose(columns.kind, (kept, whole - kept, left, -waits))
         by_stage = _peaks(during[self._by_stage], after[self._by_stage], self._stage_first.tolist())
         return by_stage, _peaks(during, after, columns.first)
 

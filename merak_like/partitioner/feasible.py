@@ -17,7 +17,7 @@ def least_memory(problem: Problem) -> tuple[int, tuple[int, ...]]:
     stages, size = problem.job.stages, problem.size
     width, least = min(-(-size // stages) * 2, size), problem.memory.least(problem.positions)
     while True:
-        needs, out = list(problem.least_bytes(width)), beyond(size, width)
+        needs, out = problem.least_bytes(width), beyond(size, width)
         tables = [np.where(out, np.inf, need.astype(np.float64)) for need in needs]
         found = bottleneck(size, stages, tables.__getitem__)
         widest = band_width(least, found[0]) if found is not None else size

@@ -131,7 +131,7 @@ class Judge:
         self.problem = problem
         self._stages: dict[tuple[int, int], Stage] = {}
         self._fronts: dict[tuple[int, int], Front] = {}
-        self._orders: dict[tuple[frozenset[int], Edges], Compiled] = {}
+        self._orders: dict[tuple[frozenset[int], Edges], Compiled] = problem.job.compiled
         self._apart = any(action.kind is Kind.R for order in problem.job.order.orders for action in order)
 
     def __call__(self, starts: Sequence[int]) -> Judged | None:

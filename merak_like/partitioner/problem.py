@@ -20,9 +20,10 @@ adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, reduce
+from typing import Any
 
 import numpy as np
 
@@ -81,6 +82,11 @@ class Job:
         return held(self.order)
 
     @cached_property
+    def compiled(self) -> dict[Any, Any]:
+        """The order with transfers, by what recomputes and the edges: for who judges partitions."""
+        return {}
+
+    @cached_property
     def recomputes(self) -> frozenset[int]:
         """The stages that may recompute, or must where everything is recomputed."""
         if self.recompute == "none":
@@ -125,7 +131,8 @@ class Problem:
     """Ops at which units begin, then the end."""
     blocks: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     """Ops at which blocks begin."""
-    _bands: dict[int, Bands] = field(default_factory=dict[int, Bands], repr=False)
+    _bands: dict[Any, Any] = field(default_factory=dict[Any, Any], repr=False)
+    """Tables of one width: ``bands``, what is made of them, and ``least_bytes``."""
 
     @property
     def size(self) -> int:
@@ -215,11 +222,16 @@ class Problem:
         out = beyond(self.size, width)
         return [(need <= self.job.memory_limit) & ~out for need in self.least_bytes(width)]
 
-    def least_bytes(self, width: int) -> Iterator[Ints]:
+    def least_bytes(self, width: int) -> Sequence[Ints]:
         """For each ``k``: bytes of a rank that has only this stage, which keeps as little as it may."""
-        for stage in reversed(range(self.job.stages)):
-            moments = [taken + kept * least for taken, kept, _, least in self._banded(width, stage)]
-            yield reduce(np.maximum, moments)
+        _ = self.bands(width)
+        if (width, "least") not in self._bands:
+            moments = (
+                [taken + kept * least for taken, kept, _, least in self._banded(width, stage)]
+                for stage in reversed(range(self.job.stages))
+            )
+            self._bands[width, "least"] = [reduce(np.maximum, each) for each in moments]
+        return self._bands[width, "least"]
 
     def _banded(self, width: int, stage: int) -> Iterator[tuple[Ints, int, Ints, Ints]]:
         """The fullest moments of a rank that has only this stage.
@@ -228,18 +240,26 @@ class Problem:
         is recomputed and if as much as may be is.
         """
         job, bands = self.job, self.bands(width)
-        # What comes from a stage of the same rank is there already, and which cuts these are is not known here. A value
-        # that some op saves may be among what is saved here.
-        alone = job.stages == job.mesh.pp
-        full = bands.saved + alone * bands.bare
-        least = alone * bands.boundary + np.minimum(bands.saved, bands.inputs)
-        least = np.minimum(least, full) if stage in job.recomputes else full
-        if job.recompute == "blocks" and stage in job.recomputes:
-            full = least = np.minimum(bands.saved, bands.inputs)  # at least: the blocks are not known here
-        waits = bands.put_off
+        full, least = self._kept(width, stage in job.recomputes)
         own = job.held[job.order.stage_rank[stage]].of(stage)
         for kept, whole, wait in zip(own.kept[:, 0].tolist(), own.full[:, 0], own.waits[:, 0], strict=True):
-            yield bands.fixed + whole * full + (wait * waits if wait else 0), kept, full, least
+            taken = bands.fixed + whole * full if whole else bands.fixed
+            yield taken + wait * bands.put_off if wait else taken, kept, full, least
+
+    def _kept(self, width: int, recomputes: bool) -> tuple[Ints, Ints]:
+        """Bytes of a live micro-batch if nothing is recomputed, and if as much as may be is."""
+        if (width, recomputes) not in self._bands:
+            job, bands = self.job, self.bands(width)
+            # What comes from a stage of the same rank is there already, and which cuts these are is not known here. A
+            # value that some op saves may be among what is saved here.
+            alone = job.stages == job.mesh.pp
+            full = bands.saved + alone * bands.bare
+            least = alone * bands.boundary + np.minimum(bands.saved, bands.inputs)
+            least = np.minimum(least, full) if recomputes else full
+            if job.recompute == "blocks" and recomputes:
+                full = least = np.minimum(bands.saved, bands.inputs)  # at least: the blocks are not known here
+            self._bands[width, recomputes] = full, least
+        return self._bands[width, recomputes]
 
     def _recomputed(self, width: int, stage: int, limit: float) -> Floats | float:
         """The share of each range that is recomputed to stay within the limit, at least so that it just fits."""
@@ -255,7 +275,7 @@ class Problem:
     def bound_cost(self, width: int) -> StageCost:
         """``bound`` as the cost of a chain partition; infinite where memory does not fit."""
         first, stop = span(self.size, width)
-        fits = self.within(width)
+        first, fits = first[:, :1], self.within(width)
         return lambda k: np.where(fits[k], self.bound(k, first, stop), np.inf)
 
     def work_cost(self, width: int, *, hops: float, room: float = 1.0) -> StageCost:
@@ -264,9 +284,10 @@ class Problem:
         Infinite where that share of the memory is not enough.
         """
         first, stop = span(self.size, width)
+        first = first[:, :1]
         out, work = beyond(self.size, width), self.seconds[stop] - self.seconds[first]
         forward = self.costs.forward[stop] - self.costs.forward[first]
-        limit, needs = self.job.memory_limit * room, list(self.least_bytes(width))
+        limit, needs = self.job.memory_limit * room, self.least_bytes(width)
 
         def cost(k: int) -> Floats:
             s = self.job.stages - 1 - k
