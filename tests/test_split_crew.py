@@ -34,7 +34,7 @@ def results(request: pytest.FixtureRequest) -> Callable[[Call], list[Any]]:
     "call",
     [
         differences("calm", CUTS["calm"], 3),
-        differences("bert", "bert.encoder.layer.0@6:bert.pooler.dense", 3),
+        pytest.param(differences("bert", "bert.encoder.layer.0@6:bert.pooler.dense", 3), marks=pytest.mark.slow),
         pytest.param(differences("bert", "bert.encoder.layer.0", 3), marks=pytest.mark.slow),
         pytest.param(differences("gpt2", CUTS["gpt2"], 3, window=1), marks=pytest.mark.slow),
         pytest.param(differences("bert", CUTS["bert"], 50), marks=pytest.mark.slow),
