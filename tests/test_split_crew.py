@@ -6,12 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from merak_like.partitioner.cuts import live_values
 from merak_like.partitioner.schedules.action import Action, Schedule, chain
 from merak_like.partitioner.schedules.validate import validate
+from merak_like.partitioner.tracer import trace
+from merak_like.split import checkpoint
 from merak_like.split.cut import Cut
+from merak_like.split.halves import halve
 from merak_like.split.order import orders, stage_rank
+from merak_like.split.parts import borders
 from merak_like.split.wire import Kind
+from tests import split_models
 from tests.ranks import Call, results_of, selected_calls
 from tests.split_pair import CUTS
 
@@ -61,6 +69,52 @@ def test_two_ranks_compute_what_one_does(call: Call, results: Callable[[Call], l
 )
 def test_a_connection_cut_at_any_frame_changes_nothing(call: Call, results: Callable[[Call], list[Any]]):
     assert results(call)[0] == {kind.name: True for kind in KINDS}
+
+
+def test_parts_are_balanced_and_cut_where_one_value_crosses():
+    model, batch = split_models.calm()
+    halves = halve(trace(model, batch), Cut.parse("layers.0:head"))
+    graph, (first, last) = halves.trace.graph, halves.starts[1:3]
+    (inner,) = borders(halves, 2)
+    work = [sum(op.flops for op in graph.ops[a:b]) for a, b in ((first, inner), (inner, last))]
+    assert max(work) < 0.7 * sum(work)
+    assert len(live_values(graph, inner)) == 1
+    assert borders(halves, 1) == ()
+    with pytest.raises(ValueError, match="99 ranks need 98"):
+        borders(halves, 99)
+
+
+def test_a_weight_in_two_parts_is_refused_by_name():
+    class Again(split_models.Tiny):
+        def __init__(self) -> None:
+            super().__init__(dropout=0.0)
+            self.layers[3] = self.layers[1]
+
+    halves = halve(trace(Again(), split_models.tiny_batch(0)), Cut.parse("layers.0:head"))
+    with pytest.raises(ValueError, match=r"layers\.1\..* is used in two parts"):
+        borders(halves, 3)
+
+
+def test_an_optimizer_finds_its_state_by_name_on_another_number_of_ranks():
+    """What two ranks saved in parts, one goes on with, and the other way round."""
+    a, b = (nn.Parameter(torch.randn(3)) for _ in range(2))
+
+    def stepped(*parameters: nn.Parameter) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(parameters, lr=0.1)
+        for p in parameters:
+            p.grad = torch.ones_like(p) * p.detach()
+        optimizer.step()
+        return optimizer
+
+    one, other = (checkpoint.optimizer_state(stepped(p), [n]) for p, n in ((a, "x.a"), (b, "b")))
+    whole = checkpoint.State({**one.tensors, **other.tensors}, {"groups": one.facts["groups"], "plain": {}})
+    both = torch.optim.AdamW([b, a], lr=9.0)
+    checkpoint.load_optimizer(both, ["b", "x.a"], whole)
+    assert both.param_groups[0]["lr"] == 0.1
+    assert torch.equal(both.state[a]["exp_avg"], one.tensors["x.a/exp_avg"])
+    alone = torch.optim.AdamW([b], lr=9.0)
+    checkpoint.load_optimizer(alone, ["b"], checkpoint.optimizer_state(both, ["b", "x.a"]))
+    assert torch.equal(alone.state[b]["exp_avg_sq"], other.tensors["b/exp_avg_sq"])
 
 
 @pytest.mark.parametrize("cut", ["a:c", "a"])
