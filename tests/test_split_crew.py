@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -13,12 +14,18 @@ from merak_like.partitioner.cuts import live_values
 from merak_like.partitioner.schedules.action import Action, Schedule, chain
 from merak_like.partitioner.schedules.validate import validate
 from merak_like.partitioner.tracer import trace
+from merak_like.runtime.initialize import World
+from merak_like.runtime.links import NoLinks, Spec
 from merak_like.split import checkpoint
+from merak_like.split.connection import Lost
+from merak_like.split.crew import Crew
 from merak_like.split.cut import Cut
+from merak_like.split.enduring import Enduring, Together
 from merak_like.split.halves import halve
 from merak_like.split.order import orders, stage_rank
 from merak_like.split.parts import borders
-from merak_like.split.wire import Kind
+from merak_like.split.programs import HalfPrograms
+from merak_like.split.wire import Key, Kind
 from tests import split_models
 from tests.ranks import Call, results_of, selected_calls
 from tests.split_pair import CUTS
@@ -117,6 +124,37 @@ def test_an_optimizer_finds_its_state_by_name_on_another_number_of_ranks():
     assert torch.equal(alone.state[b]["exp_avg_sq"], other.tensors["b/exp_avg_sq"])
 
 
+def test_a_step_that_breaks_goes_on_with_zeros_to_its_end_and_fails_there():
+    class Breaks:
+        def __init__(self) -> None:
+            self.asked: list[Key] = []
+
+        def send(self, key: Key, body: bytes) -> None:
+            self.asked.append(key)
+
+        def receive(self, key: Key) -> bytes:
+            self.asked.append(key)
+            raise Lost("gone")
+
+    cpu = torch.device("cpu")
+    crew = Crew(World(0, 1, cpu, timedelta(seconds=5)))
+    exchange, channel = Enduring({"up": "identity", "down": "identity"}, 0, cpu), Breaks()
+    links = Together(NoLinks(), crew, exchange)
+    spec = Spec("x", (2, 3), torch.float32, True)
+    exchange.begin(channel, 4, [])
+    links.flush()
+    (x,) = exchange.take("up", "forward", 0, [spec]).values()
+    assert x.requires_grad
+    assert x.equal(torch.zeros(2, 3))
+    exchange.put("down", "forward", 0, {"x": x}, [spec])
+    assert not exchange.take("down", "backward", 0, [spec])["x"].requires_grad
+    assert len(channel.asked) == 1  # nothing more is sent or waited for
+    with pytest.raises(Lost, match="gone"):
+        links.flush()
+    exchange.begin(channel, 4, [])
+    links.flush()
+
+
 @pytest.mark.parametrize("cut", ["a:c", "a"])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize(("micro_batches", "window"), [(1, 1), (4, 1), (4, 2), (6, 4), (3, 8)])
@@ -139,3 +177,25 @@ def test_every_order_ends(cut: str, ranks: int, micro_batches: int, window: int)
     lines += [moved("host", line) for line in orders("host", place, micro_batches, window, ranks)]
     live = validate(Schedule(len(joint), micro_batches, tuple(lines), stages), chain(len(joint)))
     assert max(live) <= min(micro_batches, window) + 2
+
+
+def test_a_batch_that_a_stage_cannot_take_breaks_the_step_and_no_more():
+    """A label beyond the classes fails on the last rank alone; the others must hear of it in time."""
+    model, batch = split_models.calm()
+    cpu = torch.device("cpu")
+    exchange = Enduring({}, 0, cpu)
+    programs = HalfPrograms("host", model, Cut.parse("layers.0"), exchange, cpu, None, ranks=2, rank=1)
+    wrong = {**batch, "labels": batch["labels"] + 1000}
+    half = programs.at(batch)
+    (stage,) = half.stages.values()
+    received = {
+        s.name: torch.randn(s.shape).requires_grad_() if s.requires_grad else torch.zeros(s.shape, dtype=s.dtype)
+        for edge, specs in half.forward.items() for s in specs if edge[1] == 2
+    }  # fmt: skip
+    assert stage.forward(0, wrong, received)["loss"].item() == 0.0
+    assert isinstance(exchange.broken, IndexError)
+    assert stage.backward(0, {"loss": torch.ones(())}) == {}
+    with pytest.raises(IndexError):
+        Together(NoLinks(), Crew(World(0, 1, cpu, timedelta(seconds=5))), exchange).flush()
+    assert stage.forward(1, batch, received)["loss"].item() > 0.0
+    assert stage.backward(1, {"loss": torch.ones(())})
