@@ -140,8 +140,8 @@ def learning() -> str:
     """Accuracy and bytes of a cut in the middle of an encoder, by codec and rank."""
     data = json.loads((ROOT / "benchmarks/split/learning.json").read_text())
     lines = [
-        "| at the cut | bytes a sample, first visit | later | times fewer, later | accuracy, unseen | to `whole, identity` "
-        "| error of what arrives, last visit | seeds |",
+        "| at the cut | bytes a sample, first visit | later | times fewer, later | accuracy, unseen "
+        "| to `whole, identity` | error of what arrives, last visit | seeds |",
         "|---|---:|---:|---:|---|---:|---:|---:|",
     ]
     rows = {name: row for name, row in data["rows"].items() if row}
