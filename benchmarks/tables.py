@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = (
     "README.md", "benchmarks/pipeline/README.md", "benchmarks/paced/README.md", "benchmarks/planner/README.md",
-    "benchmarks/tensor_parallel/README.md",
+    "benchmarks/tensor_parallel/README.md", "benchmarks/split/README.md",
 )  # fmt: skip
 
 
@@ -136,6 +136,30 @@ def every() -> str:
     return "\n".join(lines)
 
 
+def learning() -> str:
+    """Accuracy and bytes of a cut in the middle of an encoder, by codec and rank."""
+    data = json.loads((ROOT / "benchmarks/split/learning.json").read_text())
+    lines = [
+        "| at the cut | bytes a sample, first visit | later | times fewer, later | accuracy, unseen "
+        "| to `whole, identity` | error of what arrives, last visit | seeds |",
+        "|---|---:|---:|---:|---|---:|---:|---:|",
+    ]
+    rows = {name: row for name, row in data["rows"].items() if row}
+    first = rows["whole, identity"]
+    for name, row in rows.items():
+        accuracy = [run["accuracy"] for run in row]
+        of = [run["accuracy"] for run in first[: len(row)]]
+        spread = f" ({min(accuracy):.1%} to {max(accuracy):.1%})" if len(row) > 1 else ""
+        numbers = f"{row[0]['first bytes']:,.0f} | {row[0]['bytes']:,.0f} | {first[0]['bytes'] / row[0]['bytes']:.1f}"
+        mean = sum(accuracy) / len(row)
+        change = 100 * (mean - sum(of) / len(of))
+        lines.append(
+            f"| {name.replace('|', chr(92) + '|')} | {numbers} | {mean:.1%}{spread} | {change:+.1f} | "
+            f"{sum(run['error'] for run in row) / len(row):.3f} | {len(row)} |"
+        )
+    return "\n".join([*lines, "", _setting({k: v for k, v in data["setting"].items() if k != "seeds"})])
+
+
 def _setting(setting: dict[str, Any]) -> str:
     return "Setting: " + ", ".join(f"{key} {value}" for key, value in setting.items()) + "."
 
@@ -143,7 +167,7 @@ def _setting(setting: dict[str, Any]) -> str:
 TABLES = {
     "tensor_parallel": tensor_parallel,
     "pipeline": pipeline, "overhead": overhead, "paced": paced,
-    "published": published, "chosen": chosen, "every": every,
+    "learning": learning, "published": published, "chosen": chosen, "every": every,
 }  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def until(ready: Any, seconds: float, what: str) -> None:
 
 def told(path: Path) -> list[dict[str, Any]]:
     """The steps that an edge has printed so far."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
 
 
 def train(folder: Path, model: str, steps: int) -> list[dict[str, Any]]:
@@ -178,7 +178,9 @@ def main() -> None:
     """Do it all and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="where everything is kept; else it is thrown away")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument(
+        "--steps", type=int, default=80, help="best a multiple of 10, where both sides write checkpoints"
+    )
     parser.add_argument("--models", nargs="+", choices=list(CUTS), default=list(CUTS))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

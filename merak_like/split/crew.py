@@ -49,7 +49,8 @@ class Crew:
         self.groups = make_groups(mesh, world, stage_rank, (), ())
         self._group = files_group(world)
         self._lock = threading.RLock()
-        self._agreed: BaseException | None = None
+        self.agreed: BaseException | None = None
+        """The error that all ranks raised last, each its own."""
         self._stopped = threading.Event()
         if world.rank == 0:
             threading.Thread(target=self._live, name="merak-crew", daemon=True).start()
@@ -69,7 +70,7 @@ class Crew:
                 self._send({"do": do, **facts})
                 yield
             except BaseException as error:
-                if error is not self._agreed and not isinstance(error, FloatingPointError):
+                if error is not self.agreed and not isinstance(error, FloatingPointError):
                     self.broken = error
                 raise
 
@@ -93,8 +94,8 @@ class Crew:
         if not any(said):
             return
         others = "; ".join(f"rank {i}: {text}" for i, text in enumerate(said) if text)
-        self._agreed = error if error is not None else Void(others)
-        raise self._agreed
+        self.agreed = error if error is not None else Void(others)
+        raise self.agreed
 
     def close(self) -> None:
         """Let the others go home, and give the groups back."""

@@ -1,12 +1,13 @@
-"""A half on several ranks: what breaks on the way to the edge must not leave the other ranks in the middle of a step.
+"""A half on several ranks: what breaks on one must not leave the other ranks in the middle of a step.
 
-The rank that talks to the edge goes on with zeros. At the end of the step, before any weight changes, all ranks hear
-that it came to nothing.
+What may break is the way to the edge, and a stage that a client's batch does not suit. That rank goes on with zeros. At
+the end of the step, before any weight changes, all ranks hear that it came to nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from merak_like.partitioner.schedules.action import Action
 from merak_like.runtime.links import Links, Spec
 from merak_like.split.crew import Crew
+from merak_like.split.elsewhere import Shown
 from merak_like.split.exchange import Channel, Exchange, Link, Way
 
 
@@ -47,6 +49,37 @@ class Enduring(Exchange):
         return {s.name: x.requires_grad_() if s.requires_grad and way == "forward" else x for s, x in grown}
 
 
+class Sturdy(Shown):
+    """A stage that makes zeros once something broke here; its backward then has nothing to give."""
+
+    exchange: Exchange
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    """Of all it may make."""
+
+    def forward(
+        self, micro_batch: int, batch: Any, received: Mapping[str, Tensor], *, put_off: bool = False
+    ) -> dict[str, Tensor]:
+        """As the stage, as long as all is well."""
+        mind = self.exchange
+        if not isinstance(mind, Enduring):
+            return super().forward(micro_batch, batch, received, put_off=put_off)
+        if mind.broken is None:
+            try:
+                return super().forward(micro_batch, batch, received, put_off=put_off)
+            except Exception as error:
+                mind.broken = error
+        names = dict.fromkeys((*self.code.sent, *self.code.results))
+        return {n: torch.zeros(self.shapes[n][0], dtype=self.shapes[n][1], device=self.device) for n in names}
+
+    def backward(self, micro_batch: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As the stage, as long as all is well."""
+        mind = self.exchange
+        if isinstance(mind, Enduring) and mind.broken is not None:
+            self.live.pop(micro_batch, None)
+            return {}
+        return super().backward(micro_batch, gradients)
+
+
 class Together:
     """Links whose flush asks all ranks whether the step stands."""
 
@@ -68,4 +101,7 @@ class Together:
     def flush(self) -> None:
         """As the links; then raises on every rank what broke on one."""
         self.links.flush()
-        self.crew.agree(self.exchange.broken if isinstance(self.exchange, Enduring) else None)
+        error = self.exchange.broken if isinstance(self.exchange, Enduring) else None
+        if isinstance(self.exchange, Enduring):
+            self.exchange.broken = None
+        self.crew.agree(error)

@@ -61,6 +61,8 @@ class Made:
     trained: tuple[str, ...]
     """Those that its optimizer has, in its order."""
     probe: tuple[float, ...]
+    weigh: LossWeight
+    """Items that a micro-batch's loss is the mean of."""
 
 
 def build_half(
@@ -106,6 +108,7 @@ def build_half(
     readers = {name: frozenset(s for s in own if name in half.holds[s]) for name in trainable}
     slots = [Slot(name, p, tuple(p.shape)) for name, p in trainable.items()]
     learner = optimizer(trainable.values()) if optimizer and trainable else None
+    weigh = source.loss_weight or (counted if source.loss_fn is None else None) or rows
     if not world.alone:
         links = Together(DistLinks(crew.groups, watch, device), crew, exchange)
     engine = Engine(
@@ -113,10 +116,10 @@ def build_half(
         links=links, reducer=Reducer(trainable, dict.fromkeys(trainable), watch, readers),
         update=Update(slots, learner, max_grad_norm=task.max_grad_norm, guard=_Brief()), prepare=lambda batch: batch,
         world=world, groups=replace(crew.groups, made=()), watch=watch,
-        loss_weight=source.loss_weight or (counted if source.loss_fn is None else None) or rows,
+        loss_weight=weigh,
         seed=task.seed if side == "edge" else ~task.seed, save=save_safetensors,
     )  # fmt: skip
-    return Made(engine, model, programs, keep, tuple(trainable), probe)
+    return Made(engine, model, programs, keep, tuple(trainable), probe, weigh)
 
 
 class _Brief(Guard):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from merak_like.runtime.links import NoLinks
-from merak_like.split.crew import Crew, Void
+from merak_like.split.crew import Crew
+from merak_like.split.enduring import Enduring
 from merak_like.split.exchange import Exchange
 from merak_like.split.half import Made, Source, build_half
 from merak_like.split.messages import Begin, Task
@@ -52,13 +53,15 @@ class Helper:
         while (order := self.crew.hear())["do"] != "stop":
             try:
                 self._do[order.pop("do")](**order)
-            except (Void, FloatingPointError):
-                continue  # rank 0 knows, and tells the edge
+            except Exception as error:
+                if error is not self.crew.agreed and not isinstance(error, FloatingPointError):
+                    raise
+                # else rank 0 knows, and tells the edge
         self.crew.close()
 
     def _open(self, session: str, task: dict[str, Any], example: Any) -> None:
         agreed = Task.model_validate(task, strict=False)
-        exchange = Exchange({}, agreed.seed, self.device)
+        exchange = Enduring({}, agreed.seed, self.device)
         made = build_together(self.source, agreed, blank(example), exchange, self.device, self.crew)
         training = Training(
             made, exchange, agreed.optimizer, Path(session), agreed.checkpoint_every, self.crew

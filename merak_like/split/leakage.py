@@ -2,14 +2,17 @@
 
 A decoder is trained to name the token at each place from what the edge would send for it, on some batches, and asked on
 others. Its score stands beside that of always naming the most frequent token. It is a lower bound: a better decoder, or
-one that reads a token's neighbours too, finds more. Distance correlation (Szekely et al. 2007, "Measuring and testing
-dependence by correlation of distances", sec. 2) is told as well, and proves nothing by itself.
+one that reads a token's neighbours too, finds more. Likewise a classifier is asked for the labels behind the gradients
+that the edge's tail sends: with a tail of one layer those tell them nearly surely (Erdogan et al. 2022, "UnSplit:
+data-oblivious model inversion, model stealing, and label inference attacks against split learning"). Distance
+correlation (Szekely et al. 2007, "Measuring and testing dependence by correlation of distances", sec. 2) is told as
+well, and proves nothing by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +23,8 @@ from merak_like.runtime.codecs import Context, codec
 from merak_like.runtime.codecs.loopback import Loopback
 from merak_like.runtime.links import NoLinks
 from merak_like.split.exchange import Exchange
-from merak_like.split.half import Source, build_half
+from merak_like.split.half import Made, Source, build_half
+from merak_like.split.halves import LABELS
 from merak_like.split.messages import Task
 
 TOKENS = "input_ids"
@@ -40,6 +44,10 @@ class Leakage:
     """Numbers a token that are sent."""
     tokens: int
     """Tokens asked for."""
+    labels: float | None = None
+    """Labels of unseen batches that a classifier finds in the gradients sent; None: there is not one a sample."""
+    labels_majority: float = 0.0
+    """The same for always naming the most frequent one."""
 
     def __str__(self) -> str:
         judged = "nearly all" if self.recovered > 0.9 else "most" if self.recovered > 0.5 else "some"
@@ -47,6 +55,11 @@ class Leakage:
             f"a decoder finds {self.recovered:.1%} of {self.tokens} unseen tokens again (always the most frequent one: "
             f"{self.majority:.1%}), from {self.numbers} numbers a token; distance correlation {self.correlation:.2f}. "
             f"Whoever reads what is sent can read {judged} of the text; a better decoder reads more."
+        ) + (
+            f" From the gradients that are sent {self.labels:.1%} of the labels are found (always the most frequent "
+            f"one: {self.labels_majority:.1%})."
+            if self.labels is not None
+            else ""
         )
 
 
@@ -73,6 +86,7 @@ def leakage(
             arrived = link(sent, Context(step, samples=samples))
             kept = batch["attention_mask"].flatten() != 0 if "attention_mask" in batch else slice(None)
             pairs.append((arrived.flatten(0, 1).float()[kept], batch[TOKENS].flatten()[kept]))
+    told = [_gradients(made, batch, task.back_codec, seed + step) for step, (batch, _) in enumerate(batches)]
     made.engine.close()
     asked = max(1, len(pairs) // 4)
     z, tokens = (torch.cat(part) for part in zip(*pairs[:-asked], strict=True))
@@ -82,8 +96,46 @@ def leakage(
     table = _embedded(made.model, tokens_new[:600])
     return Leakage(
         recovered, float((tokens_new == most).float().mean()), distance_correlation(table, z_new[:600]), z.shape[1],
-        len(tokens_new),
+        len(tokens_new), *_label_score([pair for pair in told if pair is not None], asked, steps, seed),
     )  # fmt: skip
+
+
+def _gradients(made: Made, batch: Any, text: str, seed: int) -> tuple[Tensor, Tensor] | None:
+    """What the tail sends back for a batch, a row a sample, and the labels; None where it has no label a sample.
+
+    The cloud is not there: normal numbers stand for what it returns, so this is about the tail and its codec alone.
+    """
+    half, labels = made.programs.at(batch), batch.get(LABELS)
+    if not half.halves.tailed or labels is None or labels.dim() != 1 or labels.dtype.is_floating_point:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    names = [s for s in half.halves.returned if s.requires_grad and s.shape[:1] == labels.shape]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        received = {k: v.detach() for k, v in half.stages[0].forward(0, batch, {}).items()}
+        for spec in half.halves.returned:
+            made_up = torch.randn(spec.shape, generator=generator).to(spec.dtype)
+            received[spec.name] = made_up.requires_grad_() if spec.requires_grad else made_up
+        out = half.stages[3].forward(0, batch, received)
+        found = half.stages[3].backward(0, {"loss": torch.ones_like(out["loss"])})
+    rows_ = list[Tensor]()
+    for spec in names:
+        link, context = Loopback(codec(text), codec(text)), Context(seed)
+        link.carry(received[spec.name].detach(), context)
+        rows_.append(link.carry(found[spec.name], replace(context, direction="backward")).flatten(1).float())
+    return (torch.cat(rows_, 1), labels) if rows_ else None
+
+
+def _label_score(
+    pairs: Sequence[tuple[Tensor, Tensor]], asked: int, steps: int, seed: int
+) -> tuple[float | None, float]:
+    if len(pairs) <= asked:
+        return None, 0.0
+    g, labels = (torch.cat(part) for part in zip(*pairs[:-asked], strict=True))
+    g_new, labels_new = (torch.cat(part) for part in zip(*pairs[-asked:], strict=True))
+    most = labels.unique(return_counts=True)
+    majority = float((labels_new == most[0][most[1].argmax()]).float().mean())
+    return _decoder_score(g, labels, g_new, labels_new, steps, seed), majority
 
 
 def _sent(made: Any, batch: Any) -> Tensor:

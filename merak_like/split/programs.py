@@ -26,6 +26,7 @@ from merak_like.runtime.stage_code import build_stage
 from merak_like.runtime.value_code import ValueCode, value_code
 from merak_like.split.cut import Cut
 from merak_like.split.elsewhere import Arrives, Leaves, Shown
+from merak_like.split.enduring import Sturdy
 from merak_like.split.exchange import Exchange
 from merak_like.split.halves import Halves, halve, spec_of
 from merak_like.split.order import Side, stage_rank
@@ -153,7 +154,14 @@ class HalfPrograms:
 
     def _own(self, halves: Halves, starts: tuple[int, ...], part: int) -> Stage:
         code = build_stage(halves.trace, self.model, starts, part)
-        return Shown(code, halves.trace.inputs, self.device, Counter[int]())
+        if self._ranks == 1:
+            return Shown(code, halves.trace.inputs, self.device, Counter[int]())
+        stage = Sturdy(code, halves.trace.inputs, self.device, Counter[int]())
+        graph = halves.trace.graph
+        named = {**graph.values, **{name: graph.values[value] for name, value in graph.outputs.items()}}
+        stage.exchange = self.exchange
+        stage.shapes = {n: (v.shape, getattr(torch, v.dtype)) for n, v in named.items()}
+        return stage
 
 
 @dataclass(frozen=True)

@@ -150,12 +150,26 @@ class Session:
                 raise WireError(
                     "the batch is larger than the one the session was opened with: open it with the largest"
                 )
+            self._try(batch, training=begin.training)
             samples = _samples(begin.samples, parts)
             self.training.exchange.begin(connection, self.training.step, samples, training=begin.training)
             before = len(self.turn.waited)
             with self.crew.together("step", session=self.id, begin=begin.model_dump(mode="json")):
                 result = do(batch)
         return result, sum(list(self.turn.waited)[before:])
+
+    def _try(self, batch: Any, *, training: bool) -> None:
+        """Raises ValueError for a batch that an engine would refuse, before any rank has begun."""
+        model, made = self.training.made.model, self.training.made
+        mode = model.training
+        model.train(training)
+        try:
+            for part in split(batch, self.task.micro_batches):
+                made.programs.at(part)
+                if not made.weigh(part):
+                    raise WireError("a micro-batch has no item to learn from: every label is ignored")
+        finally:
+            model.train(mode)
 
     def program(self, batch: Any) -> Half:
         """The program of the batch's first micro-batch."""
