@@ -39,9 +39,9 @@ def run(
         rows = read.train
         collate = getattr(rows, "collate")  # noqa: B009  # both kinds of packed data have one
         loaded = pretrained.load(folder, {}, task="causal-lm")
+        example = collate([rows[i % len(rows)] for i in range(batch)])
         engine = auto_parallel(
-            loaded.model, dp, pp, tp, example=collate([rows[i % len(rows)] for i in range(batch)]), weights=loaded.weights,
-            hardware="a100-80gb",
+            loaded.model, dp, pp, tp, example=example, weights=loaded.weights, hardware="a100-80gb"
         )  # fmt: skip
         numbers = evaluated(engine, rows, collate, batch)
     if engine.world.rank == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from merak_like.trainer.data.collate import Collate, stack
 from merak_like.trainer.data.loader import Loader, Samples
 from merak_like.trainer.data.order import Order
 from merak_like.trainer.evaluation import Metrics, evaluated
+from merak_like.trainer.forecast import AT, compared
 from merak_like.trainer.journal import METRICS, Journal
 from merak_like.trainer.listeners import Rates, listeners
 from merak_like.trainer.rates import rate, warmup_steps
@@ -113,7 +114,9 @@ class Trainer:
             while state.step < state.steps and not self.control.stop and not self.interrupted:
                 asked = time.perf_counter()
                 item = next(batches)
-                self._step(item, time.perf_counter() - asked)
+                third = state.step - first == AT - 1
+                with compared(self.engine, self.journal.say) if third else nullcontext():
+                    self._step(item, time.perf_counter() - asked)
         best = state.best_step if args.checkpoints.best and not self.interrupted else None
         if best is not None and not self.checkpointer.load(best, state.best_in):
             self.journal.say(f"the best checkpoint, of step {best}, is gone: these are the last weights")
