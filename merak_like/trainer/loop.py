@@ -154,6 +154,7 @@ class Trainer:
             for wrong in found.damaged:
                 self.journal.say(f"not used: {wrong}")
         self.engine.barrier()
+        self.engine.world.begin()
 
     def _step(self, batch: Any, waited: float) -> None:
         args, state, control = self.args, self.state, self.control
