@@ -92,8 +92,8 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on(moment: str, at: int, tmp_p
     assert first.state.owed == ("look" in moment)
     # A callback runs when the step has asked the others: it is the next step that knows.
     assert first.state.step == (at if "look" in moment else at + 1)
+    assert signal.getsignal(signal.SIGTERM) == before  # whoever forgets to close can be ended
     first.close()
-    assert signal.getsignal(signal.SIGTERM) == before
     second = trainer(tmp_path)
     second.train(resume=True)
     assert not second.interrupted

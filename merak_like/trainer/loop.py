@@ -45,8 +45,8 @@ class Trainer:
     gets an object with ``predictions`` and ``label_ids``, arrays that are whole on every rank, as from transformers'
     Trainer. Raises ValueError for settings that contradict each other.
 
-    From here to ``close`` SIGTERM and SIGUSR1 do not end the process (in the main thread): when a rank is sent one, all
-    save after the same step, and ``train`` returns with ``interrupted``.
+    From here to the end of ``train`` SIGTERM and SIGUSR1 do not end the process (in the main thread): when a rank is
+    sent one, all save after the same step, and ``train`` returns with ``interrupted``.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Trainer:
             signals.close()
             raise
         self.engine.heed(signals)
+        self._signals = signals
         groups = self.engine.optimizer.param_groups if self.engine.optimizer else []
         self.base_rates = [group["lr"] for group in groups]
         self._options = [] if optimizer is not None else [{k: v for k, v in g.items() if k != "params"} for g in groups]
@@ -98,6 +99,13 @@ class Trainer:
         "auto" to do so where there is one, or the folder of a checkpoint or of another run. Weights, optimizer, random
         numbers, the place in the data, the log and what callbacks remember are then as if nothing had been.
         """
+        polite(self._signals)
+        try:
+            return self._train(resume)
+        finally:
+            self._signals.close()
+
+    def _train(self, resume: Resume | None) -> dict[str, float]:
         args, state = self.args, self.state
         if state.step == 0:
             self._begin(args.checkpoints.resume if resume is None else resume)
