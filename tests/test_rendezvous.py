@@ -8,7 +8,8 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
-from merak_like.runtime.rendezvous import agree_on_name
+from merak_like.runtime import rendezvous
+from merak_like.runtime.rendezvous import agree_on_name, begin, begun_before
 
 
 def names(store: Store, ranks: range, size: int, seconds: float = 20.0) -> list[str]:
@@ -34,3 +35,13 @@ def test_who_does_not_come_is_named() -> None:
         agree_on_name(HashStore(), 0, 3, timedelta(seconds=0.2))
     with pytest.raises(TimeoutError, match=r"rank 2 waited 0 s for rank 0 to start"):
         agree_on_name(HashStore(), 2, 3, timedelta(seconds=0.2))
+
+
+def test_only_later_processes_find_a_job_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that died before it began leaves nothing to go on from, and one process may make several engines."""
+    store = HashStore()
+    assert not begun_before(store)
+    begin(store)
+    assert not begun_before(store)
+    monkeypatch.setattr(rendezvous, "PROCESS", "another")
+    assert begun_before(store)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,11 @@ def test_early_stopping_stops(tmp_path: Path) -> None:
 def test_a_run_leaves_its_numbers_and_a_model_that_loads(tmp_path: Path) -> None:
     asked = quick(tmp_path, training=Training(epochs=2.0, batch=8))
     trainer = Trainer(build("llama"), asked, data("llama", 36, 1), data("llama", 10, 2))
+    said: list[str] = []
+    trainer.journal.say = said.append  # type: ignore[method-assign]
     summary = trainer.train()
+    (beside,) = said  # the third step, beside the plan
+    assert re.match(r"a step takes \S+ \w+ \(planned for a100-80gb: .*\), of it the pipeline idles \d.* % \(pl", beside)
     trainer.save(tmp_path / "model")
     looked = trainer.evaluate()
     trainer.close()

@@ -34,6 +34,7 @@ from tests.trainer_runs import (
     by_transformers,
     data,
     far,
+    speaks,
 )
 
 LAYOUTS = ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1))
@@ -116,8 +117,28 @@ def test_on_several_ranks_as_in_one_process(call: Call, result: Callable[[Call],
     theirs = plain(kind) if "hf" in call.name else plain_in_order(kind)
     ours = Ran(*first)
     assert far(ours, theirs) < 1e-5
-    if call.arguments["tp"] == 1:  # a rank may hold some columns of the logits only
-        assert ours.metric == pytest.approx(theirs.metric)
+    assert ours.metric == pytest.approx(theirs.metric)
+
+
+SPEAKING = [
+    Call(f"speaks-{dp}x{pp}x{tp}", "tests.trainer_runs:speaks", {"dp": dp, "pp": pp, "tp": tp})
+    for dp, pp, tp in ((1, 1, 2), (2, 1, 1), (1, 2, 2))
+]
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    "call", [pytest.param(call, id=call.name, marks=[pytest.mark.slow] * bool(i)) for i, call in enumerate(SPEAKING)]
+)
+def test_predictions_and_text_are_those_of_one_process(call: Call, result: Callable[[Call], list[Any]]) -> None:
+    text, logits = speaks(1, 1)
+    plain: Any = build("llama").double().eval()
+    rows = torch.stack([row["input_ids"] for row in data("llama", 7, 3)])
+    torch.testing.assert_close(torch.tensor(logits).double(), plain(input_ids=rows).logits, rtol=0, atol=1e-6)
+    for said, made in result(call):
+        assert said == text
+        torch.testing.assert_close(torch.tensor(made), torch.tensor(logits), rtol=0, atol=1e-6)
 
 
 def test_bf16_is_that_of_transformers(tmp_path: Path) -> None:

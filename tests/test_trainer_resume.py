@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -14,7 +15,7 @@ from merak_like.runtime.checkpoint.folder import CheckpointError, candidates
 from merak_like.trainer.journal import up_to
 from merak_like.trainer.loop import Trainer
 from merak_like.trainer.settings import Checkpoints, Optimizer, Training
-from tests.ranks import Call, Node, bare, torchrun
+from tests.ranks import Call, Node, bare, free_port, torchrun
 from tests.trainer_lives import SAMPLES, STEPS, asked, left, loss, model, trainer
 
 
@@ -91,8 +92,8 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on(moment: str, at: int, tmp_p
     assert first.state.owed == ("look" in moment)
     # A callback runs when the step has asked the others: it is the next step that knows.
     assert first.state.step == (at if "look" in moment else at + 1)
+    assert signal.getsignal(signal.SIGTERM) == before  # whoever forgets to close can be ended
     first.close()
-    assert signal.getsignal(signal.SIGTERM) == before
     second = trainer(tmp_path)
     second.train(resume=True)
     assert not second.interrupted
@@ -198,6 +199,7 @@ def apart(ours: Any, theirs: Any) -> float:
 
 
 @pytest.mark.ranks
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("dp", "pp"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)]
 )
@@ -215,6 +217,7 @@ def test_another_layout_goes_on_replays_nothing_and_skips_nothing(
 
 
 @pytest.mark.ranks
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("told", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_one_rank_that_is_told_to_end_lets_all_save_the_same_step(told: int, tmp_path: Path) -> None:
     with bare(call("until_told", 1, 2, tmp_path), 2) as running:
@@ -239,3 +242,27 @@ def test_a_run_killed_again_and_again_ends_as_if_undisturbed(deaths: int, tmp_pa
     two = call("survivor", 1, 2, tmp_path / "calm", steps=60, deaths=0)
     assert disturbed == torchrun([two], 2).results(two.name)[0]
     assert not [path for path in (tmp_path / "disturbed").iterdir() if path.name.startswith("metrics-")]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.timeout(500)
+def test_a_job_that_loses_a_node_goes_on_with_other_degrees(tmp_path: Path) -> None:
+    calm = trainer(tmp_path / "calm", drop=0.0)
+    calm.train()
+    conf = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"
+    both = ("--nnodes=1:2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--max-restarts=3")
+    nodes = [
+        Node(options=(*both, f"--rdzv-conf=is_host=true,{conf}")),
+        Node(options=(*both, f"--rdzv-conf=is_host=false,{conf}"), environment={"LOST": "1"}),
+    ]
+    one = call("fewer", "auto", 1, tmp_path / "lost")
+    job = torchrun([one], 4, nodes=nodes, timeout=230)
+    said = job.ranks[0].said
+    assert one.name in said, job.output[-3000:] + job.ranks[0].stderr[-3000:]
+    assert not said[one.name].error
+    found, replicas = said[one.name].value
+    assert replicas == 2
+    last = json.loads((tmp_path / "lost/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["train_steps"] < STEPS, "it began anew"
+    assert apart(found, list(left(calm))) <= 1e-10

@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ from tests.ranks import here
 STEPS = 12
 
 
-def model() -> nn.Module:
+def model(drop: float = 0.2) -> nn.Module:
     """With dropout, whose random numbers must go on too."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 4)).double()
+    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(drop), nn.Linear(16, 4)).double()
 
 
 def loss(out: Tensor, batch: Tensor) -> Tensor:
@@ -64,11 +65,11 @@ def asked(folder: Path, dp: int | str = 1, pp: int = 1, **more: Any) -> Settings
     return Settings(**(given | more))
 
 
-def trainer(folder: Path, *callbacks: Any, dp: int | str = 1, pp: int = 1, **more: Any) -> Trainer:
+def trainer(folder: Path, *callbacks: Any, dp: int | str = 1, pp: int = 1, drop: float = 0.2, **more: Any) -> Trainer:
     """A new process's, as it were."""
     patience = EarlyStoppingCallback(early_stopping_patience=50)
     return Trainer(
-        model(), asked(folder, dp, pp, **more), SAMPLES[:24], SAMPLES[24:], loss_fn=loss,
+        model(drop), asked(folder, dp, pp, **more), SAMPLES[:24], SAMPLES[24:], loss_fn=loss,
         callbacks=[patience, *callbacks],
     )  # fmt: skip
 
@@ -149,3 +150,21 @@ class Slow(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         time.sleep(0.05 * self.slow)
+
+
+def fewer(dp: str, pp: int, folder: str) -> Any:
+    """Train until the second node is lost, its agent and all; the ranks that are left choose their degrees anew."""
+
+    class Lost(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if os.environ.get("LOST") and state.global_step == 8:
+                with suppress(ProcessLookupError):
+                    os.kill(os.getppid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    one = trainer(Path(folder), Lost(), dp=dp, pp=pp, drop=0.0)
+    one.train()
+    found = left(one)
+    size = one.engine.plan.mesh.dp
+    one.close()
+    return [found, size]

@@ -118,7 +118,7 @@ def by_hf_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1, **more:
     trainer = HFTrainer(
         build(kind), arguments(f"{folder}/hf-{kind}-{dp}x{pp}x{tp}", BATCH // 2 // dp, 2, BATCH // dp, **more),
         train_dataset=data(kind, SAMPLES, 1), eval_dataset=data(kind, 20, 2),
-        compute_metrics=accuracy if tp == 1 else None, dp=dp, pp=pp, tp=tp, engine={"hardware": "a100-80gb"},
+        compute_metrics=accuracy, dp=dp, pp=pp, tp=tp, engine={"hardware": "a100-80gb"},
     )  # fmt: skip
     trainer.train()
     assert trainer.engine is not None
@@ -165,7 +165,7 @@ def by_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1) -> Ran | N
     where = Path(folder) / f"own-{kind}-{dp}x{pp}x{tp}"
     trainer = Trainer(
         build(kind), settings(where, dp, pp, tp), data(kind, WHOLE, 1), data(kind, 20, 2),
-        compute_metrics=accuracy if tp == 1 else None,
+        compute_metrics=accuracy,
     )  # fmt: skip
     trainer.train()
     weights = trainer.engine.full_state_dict()
@@ -174,6 +174,23 @@ def by_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1) -> Ran | N
         return None
     lines = trainer.state.history
     return _as_ran(lines, trainer.state.best_step, weights)
+
+
+def speaks(dp: int, pp: int, tp: int = 1, folder: str = "") -> list[Any]:
+    """What a model says, and its logits for a batch that does not divide evenly, on every rank."""
+    from merak_like import auto_parallel
+    from merak_like.runtime.predict import predict
+    from merak_like.trainer.generate import generate
+
+    rows = torch.stack([row["input_ids"] for row in data("llama", 7, 3)])
+    batch = {"input_ids": rows, "labels": rows}
+    engine = auto_parallel(
+        build("llama").double(), dp, pp, tp, example=batch, micro_batches=2, hardware="a100-80gb", device="cpu"
+    )  # fmt: skip
+    said = generate(engine, [[3, 4, 5], [50, 51, 52, 53, 54], [7]], max_new_tokens=4)
+    logits = predict(engine, batch)[1]["logits"]
+    engine.close()
+    return [said, logits.tolist()]
 
 
 def by_lora(dp: int, pp: int, folder: str) -> float:

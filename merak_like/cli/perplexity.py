@@ -18,6 +18,7 @@ def run(
     text: Annotated[str, typer.Option(help="The field of a record that holds the text.")] = "text",
     dp: Annotated[int, typer.Option(help="Replicas; start it with torchrun.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages; start it with torchrun.")] = 1,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks; start it with torchrun.")] = 1,
 ) -> None:
     """Print the mean loss per token, documents kept apart, and its exponential."""
     from merak_like.api import auto_parallel
@@ -38,9 +39,9 @@ def run(
         rows = read.train
         collate = getattr(rows, "collate")  # noqa: B009  # both kinds of packed data have one
         loaded = pretrained.load(folder, {}, task="causal-lm")
+        example = collate([rows[i % len(rows)] for i in range(batch)])
         engine = auto_parallel(
-            loaded.model, dp, pp, example=collate([rows[i % len(rows)] for i in range(batch)]), weights=loaded.weights,
-            hardware="a100-80gb",
+            loaded.model, dp, pp, tp, example=example, weights=loaded.weights, hardware="a100-80gb"
         )  # fmt: skip
         numbers = evaluated(engine, rows, collate, batch)
     if engine.world.rank == 0:

@@ -61,9 +61,7 @@ class Engine(Lasting):
             Kind.SEND_B: self._send_backward, Kind.RECV_B: self._post_backward,
         }  # fmt: skip
         self._around_step: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._batches: list[Any] = []
-        self._running: list[Program] = []
-        self._shares: list[float] = []
+        self._batches, self._running, self._shares = list[Any](), list[Program](), list[float]()
         self._made: dict[tuple[int, int], dict[str, Tensor]] = {}
         """What (micro-batch, stage) made, until its backward."""
         self._gradients: dict[tuple[int, int], dict[str, Tensor]] = {}
@@ -76,14 +74,15 @@ class Engine(Lasting):
         """Train on one batch: forward and backward of every micro-batch, reduce, clip, update.
 
         ``batch`` is the whole batch (the same on every rank) or, with ``batch_is_global=False``, this replica's share.
-        Gradients stay readable until the next step. Raises FloatingPointError for a loss or norm that is not finite,
-        before the weights change, and PeerError when another rank is gone.
+        Gradients stay readable until the next one. Raises FloatingPointError, before the weights change, for a loss or
+        norm that is not finite, and PeerError when another rank is gone.
         """
         with self._at_work(), self._around_step():
             self._clear_gradients()
             total = self._run(batch, batch_is_global, training=True)
             self._reducer.finish()
             found = StepResult(*self._numbers(self._update.squares()), total)
+            self._checkpoints.settle()
             result = self._update.apply(found, self.steps, partial(self._first_bad, batch, batch_is_global))
             self.steps += 1
             return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from merak_like.partitioner.mesh import Mesh
 from merak_like.runtime.pulse import Pulse
-from merak_like.runtime.rendezvous import agree_on_name, starts
+from merak_like.runtime.rendezvous import agree_on_name, begin, begun_before
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,14 @@ class World:
     pulse: Pulse | None = None
     """None alone, and where the caller made the process group without torchrun's environment."""
     restarted: bool = False
-    """Whether torchrun has started the ranks of this job before, on these nodes or others."""
+    """Whether ranks that torchrun started before, on these nodes or others, had begun the work of this job."""
+    job: Any = field(default=None, repr=False, compare=False)
+    """Torchrun's store, which lives as long as the job."""
+
+    def begin(self) -> None:
+        """Let a later start of this job know that this one has begun its work; every rank calls."""
+        if self.job is not None:
+            begin(self.job)
 
     @property
     def alone(self) -> bool:
@@ -74,29 +81,26 @@ def join(
     limit = timedelta(seconds=timeout)
     where = torch.device(device) if device is not None else _device()
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    again = start != "0"
     store = _store(limit) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+    again = begun_before(store) if store is not None else start != "0"
     if size == 1:
         if grouped and not dist.is_initialized():
             backend = "nccl" if where.type == "cuda" else "gloo"
             alone = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=limit)
-        return World(0, 1, where, limit, restarted=again or (store is not None and starts(store) > 1))
+        return World(0, 1, where, limit, restarted=again, job=store)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if not dist.is_initialized():
         backend = "nccl" if where.type == "cuda" else "gloo"
         if store is not None:
             rank = int(os.environ["RANK"])
-            start = agree_on_name(store, rank, size, limit)
+            start = agree_on_name(store, rank, size, limit)  # all are here, so all have looked whether it was begun
             own = dist.PrefixStore(f"merak/{start}", store)  # pyright: ignore[reportPrivateImportUsage]
-            if rank == 0:
-                own.set("number", str(starts(store)))
-            again = int(own.get("number")) > 1
             dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
         else:
             dist.init_process_group(backend, timeout=limit)
-    return World(dist.get_rank(), size, where, limit, _pulse(limit, start), again)
+    return World(dist.get_rank(), size, where, limit, _pulse(limit, start), again, store)
 
 
 def _store(limit: timedelta) -> Any:

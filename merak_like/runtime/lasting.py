@@ -29,10 +29,10 @@ class Lasting:
         """Write all that training needs to go on exactly to ``folder/step-N``; every rank calls it.
 
         ``state`` is kept beside it: values, and objects with ``state_dict`` and ``load_state_dict`` such as a learning
-        rate schedule; of each key that of the first rank that has it. With ``background`` it is copied, and written
-        while training goes on; what fails then is raised by the next ``save``, ``saved`` or ``close``. ``keep`` removes
-        all but so many complete checkpoints, and those of the steps in ``spare``. Returns the checkpoint, or None while
-        it is being written.
+        rate schedule; of each key that of the first rank that has it. With ``background`` it is copied and written
+        while training goes on; the next update waits for the copy, so change nothing by hand before. What fails then is
+        raised by the next ``save``, ``saved`` or ``close``. ``keep`` removes all but so many complete checkpoints, and
+        those of the steps in ``spare``. Returns the checkpoint, or None while it is being written.
         """
         self._open()
         return self._checkpoints.save(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from merak_like.partitioner.tensor_parallel.layout import Layout
 from merak_like.partitioner.tracer import Trace
 from merak_like.runtime.stage import Stage
 from merak_like.runtime.stage_code import build_stage
@@ -51,6 +52,8 @@ class Prepared:
     """From a stage's index and the ranges of its ops that are computed again."""
     fits: Callable[[Any], bool]
     """Whether a micro-batch of the traced shape takes the traced way."""
+    parts: Mapping[str, Layout] = field(default_factory=dict[str, Layout])
+    """How results lie of which a tensor-parallel rank has a part only, by their names."""
 
     @classmethod
     def plainly(

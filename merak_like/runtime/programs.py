@@ -14,6 +14,7 @@ from merak_like.partitioner.cuts import crossings
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.realign import realign, recomputed_ranges
 from merak_like.partitioner.schedules.action import Edges
+from merak_like.partitioner.tensor_parallel.layout import Layout
 from merak_like.partitioner.tracer import Trace
 from merak_like.runtime import rng
 from merak_like.runtime.batches import signature
@@ -34,6 +35,8 @@ class Program:
     """Whether a micro-batch of this shape takes the traced way."""
     random: bool
     """Whether the model draws random numbers, so that streams must be kept."""
+    parts: Mapping[str, Layout]
+    """How results lie of which a tensor-parallel rank has a part only, by their names."""
 
     def backward(self, edge: tuple[int, int]) -> tuple[Spec, ...]:
         """The gradients that come back along an edge."""
@@ -103,7 +106,9 @@ class Programs:
             state = Spec(rng.RNG, tuple(rng.state(self.device).shape), torch.uint8, False)
             for s in range(len(starts) - 2):
                 edges[s, s + 1].append(state)
-        return Program(stages, {edge: tuple(specs) for edge, specs in edges.items()}, traced, ready.fits, drawing)
+        return Program(
+            stages, {edge: tuple(specs) for edge, specs in edges.items()}, traced, ready.fits, drawing, ready.parts
+        )
 
     def _stage(self, ready: Prepared, index: int) -> StageLike:
         again = recomputed_ranges(self.plan, index, self.planned.graph, ready.trace.graph)

@@ -12,6 +12,8 @@ import uuid
 from datetime import timedelta
 from typing import Any
 
+PROCESS = uuid.uuid4().hex
+"""A word that only this process knows, as long as it lives."""
 PAUSE = 0.05
 """Seconds between two looks of rank 0."""
 
@@ -43,9 +45,15 @@ def agree_on_name(store: Any, rank: int, size: int, limit: timedelta) -> str:
     return word
 
 
-def starts(store: Any) -> int:
-    """How often this job was started, this time included: one rank of each start counts.
+def begun_before(store: Any) -> bool:
+    """Whether other processes than this start's had begun the work of this job.
 
-    Torchrun's own count does not: it stays where it is when nodes come or go (torch 2.13).
+    Torchrun's own count of restarts does not tell: it stays where it is when nodes come or go (torch 2.13).
     """
-    return store.add("merak/starts", 1)
+    return store.add("merak/begun", 0) > 0 and not store.check([f"merak/begun/{PROCESS}"])
+
+
+def begin(store: Any) -> None:
+    """Say that this start begins the work; every rank does."""
+    store.set(f"merak/begun/{PROCESS}", "")
+    store.add("merak/begun", 1)

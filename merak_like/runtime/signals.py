@@ -33,9 +33,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send before they kill."""
 
 
-def polite() -> Signals:
+def polite(signals: Signals | None = None) -> Signals:
     """Listens to those from now on, in the main thread; in another one to none, since Python has them there only."""
-    signals = Signals()
+    signals = signals or Signals()
     if threading.current_thread() is threading.main_thread():
         signals.listen(*SIGNALS)
     return signals

@@ -24,7 +24,7 @@ def generate(
 
     Without a ``temperature`` the likeliest token is taken; else one is drawn, the same on every rank by ``seed``. All
     texts are filled up to one length on the right, which a causal model does not look at, so there is one shape and one
-    trace. Raises ValueError for a model that gives no ``logits``, under tensor parallelism, and for an empty prompt.
+    trace. Raises ValueError for a model that gives no ``logits``, and for an empty prompt.
     """
     texts = [[int(token) for token in prompt] for prompt in prompts]
     if not texts or not all(texts):

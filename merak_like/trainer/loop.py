@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from merak_like.trainer.data.collate import Collate, stack
 from merak_like.trainer.data.loader import Loader, Samples
 from merak_like.trainer.data.order import Order
 from merak_like.trainer.evaluation import Metrics, evaluated
+from merak_like.trainer.forecast import AT, compared
 from merak_like.trainer.journal import METRICS, Journal
 from merak_like.trainer.listeners import Rates, listeners
 from merak_like.trainer.rates import rate, warmup_steps
@@ -44,8 +45,8 @@ class Trainer:
     gets an object with ``predictions`` and ``label_ids``, arrays that are whole on every rank, as from transformers'
     Trainer. Raises ValueError for settings that contradict each other.
 
-    From here to ``close`` SIGTERM and SIGUSR1 do not end the process (in the main thread): when a rank is sent one, all
-    save after the same step, and ``train`` returns with ``interrupted``.
+    From here to the end of ``train`` SIGTERM and SIGUSR1 do not end the process (in the main thread): when a rank is
+    sent one, all save after the same step, and ``train`` returns with ``interrupted``.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Trainer:
             signals.close()
             raise
         self.engine.heed(signals)
+        self._signals = signals
         groups = self.engine.optimizer.param_groups if self.engine.optimizer else []
         self.base_rates = [group["lr"] for group in groups]
         self._options = [] if optimizer is not None else [{k: v for k, v in g.items() if k != "params"} for g in groups]
@@ -97,6 +99,13 @@ class Trainer:
         "auto" to do so where there is one, or the folder of a checkpoint or of another run. Weights, optimizer, random
         numbers, the place in the data, the log and what callbacks remember are then as if nothing had been.
         """
+        polite(self._signals)
+        try:
+            return self._train(resume)
+        finally:
+            self._signals.close()
+
+    def _train(self, resume: Resume | None) -> dict[str, float]:
         args, state = self.args, self.state
         if state.step == 0:
             self._begin(args.checkpoints.resume if resume is None else resume)
@@ -113,7 +122,9 @@ class Trainer:
             while state.step < state.steps and not self.control.stop and not self.interrupted:
                 asked = time.perf_counter()
                 item = next(batches)
-                self._step(item, time.perf_counter() - asked)
+                third = state.step - first == AT - 1
+                with compared(self.engine, self.journal.say) if third else nullcontext():
+                    self._step(item, time.perf_counter() - asked)
         best = state.best_step if args.checkpoints.best and not self.interrupted else None
         if best is not None and not self.checkpointer.load(best, state.best_in):
             self.journal.say(f"the best checkpoint, of step {best}, is gone: these are the last weights")
@@ -151,6 +162,7 @@ class Trainer:
             for wrong in found.damaged:
                 self.journal.say(f"not used: {wrong}")
         self.engine.barrier()
+        self.engine.world.begin()
 
     def _step(self, batch: Any, waited: float) -> None:
         args, state, control = self.args, self.state, self.control

@@ -50,6 +50,8 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._written: Path | None = None
         self._error: Exception | None = None
+        self._copied = threading.Event()
+        self._copied.set()
         self._room: dict[str, torch.Tensor] = {}
         """Memory of the last copy, for the next one: to get it anew costs as much as to fill it."""
 
@@ -67,8 +69,12 @@ class Checkpoints:
         held, facts = self._contents.written(), self._contents.facts(state)
         if not background:
             return self._write(folder, step, held, facts, keep, spare)
-        copies = self._copy(held)
-        work = lambda: self._in_thread(folder, step, copies, facts, keep, spare)  # noqa: E731
+        changing = {f"model.{slot.name}" for slot in self._contents.update.slots}
+        early = [i for i, one in enumerate(held) if one.key not in changing and not one.key.startswith("optimizer.")]
+        for i, one in zip(early, self._copy([held[i] for i in early]), strict=True):
+            held[i] = one  # buffers change in a forward, all else in an update, which waits: see ``settle``
+        self._copied.clear()
+        work = lambda: self._in_thread(folder, step, held, early, facts, keep, spare)  # noqa: E731
         self._thread = threading.Thread(target=work, name="merak-checkpoint")
         self._thread.start()
         return None
@@ -93,11 +99,24 @@ class Checkpoints:
                 dist.destroy_process_group(self._group)
                 self._group = None
 
-    def _in_thread(self, *job: Any) -> None:
+    def settle(self) -> None:
+        """Wait until what is being written no longer needs the weights and the optimizer's state."""
+        self._copied.wait()
+
+    def _in_thread(
+        self, folder: Path, step: int, held: list[Held], early: list[int], facts: Any, keep: int | None,
+        spare: Collection[int],
+    ) -> None:  # fmt: skip
         try:
-            self._write(*job)
+            late = sorted({*range(len(held))} - {*early})
+            for i, one in zip(late, self._copy([held[i] for i in late]), strict=True):
+                held[i] = one
+            self._copied.set()
+            self._write(folder, step, held, facts, keep, spare)
         except Exception as error:
             self._error = error
+        finally:
+            self._copied.set()
 
     def _copy(self, held: list[Held]) -> list[Held]:
         copies = []

@@ -7,7 +7,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.sharding import ShardedBlock
 from merak_like.partitioner.tensor_parallel import Derived, derive
 from merak_like.partitioner.tensor_parallel.describe import described
-from merak_like.partitioner.tensor_parallel.layout import same_parts
+from merak_like.partitioner.tensor_parallel.layout import Layout, same_parts
 from merak_like.partitioner.tensor_parallel.local import local_graph
 from merak_like.partitioner.tensor_parallel.prove import prove
 from merak_like.partitioner.tensor_parallel.rows import Rows, rows_of
@@ -250,7 +250,17 @@ class Sharded:
                 code, walk, local, ranks[self.tp, 1], rank, at.__getitem__, self._summed, self._added(), gathered
             )
 
+        def parts(traced: Trace) -> dict[str, Layout]:
+            found = self.derived if traced.graph is self._of else self._derive(traced)
+            values = {name: layout for block in found.blocks for name, layout in block.values.items()}
+            values |= self._rows(traced, found).values
+            return {name: values[value] for name, value in traced.graph.outputs.items() if value in values}
+
         def prepared(traced: Trace, starts: Sequence[int], batch: Any) -> Prepared:
+            lie = parts(traced)  # before the trace's code is changed
+            return replace(made(traced, starts, batch), parts=lie)
+
+        def made(traced: Trace, starts: Sequence[int], batch: Any) -> Prepared:
             total = rows(batch)
             ends = [total * i // self.count for i in range(self.count + 1)]
             shares = [share for share in pairwise(ends) if share[0] < share[1]]
