@@ -119,9 +119,7 @@ class DeepSpeedReducer:
         from deepspeed.runtime.zero.offload_config import (  # pyright: ignore[reportMissingImports]
             DeepSpeedZeroOffloadOptimizerConfig,
         )
-        from deepspeed.runtime.zero.stage_1_and_2 import (  # pyright: ignore[reportMissingImports]
-            DeepSpeedZeroOptimizer,
-        )
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # pyright: ignore[reportMissingImports]
         from deepspeed.utils.timer import NoopTimer  # pyright: ignore[reportMissingImports]
 
         pinned = first.device.type == "cuda"
