@@ -59,6 +59,7 @@ bench: $(READY)
 	$(BIN)/torchrun --nproc-per-node 2 benchmarks/pipeline/main.py
 	$(BIN)/python benchmarks/paced/main.py
 	$(BIN)/python benchmarks/tensor_parallel/main.py
+	$(BIN)/torchrun --nproc-per-node 2 benchmarks/zero/main.py
 	$(BIN)/python benchmarks/tables.py
 
 # The site, in build/docs; its tools are the extra `docs`, installed when first asked for.

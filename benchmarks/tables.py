@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = (
     "README.md", "benchmarks/pipeline/README.md", "benchmarks/paced/README.md", "benchmarks/planner/README.md",
-    "benchmarks/tensor_parallel/README.md", "benchmarks/split/README.md",
+    "benchmarks/tensor_parallel/README.md", "benchmarks/split/README.md", "benchmarks/zero/README.md",
 )  # fmt: skip
 
 
@@ -75,6 +75,23 @@ def tensor_parallel() -> str:
             step, loose = row["milliseconds"], found["unshaped"]["rows"][name]["milliseconds"]
             hidden = (plain - step) / (plain - free)
             lines.append(f"| {name} | {loose:.0f} | {step:.0f} | {step / plain:.2f} | {hidden:.0%} |")
+    return "\n".join([*lines, "", _setting(data["setting"])])
+
+
+def zero() -> str:
+    """Steps at each level beside the peers at it, and what a save costs."""
+    path = ROOT / "benchmarks/zero/results.json"
+    if not path.exists():
+        return "No result is recorded yet."
+    data = json.loads(path.read_text())
+    lines = ["| 2 processes | step, ms | CPU, ms | ours to it | ours to it, CPU |", "|---|---:|---:|---:|---:|"]
+    for name, row in data["rows"].items():
+        ratios = (f"{row[key]:.2f}" if key in row else "" for key in ("ours to it", "ours to it, CPU"))
+        lines.append(
+            f"| {name} | {row['milliseconds']:.0f} | {row['CPU milliseconds']:.0f} | " + " | ".join(ratios) + " |"
+        )
+    lines += ["", "| saving, `zero=1` | ms |", "|---|---:|"]
+    lines += [f"| {name.removesuffix(', ms')} | {value:.0f} |" for name, value in data["saving"].items()]
     return "\n".join([*lines, "", _setting(data["setting"])])
 
 
@@ -165,7 +182,7 @@ def _setting(setting: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "tensor_parallel": tensor_parallel,
+    "tensor_parallel": tensor_parallel, "zero": zero,
     "pipeline": pipeline, "overhead": overhead, "paced": paced,
     "learning": learning, "published": published, "chosen": chosen, "every": every,
 }  # fmt: skip

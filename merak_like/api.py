@@ -162,6 +162,7 @@ def auto_parallel(
             decide = partial(
                 _plan, mesh=mesh, samples=rows(example), schedule=schedule, chunks=chunks, recompute=recompute,
                 hardware=hardware or "a100-80gb", memory_limit=memory_limit, sharding=proof.sharding,
+                zero=spread.zero, states=precise.states(elsewhere=spread.offload and world.device.type != "cpu"),
             )  # fmt: skip
             plan = decide(graph, micro_batches)
             if signature(chosen := _micro_batch(example, mesh, plan.micro_batches)) != signature(micro):

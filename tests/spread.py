@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -82,7 +83,10 @@ def as_much_as_said(dp: int, pp: int, zero: int) -> list[int]:
     reducer: Any = ours._reducer
     kept = sum((b.own if b.sums is None else b.sums).numel() for b in reducer.buckets)
     weights = sum(p.numel() for p in ours._parameters.values())
+    planned = [stage.memory for stage in ours.plan.stages]
     ours.close()
+    assert sum(one.optimizer for one in planned) == pytest.approx(2 * 8 * moments, rel=0.02)
+    assert sum(one.gradients for one in planned) == pytest.approx(8 * kept, rel=0.02)
     return [moments, kept, weights]
 
 

@@ -33,7 +33,7 @@ NO_TORCH = (
     "partitioner/explain/*",
     *(f"partitioner/{f}.py" for f in ("basis", "graph", "mesh", "plan", "sharding")),
 )
-ABOVE = r"merak_like\.(api|cli|trainer|split|hf)(\..*)?"
+ABOVE = r"merak_like\.(api|cli|ds_config|trainer|split|hf)(\..*)?"
 
 
 class Names(NamedTuple):

@@ -7,9 +7,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import torch
 
 from merak_like.partitioner.mesh import Mesh
 from merak_like.runtime.spreading import Spreading, spreading_of
+from tests import training
 from tests.ranks import Call, results_of, selected_calls
 
 there = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -77,3 +79,20 @@ def test_what_is_exact_is_understood() -> None:
     assert spreading_of(1, "deepspeed-offload", Mesh(2, 2, 2)) == Spreading(1, "deepspeed-offload")
     assert spreading_of(2, None, Mesh(2, 2, 2)) == Spreading(2, "own")
     assert not spreading_of(0, None, Mesh()).deepspeed
+
+
+@there
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [None, "bf16"])
+@pytest.mark.parametrize("backend", ["deepspeed", "deepspeed-offload"])
+def test_alone_it_is_as_ours(backend: str, precision: str | None) -> None:
+    """One process: the masters begin with the weights before they are rounded, and end as with our own store."""
+    one, ends = training.subject("gpt2", dtype=torch.float32), []
+    for name in ("own", backend):
+        engine = training.engine(one, one.batch(8), 1, 1, 4, zero=1, zero_backend=name, precision=precision)
+        losses = [engine.step(one.batch(8)).loss for _ in range(3)]
+        targets = {slot.name: slot.target.detach().flatten().clone() for slot in engine._update.slots}
+        engine.close()
+        ends.append((losses, targets))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
+    assert training.worst(ends[1][1], ends[0][1])[0] <= 1e-6

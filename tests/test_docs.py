@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ("quick-start", "own-model", "fine-tune", "multi-node", "trainer", "errors")
 DOCUMENTS = ("README.md", "docs/training.md", "docs/quick-start.md", "docs/trainer.md", "docs/own-model.md",
-             "docs/checkpoints.md", "docs/split.md", "docs/methods.md")  # fmt: skip
+             "docs/checkpoints.md", "docs/split.md", "docs/methods.md", "docs/deepspeed.md")  # fmt: skip
 BLOCK = re.compile(r"^(?:<!-- (?P<word>.*?) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -216,6 +216,17 @@ def test_optimizers_said_to_treat_each_number_for_itself_do(name: str) -> None:
     assert torch.equal(torch.cat([c.detach() for c in cut]), whole.detach().flatten())
 
 
+def test_plan_knows_what_low_precision_keeps() -> None:
+    def kept(**more: Any) -> tuple[int, int, int]:
+        engine = build(**more)
+        memory = engine.plan.stages[0].memory
+        engine.close()
+        return memory.weights, memory.gradients, memory.optimizer
+
+    assert kept() == (4 * 20, 4 * 20, 8 * 20)
+    assert kept(precision="bf16") == (2 * 20, 4 * 20, 12 * 20), "with weights and moments in float32"
+
+
 def test_weights_learn_what_is_too_small_for_the_numbers_they_compute_with() -> None:
     engine = build(precision="bf16", optimizer=lambda p: torch.optim.SGD(p, lr=1e-4))
     before = engine.model.weight.detach().clone()

@@ -30,11 +30,11 @@ def model_of(layers: int, hidden: int, seq: int) -> Any:
     return GPT2LMHeadModel(config).train()
 
 
-def ours(model: Any, ids: Tensor, micro_batches: int, zero: int) -> tuple[Step, Engine]:
+def ours(model: Any, ids: Tensor, micro_batches: int, zero: int, backend: str | None = None) -> tuple[Step, Engine]:
     """The engine at a level."""
     batch = {"input_ids": ids, "labels": ids}
     engine = auto_parallel(
-        model, dp=dist.get_world_size(), example=batch, micro_batches=micro_batches, zero=zero,
+        model, dp=dist.get_world_size(), example=batch, micro_batches=micro_batches, zero=zero, zero_backend=backend,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LR), hardware="a100-80gb",
     )  # fmt: skip
     return lambda: engine.step(batch).loss, engine
@@ -70,15 +70,15 @@ def ddp(model: Any, ids: Tensor, micro_batches: int, spread: bool) -> Step:
     return _loop(wrapped, ids, micro_batches, optimizer, lambda on: wrapped.no_sync() if on else nullcontext())
 
 
-def fsdp2(model: Any, ids: Tensor, micro_batches: int, every: bool) -> Step:
-    """``fully_shard`` that keeps whole weights after the forward; sums after every micro-batch (level 2), or once."""
+def fsdp2(model: Any, ids: Tensor, micro_batches: int, every: bool, keep: bool) -> Step:
+    """``fully_shard`` of each block, summing after every micro-batch or once; it may keep whole weights in a step."""
     for block in model.transformer.h:
-        fully_shard(block, reshard_after_forward=False)
-    fully_shard(model, reshard_after_forward=False)
+        fully_shard(block, reshard_after_forward=not keep)
+    fully_shard(model, reshard_after_forward=False if keep else None)
 
     def unsynced(on: bool) -> Any:
         model.set_requires_gradient_sync(every or not on)
-        model.set_reshard_after_backward(not on)
+        model.set_reshard_after_backward(not (keep and on))
         return nullcontext()
 
     return _loop(model, ids, micro_batches, torch.optim.AdamW(model.parameters(), lr=LR), unsynced)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,7 +56,6 @@ class Asked:
         rate = None if self.told is None else self.told.rate
         if rate is None:
             return otherwise
-        groups: list[Mapping[str, Any]] = optimizer.param_groups
-        own = [group.get("initial_lr", group["lr"]) for group in groups]
-        shares = [lambda step, lr=lr: rate(step, lr) / lr for lr in own]
+        own = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        shares = [lambda step, lr=lr, rate=rate: rate(step, lr) / lr for lr in own]
         return torch.optim.lr_scheduler.LambdaLR(optimizer, shares)

@@ -57,7 +57,8 @@ class HFTrainer(transformers.Trainer):
         as_one.per_device_train_batch_size *= given.gradient_accumulation_steps * dp
         as_one.per_device_eval_batch_size *= dp
         as_one.gradient_accumulation_steps = 1
-        as_one.deepspeed = as_one.deepspeed_plugin = as_one.hf_deepspeed_config = None  # the engine does what it says
+        for name in ("deepspeed", "deepspeed_plugin", "hf_deepspeed_config"):  # the engine does what they say
+            setattr(as_one, name, None)
         refused = [f"{name}={value!r} ({why})" for name, value, why in _refused(given, more, type(self))]
         if refused:
             raise ValueError(f"HFTrainer cannot honour {'; '.join(refused)}")

@@ -103,7 +103,7 @@ class DeepSpeedReducer:
         for hook in self._zero._grad_acc_hooks:  # they count backwards, which are the engine's here
             hook.remove()
         self._hooks = [p.register_post_accumulate_grad_hook(_widen) for p in self._lowered]
-        self.slots: list[Slot] = []
+        self.slots, self._sums = list[Slot](), list[Tensor]()
         self._places: list[list[tuple[Slot, int]]] = []
         for number, group in enumerate(optimizer.param_groups):
             cut = list(self._cut(number, counted))
@@ -113,15 +113,12 @@ class DeepSpeedReducer:
             for slot, _ in cut:  # DeepSpeed has made them from weights that are rounded already
                 slot.target.data.copy_(whole[slot.name].flatten()[slice(*slot.run or ())])
         optimizer.param_groups[:] = self._all
-        self._sums: list[Tensor] = []
 
     def _make(self, deepspeed: Any, first: nn.Parameter) -> Any:
         from deepspeed.runtime.zero.offload_config import (  # pyright: ignore[reportMissingImports]
             DeepSpeedZeroOffloadOptimizerConfig,
         )
-        from deepspeed.runtime.zero.stage_1_and_2 import (  # pyright: ignore[reportMissingImports]
-            DeepSpeedZeroOptimizer,
-        )
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # pyright: ignore[reportMissingImports]
         from deepspeed.utils.timer import NoopTimer  # pyright: ignore[reportMissingImports]
 
         pinned = first.device.type == "cuda"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from merak_like._compat import tree_map
+from merak_like.partitioner.states import ADAMW, STATES, StateBytes
 from merak_like.runtime.finite import Guard, LossScale
 
 
@@ -35,6 +36,12 @@ class Precision:
         if self.compute is None or not parameter.is_floating_point():
             return parameter.dtype, parameter.dtype
         return self.compute, torch.promote_types(parameter.dtype, torch.float32)
+
+    def states(self, *, elsewhere: bool = False) -> StateBytes:
+        """What training keeps for each parameter, with the most usual optimizer; ``elsewhere``: in another memory."""
+        lowered = self.compute in (torch.bfloat16, torch.float16)
+        kept = STATES["adamw-megatron"] if lowered else ADAMW  # sums, weights and two moments in float32
+        return replace(kept, optimizer=0.0) if elsewhere else kept
 
     def inputs(self, batch: Any) -> Any:
         """The batch with its floating tensors as the model computes."""
