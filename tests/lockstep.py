@@ -106,8 +106,8 @@ class Ran:
 
 
 def in_lockstep(
-    one: Subject, batch: Any, tp: int, sequence_parallel: bool = True, fuse: bool = True, planned: Any = None, thrifty: bool = False,
-    shares: int = 1,
+    one: Subject, batch: Any, tp: int, sequence_parallel: bool = True, planned: Any = None, thrifty: bool = False,
+    shares: int = 1, fuse: bool = True,
 ) -> Ran:  # fmt: skip
     """Forward and backward; ``planned`` is the batch that decided how weights lie and which gradients are summed.
 

@@ -62,7 +62,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_killed_run_goes_on_from_its_newest_checkpoint(
     at: int, background: bool, tmp_path: Path, undisturbed: Any
 ) -> None:
-    more = {"checkpoints": Checkpoints(every=3, best=True, background=background)}
+    more: dict[str, Any] = {"checkpoints": Checkpoints.model_validate({"every": 3, "best": True, "async": background})}
     first = trainer(tmp_path, At(at, killed), **more)
     with pytest.raises(Killed):
         first.train()

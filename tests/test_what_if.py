@@ -13,7 +13,7 @@ from merak_like.partitioner.explain.again import Again, basis_of, plan_again
 from merak_like.partitioner.explain.calibration import calibrate
 from merak_like.partitioner.explain.conditions import Conditions, trace_again, what_if
 from merak_like.partitioner.explain.difference import difference
-from merak_like.partitioner.explain.losses import CAUSES
+from merak_like.partitioner.explain.losses import CAUSES, Played
 from merak_like.partitioner.hardware import Hardware
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
@@ -156,7 +156,7 @@ def measured(plan: Plan, truth: Hardware, noise: float = 0.0) -> Recorded:
     """What an engine would measure of a plan on another machine than it was made for."""
     assert plan.basis is not None
     real = replace(plan, basis=plan.basis.remembering({}, hardware=truth))
-    step = Step.planned(Again.of(real).judged.timeline)
+    step = Step.planned(Played.of_judged(Again.of(real).judged).timeline)
     step = Step(step.records, tuple(tail + 1e-4 for tail in step.tails))
     return profile(plan, step, step)
 

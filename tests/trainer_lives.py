@@ -19,6 +19,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from merak_like.trainer.loop import Trainer
 from merak_like.trainer.settings import (
     Checkpoints,
+    Degree,
     Evaluation,
     Logging,
     Optimizer,
@@ -50,7 +51,7 @@ PARTS = 4
 """Micro-batches of a step, over all replicas."""
 
 
-def asked(folder: Path, dp: int | str = 1, pp: int = 1, **more: Any) -> Settings:
+def asked(folder: Path, dp: Degree = 1, pp: int = 1, **more: Any) -> Settings:
     """Twelve steps with everything that has a memory: warm-up, cosine, evaluations, the best, a log every 5 steps."""
     micro_batches = PARTS // dp if isinstance(dp, int) else None
     spread = Parallelism(
@@ -65,7 +66,7 @@ def asked(folder: Path, dp: int | str = 1, pp: int = 1, **more: Any) -> Settings
     return Settings(**(given | more))
 
 
-def trainer(folder: Path, *callbacks: Any, dp: int | str = 1, pp: int = 1, drop: float = 0.2, **more: Any) -> Trainer:
+def trainer(folder: Path, *callbacks: Any, dp: Degree = 1, pp: int = 1, drop: float = 0.2, **more: Any) -> Trainer:
     """A new process's, as it were."""
     patience = EarlyStoppingCallback(early_stopping_patience=50)
     return Trainer(
@@ -124,14 +125,14 @@ def until_told(dp: int, pp: int, folder: str) -> None:
     one.close()
 
 
-def survivor(dp: int | str, pp: int, folder: str, steps: int, deaths: int) -> Any:
+def survivor(dp: Degree, pp: int, folder: str, steps: int, deaths: int) -> Any:
     """Train through SIGKILLs at random moments, of a random rank in each life but the last; nobody asks to resume."""
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     draw = random.Random(f"{life} {deaths}")
     mine = int(os.environ["RANK"]) == draw.randrange(int(os.environ["WORLD_SIZE"]))
     one = trainer(
         Path(folder), Slow(life < deaths), dp=dp, pp=pp, training=Training(steps=steps, batch=4),
-        checkpoints=Checkpoints(every=3, best=True, background=bool(life % 2)),
+        checkpoints=Checkpoints.model_validate({"every": 3, "best": True, "async": bool(life % 2)}),
     )  # fmt: skip
     if life < deaths and mine:
         threading.Timer(draw.uniform(0.3, 1.5), os.kill, (os.getpid(), signal.SIGKILL)).start()
@@ -152,7 +153,7 @@ class Slow(TrainerCallback):
         time.sleep(0.05 * self.slow)
 
 
-def fewer(dp: str, pp: int, folder: str) -> Any:
+def fewer(dp: Degree, pp: int, folder: str) -> Any:
     """Train until the second node is lost, its agent and all; the ranks that are left choose their degrees anew."""
 
     class Lost(TrainerCallback):

@@ -127,7 +127,7 @@ def read(
         values[counts[0]] = samples  # what is derived is derived from the batch
     batch, micro_batches = _batch([values.get(key) for key in counts], dp, samples)
     zero, backend = _zero(values)
-    clip = float(values.get("gradient_clipping", CLIPPING))
+    clip = float(values.get("gradient_clipping", CLIPPING) or 0.0)
     return Choices(
         batch, micro_batches, clip or None, "gradient_clipping" in values, zero, backend, _precision(values),
         _optimizer(values, backend), _rate(values), decided,

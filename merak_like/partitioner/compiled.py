@@ -150,7 +150,8 @@ class Compiled:
         """See ``simulator``: the most at once of each stage, and of each rank."""
         columns, stages = self.columns, costs.stages
         table = np.array([(s.activation_bytes, s.kept, s.held_for_weight) for s in stages], np.int64)
-        whole, before, waits = table[columns.stage].T
+        rows: Ints = table[columns.stage]
+        whole, before, waits = rows[:, 0], rows[:, 1], rows[:, 2]
         kept: Ints = np.where(columns.apart | np.isin(columns.stage, list(recomputes)), before, whole)
         nothing = np.zeros_like(whole)
         opened = np.where(columns.apart, 0, whole - kept)

@@ -150,7 +150,7 @@ class HalfPrograms:
             state = Spec(rng.RNG, tuple(rng.state(self.device).shape), torch.uint8, False)
             for edge in self.edges():
                 edges[edge] = (*edges[edge], state)
-        return Half(stages, edges, halves.trace, halves.trace.fits, drawing, halves=halves, holds=holds)
+        return Half(stages, edges, halves.trace, halves.trace.fits, drawing, {}, halves=halves, holds=holds)
 
     def _own(self, halves: Halves, starts: tuple[int, ...], part: int) -> Stage:
         code = build_stage(halves.trace, self.model, starts, part)
