@@ -113,7 +113,7 @@ class Twins(nn.Module):
             self.other.weight.copy_(self.one.weight)
 
 
-@pytest.mark.parametrize("build", [gpt2, pytest.param(t5, marks=pytest.mark.slow), Twins])
+@pytest.mark.parametrize("build", [*(pytest.param(build, marks=pytest.mark.slow) for build in (gpt2, t5)), Twins])
 def test_no_more_than_one_module_is_whole_before_it_is_cut(build: Callable[[], nn.Module]):
     with torch.device("meta"):
         model = build()

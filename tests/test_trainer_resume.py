@@ -201,7 +201,7 @@ def apart(ours: Any, theirs: Any) -> float:
 @pytest.mark.ranks
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("dp", "pp"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)]
+    ("dp", "pp"), [pytest.param(*degrees, marks=pytest.mark.slow) for degrees in ((2, 1), (1, 2), (2, 2))]
 )
 def test_another_layout_goes_on_replays_nothing_and_skips_nothing(
     dp: int, pp: int, tmp_path: Path, undisturbed: Any

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from merak_like.partitioner.mesh import Coord
 from merak_like.partitioner.plan import Plan
-from merak_like.runtime.groups import Groups
+from merak_like.runtime.groups import Group, Groups
 from merak_like.runtime.initialize import World
 from merak_like.runtime.tensor_parallel.shards import Shards
 from merak_like.runtime.watch import Watch
@@ -21,7 +22,8 @@ def state_dict(
     model: nn.Module, plan: Plan, shards: Shards, groups: Groups, world: World, watch: Watch
 ) -> dict[str, Tensor]:
     """Every entry of the model's state_dict, full, on rank 0; {} elsewhere."""
-    own = {name: whole(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    replicas = groups.replicas or groups.sums.get(((), ()))
+    own = {name: whole(tensor, replicas) for name, tensor in model.state_dict(keep_vars=True).items()}
     first = {alias: names[0] for names in plan.ties for alias in names}
     entries = {first.get(name, name): tensor for name, tensor in own.items()}
     rank_of = {name: rank for name, rank in holders(plan).items() if name in entries}
@@ -29,9 +31,21 @@ def state_dict(
     return {name: gathered[first.get(name, name)] for name in own} if world.rank == 0 else {}
 
 
-def whole(tensor: Any) -> Tensor:
-    """A tensor whose rows replicas share, gathered; every replica asks."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def whole(tensor: Any, replicas: Group) -> Tensor:
+    """A tensor whose rows replicas share, gathered; every replica asks.
+
+    Not by ``full_tensor``: torch finds the group of an equal mesh of before by its name, which may be closed.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    assert replicas is not None, "rows are shared among replicas"
+    own, count = tensor.to_local().detach(), dist.get_world_size(replicas)
+    each = -(-tensor.shape[0] // count)
+    padded = own.new_zeros((each, *tensor.shape[1:]))
+    padded[: own.shape[0]] = own
+    found = own.new_empty((each * count, *tensor.shape[1:]))
+    dist.all_gather_into_tensor(found, padded, group=replicas)
+    return found[: tensor.shape[0]]
 
 
 def gradients(

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from merak_like.partitioner.tracer import LossFn, Trace, trace
 from merak_like.partitioner.tracer.example import arguments, find_loss, leaves, name_of
+from merak_like.runtime import collect
 from merak_like.runtime.batches import to_device
 from merak_like.runtime.groups import Group, Groups
 from merak_like.runtime.optimizer import Slot
@@ -124,7 +125,7 @@ class FullySharded:
         for module in self._modules:
             module.set_gradient_divide_factor(1.0)  # micro-batches come with their share of the whole batch
             module.set_force_sum_reduction_for_comms(True)
-        self._watch = watch
+        self._watch, self._group = watch, group
         self.parameters = {name: model.get_parameter(name) for name in trained}
         self.slots: list[Slot] = []
         self._places: list[tuple[Slot, nn.Parameter]] = []
@@ -152,7 +153,11 @@ class FullySharded:
     def gradients(self) -> dict[str, Tensor | None]:
         """The last step's gradients by name, whole; every rank asks."""
         with self._watch.waiting("the gradients of rows"):
-            return {n: p.grad.full_tensor() for n, p in self.parameters.items() if isinstance(p.grad, DTensor)}
+            return {
+                name: collect.whole(parameter.grad, self._group)
+                for name, parameter in self.parameters.items()
+                if parameter.grad is not None
+            }
 
     def close(self) -> None:
         """Let go of the gradients; the model stays sharded."""
