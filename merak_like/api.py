@@ -44,7 +44,8 @@ from merak_like.runtime.optimizer import Update
 from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.programs import Programs
 from merak_like.runtime.spreading import spreading_of
-from merak_like.runtime.tensor_parallel.sharding import on_meta, sharding
+from merak_like.runtime.tensor_parallel.blueprint import on_meta
+from merak_like.runtime.tensor_parallel.sharding import sharding
 from merak_like.runtime.watch import Watch
 
 Degree = int | str

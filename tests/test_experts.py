@@ -19,7 +19,7 @@ from merak_like.partitioner.tracer.fine import fine_trace, steps
 from merak_like.runtime.batches import rows
 from merak_like.runtime.local import LocalPipeline
 from merak_like.runtime.methods.experts import CentralMask, MatrixProductExperts, SharedCore, bonds, contract, decompose
-from merak_like.runtime.tensor_parallel.sharding import on_meta
+from merak_like.runtime.tensor_parallel.blueprint import on_meta
 from tests.ranks import Call, results_of, selected_calls
 from tests.training import Subject, by_engine, plainly, same
 

@@ -140,6 +140,7 @@ def test_a_tracker_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     journal = Journal(tmp_path, Logging(console=False, trackers=("tensorboard",)), {}, 5, lead=True)
+    journal.start(0)
     journal.write(3, {"loss": 1.5})
     journal.close()
     assert seen == [str(tmp_path / "tensorboard"), ("loss", 1.5, 3), "closed"]

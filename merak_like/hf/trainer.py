@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from merak_like.api import auto_parallel
 from merak_like.hf.ds_config import Asked
@@ -132,11 +133,7 @@ class HFTrainer(transformers.Trainer):
         data: Any = self.train_dataset
         size = self.args.per_device_train_batch_size
         with torch.random.fork_rng():
-            items = (
-                iter(data)
-                if isinstance(data, torch.utils.data.IterableDataset)
-                else (data[i] for i in range(len(data)))
-            )
+            items = iter(data) if isinstance(data, IterableDataset) else (data[i] for i in range(len(data)))
             collate = self._get_collator_with_removed_columns(self.data_collator)
             return _plain(collate([item for item, _ in zip(items, range(size), strict=False)]))
 

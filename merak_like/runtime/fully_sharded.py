@@ -28,7 +28,8 @@ from merak_like.runtime.batches import to_device
 from merak_like.runtime.groups import Group, Groups
 from merak_like.runtime.optimizer import Slot
 from merak_like.runtime.prepared import Prepared, Ranges, StageLike
-from merak_like.runtime.tensor_parallel.sharding import Prepare, Unsharded, on_meta
+from merak_like.runtime.tensor_parallel.blueprint import on_meta
+from merak_like.runtime.tensor_parallel.sharding import Prepare, Unsharded
 from merak_like.runtime.watch import Watch
 
 

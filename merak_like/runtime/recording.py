@@ -51,11 +51,12 @@ class Recorder:
         return Recorded(plan, steps, tuple(tuple(rank[1][i] for rank in ranks) for i in range(len(self._tails))))
 
     def _timed(self, do: Callable[[Action], object]) -> Callable[[Action], object]:
-        def timed(action: Action) -> None:
+        def timed(action: Action) -> object:
             start, waited = self._now(), self._watch.waited
-            do(action)
+            made = do(action)
             end = self._now()
             self._now_in.append(Record(action, start, end, min(self._watch.waited - waited, end - start)))
+            return made
 
         return timed
 

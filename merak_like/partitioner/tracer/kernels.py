@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Kernel = Callable[[Tensor], Tensor]
@@ -57,40 +57,80 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _kernel(module: nn.Module) -> Kernel | None:
-    try:
-        graph = fx.symbolic_trace(copy.copy(module)).graph
-    except Exception:  # any Python may be in there; what cannot be followed stays as it is
-        return None
-    found = _form(graph)
+    found = _formula(copy.copy(module).forward)
     return None if found is None else FORMS.get(_text(found))
 
 
-def _form(graph: fx.Graph) -> Sum | None:
-    """What a graph computes from its one input; None for anything but algebra."""
-    values: dict[fx.Node, Sum] = {}
-    for node in graph.nodes:
-        if node.op == "output":
-            result = node.args[0]
-            return values.get(result) if isinstance(result, fx.Node) else None
-        if node.op == "placeholder":
-            made = {("x",): 1.0} if not values and not node.args else None
-        elif node.op in ("call_function", "call_method") and not node.kwargs:
-            made = _apply(node, [values[a] if isinstance(a, fx.Node) else a for a in node.args])
-        else:
-            made = None
-        if made is None or len(made) > LARGEST:
-            return None
-        values[node] = made
-    return None
+class _NoAlgebra(Exception):
+    pass
 
 
-def _apply(node: fx.Node, args: list[Any]) -> Sum | None:
-    name = node.target if isinstance(node.target, str) else node.target.__name__  # pyright: ignore
-    if name in FUNCTIONS:
-        return {(f"{name}({_text(args[0])})",): 1.0} if len(args) == 1 else None
-    if not all(isinstance(arg, (dict, int, float)) for arg in args):
+class _Term:
+    """Stands for a tensor: what is done with it is written down as a sum. Nothing of torch is replaced meanwhile."""
+
+    def __init__(self, value: Sum) -> None:
+        self.value = value
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> _Term:
+        return _done(func.__name__, args, kwargs)
+
+    def __getattr__(self, name: str) -> Callable[..., _Term]:
+        if name not in RULES and name not in FUNCTIONS:
+            raise _NoAlgebra  # a question about the tensor, on which the module's Python may depend
+        return lambda *args, **kwargs: _done(name, (self, *args), kwargs)
+
+    def __add__(self, other: Any) -> _Term:
+        return _done("add", (self, other))
+
+    def __sub__(self, other: Any) -> _Term:
+        return _done("sub", (self, other))
+
+    def __rsub__(self, other: Any) -> _Term:
+        return _done("sub", (other, self))
+
+    def __mul__(self, other: Any) -> _Term:
+        return _done("mul", (self, other))
+
+    def __truediv__(self, other: Any) -> _Term:
+        return _done("div", (self, other))
+
+    def __pow__(self, other: Any) -> _Term:
+        return _done("pow", (self, other))
+
+    def __neg__(self) -> _Term:
+        return _done("neg", (self,))
+
+    def __bool__(self) -> bool:
+        raise _NoAlgebra
+
+    def __eq__(self, other: object) -> bool:
+        raise _NoAlgebra
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+def _formula(forward: Callable[..., Any]) -> Sum | None:
+    """What a forward computes from its one input; None for anything but algebra."""
+    try:
+        made = forward(_Term({("x",): 1.0}))
+    except Exception:  # any Python may be in there; what cannot be followed stays as it is
         return None
-    return RULES[name](*args) if name in RULES else None
+    return made.value if isinstance(made, _Term) else None
+
+
+def _done(name: str, args: Any, kwargs: Any = None) -> _Term:
+    values = [arg.value if isinstance(arg, _Term) else arg for arg in args]
+    if kwargs or not all(isinstance(value, (dict, int, float)) for value in values):
+        raise _NoAlgebra
+    if name in FUNCTIONS and len(values) == 1:
+        return _Term({(f"{name}({_text(values[0])})",): 1.0})
+    made = RULES[name](*values) if name in RULES else None
+    if made is None or len(made) > LARGEST:
+        raise _NoAlgebra
+    return _Term(made)
 
 
 def _sum(value: Sum | float) -> Sum:
@@ -130,7 +170,6 @@ RULES: Mapping[str, Callable[..., Sum | None]] = MappingProxyType(
         "add": _add,
         "sub": lambda a, b: _add(a, _times(b, -1.0)),
         "mul": _times,
-        "truediv": _over,
         "div": _over,
         "pow": _power,
         "square": lambda a: _times(a, a),
@@ -146,11 +185,7 @@ def _text(value: Sum) -> str:
 
 
 def _textbook(formula: Callable[[Any], Any]) -> str:
-    class Formula(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return formula(x)
-
-    found = _form(fx.symbolic_trace(Formula()).graph)
+    found = _formula(formula)
     assert found is not None
     return _text(found)
 

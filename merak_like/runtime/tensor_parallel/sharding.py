@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from merak_like.runtime.batches import rows, samples
 from merak_like.runtime.groups import Groups, Span
 from merak_like.runtime.optimizer import Slot
 from merak_like.runtime.prepared import Prepared
+from merak_like.runtime.tensor_parallel.blueprint import on_meta
 from merak_like.runtime.tensor_parallel.collectives import TensorGroup
 from merak_like.runtime.tensor_parallel.copies import Copies, Copy
 from merak_like.runtime.tensor_parallel.gathered import Gathered
@@ -296,13 +296,3 @@ class Sharded:
 
 TRIED = 8
 """Runs of samples tried to find some that the model treats as it does all."""
-
-
-def on_meta(model: nn.Module) -> nn.Module:
-    """A copy of a model with tensors of the same shapes and no memory. Ties stay ties."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        data = torch.empty_like(tensor, device="meta", requires_grad=False)
-        whole = nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
-        memo[id(tensor)] = whole
-    return copy.deepcopy(model, memo)
