@@ -56,12 +56,15 @@ def scripts(text: str) -> list[Script]:
 
 
 def cases() -> list[object]:
-    """Every script of every document."""
-    return [
-        pytest.param(script, id=f"{document}:{script.line}", marks=[pytest.mark.ranks] * (script.ranks > 1))
-        for document in DOCUMENTS
-        for script in scripts((ROOT / document).read_text(encoding="utf-8"))
-    ]
+    """Every script of every document; of those on several ranks the first of each document, the others slowly."""
+    found: list[object] = []
+    for document in DOCUMENTS:
+        on_ranks = 0
+        for script in scripts((ROOT / document).read_text(encoding="utf-8")):
+            on_ranks += script.ranks > 1
+            marks = [pytest.mark.ranks] * (script.ranks > 1) + [pytest.mark.slow] * (script.ranks > 1 and on_ranks > 1)
+            found.append(pytest.param(script, id=f"{document}:{script.line}", marks=marks))
+    return found
 
 
 @pytest.mark.timeout(300)

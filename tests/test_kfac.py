@@ -75,6 +75,7 @@ def factors(weight: str) -> int:
     return 4 * ((WIDTHS[layer] + 1) ** 2 + WIDTHS[layer + 1] ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize(("sgd", "kfac", "mpd"), [(TWO["sgd"], TWO["kfac"], TWO["mpd"])], ids=["2"])
 def test_no_factor_is_on_the_wire_and_each_has_one_owner(sgd: Call, kfac: Call, mpd: Call, result: Any):

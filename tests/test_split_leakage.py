@@ -30,6 +30,7 @@ def test_a_wide_cut_leaks_nearly_all_and_a_narrow_one_less():
     assert "can read nearly all of the text" in str(found[0])
 
 
+@pytest.mark.slow
 def test_what_a_codec_takes_away_counts():
     bare = leakage(SOURCE, Task(cut="layers.0:layers.3"), BATCHES, steps=200)
     coarse = leakage(SOURCE, Task(cut="layers.0:layers.3", codec="sign"), BATCHES, steps=200)

@@ -79,7 +79,10 @@ SAMPLE = ("bloom/causal-lm", "deepseek_v4/causal-lm", "falcon_h1/causal-lm", "fu
 """Each needs another mechanism: custom functions, several axes, states, pooling, written buffers, norms over heads."""
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+HEAVY = ("deepseek_v4/causal-lm", "falcon_h1/causal-lm", "recurrent_gemma/causal-lm")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in HEAVY)) for n in SAMPLE])
 def test_a_sample_of_the_difficult_pairs_still_is(name: str) -> None:
     failure, answer = sharding.attempt(*name.split("/"))
     assert failure == ""
