@@ -205,7 +205,7 @@ def cells() -> Iterator[Any]:
 
 
 def in_shares() -> Iterator[Any]:
-    """Rows in two shares, one's collectives under the other's compute; by default one model once."""
+    """Rows in two shares, one's collectives under the other's compute."""
     for row, name in enumerate(MODELS):
         layout, schedule, recompute = (
             ((1, 1, 2), "1f1b", "none"), ((1, 2, 2), "zb-h1", "full"), ((2, 1, 2), "1f1b", "none"),
@@ -214,7 +214,7 @@ def in_shares() -> Iterator[Any]:
             "sharded", *layout, name=name, schedule=schedule, recompute=recompute, size=SIZES.get(name, (19, 16)),
             sequence_parallel=True, tp_shares=2,
         )._replace(function="tests.sharded:sharded")  # fmt: skip
-        yield pytest.param(one, id=one.name, marks=() if name == "gpt2" else pytest.mark.slow)
+        yield pytest.param(one, id=one.name, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")

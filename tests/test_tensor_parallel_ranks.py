@@ -39,7 +39,7 @@ def in_shares() -> Iterator[Any]:
             for turn, schedule in enumerate(SCHEDULES if layout[1] > 1 else SCHEDULES[::2]):
                 more = {"recompute": "full"} if (row + turn) % 2 else {}
                 one = sharded(*layout, name=name, schedule=schedule, tp_shares=2 + turn % 2, **more)
-                first = row < 5 and column == row % 3 and turn == (row + 1) % 2
+                first = row < 3 and column == row % 3 and turn == (row + 1) % 2
                 yield pytest.param(one, id=one.name, marks=() if first else pytest.mark.slow)
 
 
