@@ -56,12 +56,21 @@ SAME: dict[str, Callable[[Tensor], Tensor]] = {
     "erf": lambda x: x.mul(torch.erf(x / math.sqrt(2))).add(x).mul(0.5),
     "swish": lambda x: torch.sigmoid(x).mul(x),
 }
+
+
+def in_place(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    x *= s
+    return x
+
+
 OTHER: dict[str, Callable[[Tensor], Tensor]] = {
     "another constant": lambda x: 0.5 * x * (1.0 + torch.tanh(0.79788456 * (x + 0.0447 * x**3))),
     "quick": lambda x: x * torch.sigmoid(1.702 * x),
     "clipped": lambda x: gelu(x).clip(-1, 1),
     "in another precision": lambda x: gelu(x.float()).to(x.dtype),
     "decided by data": lambda x: gelu(x) if x.sum() > 0 else x,
+    "in place": in_place,
     "two inputs": lambda x: x * torch.sigmoid(x.flip(0)),
 }
 
@@ -97,7 +106,7 @@ def test_of_transformers_activations_all_and_only_the_spelled_out_ones_are_recog
 
 def test_a_module_is_looked_at_and_left_alone():
     counting = Counting()
-    assert kernels(nn.Sequential(counting))
+    assert not kernels(nn.Sequential(counting)), "a kernel would not count"
     assert counting.calls == 0
     hooked = nn.Sequential(Spelled(gelu))
     hooked[0].register_forward_hook(lambda *_: None)
@@ -117,6 +126,18 @@ def test_a_trace_has_the_kernel_unless_told_otherwise():
     hooked = Block(Spelled(gelu))
     hooked.register_full_backward_hook(lambda *_: None)
     assert "torch._C._nn.gelu" not in _targets(hooked), "the block's own call must stay, or its hook is lost"
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_around_an_activation_run_at_every_call(register: str):
+    model, calls = nn.Sequential(Block(Spelled(gelu))), list[str]()
+    getattr(model[0], register)(lambda *_: calls.append("called"))
+    x = torch.randn(2, 4)
+    traced = trace(model, x, lambda out, _: out)
+    (code,) = build_stages(traced, model, [0, len(traced.graph.ops)])
+    calls.clear()
+    code.pieces[0].module(x)
+    assert calls == ["called"]
 
 
 def test_stages_with_kernels_give_the_models_numbers_and_save_less():

@@ -48,6 +48,8 @@ class ModuleCall:
     stop: int = 0
     opaque: str = ""
     """Why the call cannot be one node; empty when it can."""
+    hooked: bool = False
+    """Whether the user's hooks run at every call: then it should stay one node."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Calls:
             return call_module(module, *args, **kwargs)
         if path in self.choices.rehearse:
             return self.leaf(module, path, args, kwargs)
-        if path in self.choices.kernels and len(args) == 1 and not kwargs and not any(c.atomic for c in self.open):
+        if path in self.choices.kernels and len(args) == 1 and not kwargs and not self.kept:
             return self.kernel(self.choices.kernels[path], path, args[0])
         if path and not module._modules and path not in self.choices.descend:
             return self.leaf(module, path, args, kwargs)
@@ -145,6 +147,11 @@ class Calls:
         self.calls.append(call)
         return out
 
+    @property
+    def kept(self) -> bool:
+        """Whether a call around this one is to stay one node, so that nothing in it can be exchanged."""
+        return any(call.atomic or call.hooked for call in self.open)
+
     def kernel(self, kernel: Kernel, path: str, argument: Any) -> Any:
         """One torch function in place of the call; what is around it can no longer be one node."""
         for call in self.open:
@@ -170,6 +177,7 @@ class Calls:
         hooked = bool(module._backward_hooks or module._backward_pre_hooks)
         atomic = is_compiled(module) or hooked or path in self.choices.atomic or kind.__name__ in self.choices.atomic
         call = ModuleCall(path, kind.__qualname__, len(writer.drafts), len(self.open), atomic, writer.state())
+        call.hooked = bool(module._forward_hooks or module._forward_pre_hooks)
         self.calls.append(call)
         try:
             call.args = encode(tuple(args), writer.reference, _no_objects)

@@ -57,8 +57,15 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _kernel(module: nn.Module) -> Kernel | None:
-    found = _formula(copy.copy(module).forward)
-    return None if found is None else FORMS.get(_text(found))
+    try:
+        probe = copy.deepcopy(module)
+    except Exception:  # what cannot be copied cannot be tried
+        return None
+    before = repr(_own(probe))
+    found = _formula(probe.forward)
+    if found is None or repr(_own(probe)) != before:  # one that counts its calls, say, must go on counting them
+        return None
+    return FORMS.get(_text(found))
 
 
 class _NoAlgebra(Exception):
@@ -107,6 +114,10 @@ class _Term:
     def __eq__(self, other: object) -> bool:
         raise _NoAlgebra
 
+    def _in_place(self, other: Any) -> _Term:
+        raise _NoAlgebra  # a kernel would leave the argument as it was
+
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = __ipow__ = _in_place
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     __radd__, __rmul__ = __add__, __mul__
