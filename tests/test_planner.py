@@ -333,6 +333,15 @@ def test_what_is_suggested_for_too_little_memory_fits(
         assert max(made.rank_bytes) <= made.memory_limit
 
 
+@pytest.mark.parametrize(("share", "enough"), [(0.4, 3), (0.3, 4), (0.22, 6)])
+def test_more_stages_are_offered_where_they_are_enough(share: float, enough: int):
+    graph = gpt(8, d=64, s=4, samples=1)
+    limit = int(share * plan(graph, 1, batch=1).rank_bytes[0])
+    with pytest.raises(ValueError, match="no way to cut") as refused:
+        plan(graph, 1, batch=1, memory_limit=limit)
+    assert suggested(refused)["pp"]["pp"] == enough
+
+
 def test_too_little_memory_names_what_dominates():
     graph = gpt(4, d=64, s=4, samples=1)
     with pytest.raises(ValueError, match=r"of it optimizer \(1 of 1 micro-batches alive, schedule 1f1b\)") as refused:

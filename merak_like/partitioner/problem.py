@@ -131,8 +131,8 @@ class Problem:
     """Ops at which units begin, then the end."""
     blocks: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     """Ops at which blocks begin."""
-    _bands: dict[Any, Any] = field(default_factory=dict[Any, Any], repr=False)
-    """Tables of one width: ``bands``, what is made of them, and ``least_bytes``."""
+    _bands: dict[Any, Any] = field(init=False, default_factory=dict[Any, Any], repr=False)
+    """Of this very problem, for some depend on its job: tables of one width: ``bands``, what is made of them, and ``least_bytes``."""
 
     @property
     def size(self) -> int:

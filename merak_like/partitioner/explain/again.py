@@ -117,7 +117,7 @@ class Again:
         """The plan's own stages with other choices of the job: ``schedule``, ``recompute``, ``memory_limit``."""
         if "schedule" in job:
             job["chunks"] = stages_per_rank(job["schedule"], None)
-        problem = replace(self.problem, job=replace(self.problem.job, **job), _bands={})
+        problem = replace(self.problem, job=replace(self.problem.job, **job))
         judged = Judge(problem)(self.starts) if problem.job.stages == len(self.starts) - 1 else None
         if judged is None or problem.job.schedule not in STAND_IN:
             return judged
@@ -137,4 +137,4 @@ def _cut_at(problem: Problem, basis: Basis, starts: Sequence[int], scale: float)
     positions = np.union1d(problem.positions, np.array(starts, np.int64)).astype(np.int64)
     if len(positions) == len(problem.positions):
         return problem
-    return replace(problem, positions=positions, traffic=Traffic(basis.graph, positions, scale=scale), _bands={})
+    return replace(problem, positions=positions, traffic=Traffic(basis.graph, positions, scale=scale))
