@@ -49,8 +49,8 @@ def test_owners_share_the_factors_evenly():
 def test_what_it_cannot_precondition_is_refused():
     with pytest.raises(ValueError, match="use zero=0"):
         Methods([Kfac()], Job("1f1b", 1, 1, 1))
-    with pytest.raises(ValueError, match="use bf16"):
-        Methods([Kfac()], Job("1f1b", 1, 1, 0, True))
+    with pytest.raises(ValueError, match="precision= has them elsewhere: use zero=0 and float32"):
+        Methods([Kfac()], Job("1f1b", 1, 1, 0, lowered=True))
     with pytest.raises(ValueError, match="damping is above 0"):
         Kfac(damping=0)
 

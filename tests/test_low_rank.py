@@ -98,7 +98,7 @@ def test_a_convolution_is_projected_together_with_its_norm():
 
 
 def test_low_rank_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="zero=0 and tp=1"):
+    with pytest.raises(ValueError, match="use zero=0, tp=1 and float32, found tp=2"):
         Methods([LowRank(2, 1)], Job("1f1b", 2, 1, 0))
     with pytest.raises(ValueError, match="matches 'nothing'"):
         two_linears(model(), 2, "nothing")

@@ -14,9 +14,12 @@ from merak_like.runtime.batches import rows
 from merak_like.runtime.methods.chunked_loss import linear_cross_entropy
 from merak_like.runtime.methods.compiled import Compiled
 from merak_like.runtime.methods.compress import Compress
+from merak_like.runtime.methods.experts import CentralMask
 from merak_like.runtime.methods.flat_adamw import FlatAdamW
 from merak_like.runtime.methods.head_loss import ChunkedLoss
-from merak_like.runtime.methods.method import Job, Methods
+from merak_like.runtime.methods.kfac import Kfac
+from merak_like.runtime.methods.method import Job, Method, Methods
+from merak_like.runtime.methods.projection import LowRank
 from merak_like.trainer.groups import optimizer_factory
 from merak_like.trainer.methods import methods_of
 from merak_like.trainer.settings import Settings
@@ -118,6 +121,25 @@ def test_methods_refuse_the_jobs_they_cannot_serve():
         Methods([Compiled(), Compress()], Job("1f1b", 1, 1, 0))
     with pytest.raises(ValueError, match="methods= takes"):
         Methods(["compile"], Job("1f1b", 1, 1, 0))  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="zero=3 runs the model whole"):
+        Methods([Compiled()], Job("1f1b", 1, 1, 3))
+
+
+@pytest.mark.parametrize("job", [Job("1f1b", 1, 1, 1), Job("1f1b", 1, 1, 0, lowered=True)], ids=["zero", "precision"])
+@pytest.mark.parametrize(
+    "method", [Kfac(), CentralMask(0.5), LowRank(2, 1), Compress(0.02)], ids=lambda m: type(m).__name__
+)
+def test_gradients_that_lie_elsewhere_are_refused_by_who_would_not_find_them(method: Method, job: Job):
+    with pytest.raises(ValueError, match=r"(zero=1|precision=)"):
+        Methods([method], job)
+
+
+def test_many_chunks_add_up_in_more_than_the_logits_precision():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(8192, 16, dtype=torch.bfloat16), torch.randn(1000, 16, dtype=torch.bfloat16) / 4
+    labels = torch.randint(1000, (8192,))
+    found = linear_cross_entropy(hidden, weight, None, labels, chunk_bytes=64 * 4000)
+    assert float(found) == pytest.approx(float(F.cross_entropy(F.linear(hidden, weight).float(), labels)), rel=0.01)
 
 
 class Block(nn.Module):

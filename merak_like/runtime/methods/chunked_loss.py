@@ -40,7 +40,7 @@ def linear_cross_entropy(
         total, rows = _Chunked.apply(
             hidden, weight, bias, target, ignore_index, label_smoothing, chunk_bytes, dtype or hidden.dtype
         )  # type: ignore[misc]
-        return total / rows if reduction == "mean" else total
+        return (total / rows if reduction == "mean" else total).to(dtype or hidden.dtype)
 
 
 class _Chunked(torch.autograd.Function):
@@ -51,13 +51,15 @@ class _Chunked(torch.autograd.Function):
         hidden, weight, bias, target, ignored, smoothing, chunk_bytes, dtype = args
         counted = target != ignored
         rows = max(1, chunk_bytes // (weight.shape[0] * 4))
-        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        # torch's kernel sums in float32 whatever the logits are
+        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         for part in range(0, len(hidden), rows):
             some = slice(part, part + rows)
             logits = _logits(hidden[some], weight, bias, dtype)
-            total += F.cross_entropy(
-                logits, target[some], ignore_index=ignored, reduction="sum", label_smoothing=smoothing
+            losses = F.cross_entropy(
+                logits, target[some], ignore_index=ignored, reduction="none", label_smoothing=smoothing
             )
+            total += losses.sum(dtype=total.dtype)
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = ignored, smoothing, rows, dtype
         ctx.mark_non_differentiable(count := counted.sum())

@@ -110,9 +110,9 @@ class Compress(Method):
     def check(self, job: Job) -> None:
         """Shares of the momentum say nothing of a whole weight."""
         self._whole = job.tp == 1
-        if job.zero and self.adapt:
+        if job.elsewhere and self.adapt:
             raise ValueError(
-                f"Compress looks at the momentum of whole weights, zero={job.zero} has shares: adapt=False"
+                f"Compress looks at the momentum of the parameters, {job.elsewhere} has it elsewhere: adapt=False"
             )
 
     def traced(self, trace: Trace, model: nn.Module) -> Trace:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from merak_like.runtime.data_parallel import Gradients
-from merak_like.runtime.methods.method import Method, Place
+from merak_like.runtime.methods.method import Job, Method, Place
 from merak_like.runtime.methods.wrapped import AfterSum
 
 
@@ -121,15 +121,22 @@ class CentralMask(Method):
             raise ValueError(f"probability={probability}: a share of the steps, 0 to below 1")
         self.probability, self.seed = probability, seed
 
+    def check(self, job: Job) -> None:
+        """Gradients where the parameters are."""
+        if job.elsewhere:
+            raise ValueError(
+                f"CentralMask takes the cores' own gradients away, {job.elsewhere} has them elsewhere: use zero=0 and "
+                "float32, or torch.autocast around the engine"
+            )
+
     def gradients(self, reducer: Gradients, place: Place) -> Gradients:
         """The same, but for the cores' gradients in some steps."""
-        cores = [p for m in place.model.modules() if isinstance(m, SharedCore) for p in [m.central]]
         own = {id(p) for p in place.parameters.values()}
+        cores = [m.central for m in place.model.modules() if isinstance(m, SharedCore) and id(m.central) in own]
 
         def mask(step: int) -> None:
             if np.random.Philox(key=[self.seed, step]).random_raw() < self.probability * 2**64:
                 for core in cores:
-                    if id(core) in own and core.grad is not None:
-                        core.grad.zero_()
+                    core.grad = None  # of zeros an optimizer with momentum or decay would make a step
 
         return AfterSum(reducer, mask)

@@ -131,10 +131,11 @@ class Kfac(Method):
 
     def check(self, job: Job) -> None:
         """Whole weights, and gradients as they are."""
-        if job.zero:
-            raise ValueError(f"Kfac preconditions whole weights, zero={job.zero} has shares of them: use zero=0")
-        if job.scaled:
-            raise ValueError("Kfac learns curvature from gradients, which a loss scale (fp16) changes: use bf16")
+        if job.elsewhere:
+            raise ValueError(
+                f"Kfac preconditions the parameters' own gradients, {job.elsewhere} has them elsewhere: use zero=0 and "
+                "float32, or torch.autocast around the engine"
+            )
 
     def piece(self, piece: Piece) -> Piece:
         """Watch its layers."""
@@ -144,7 +145,12 @@ class Kfac(Method):
         """The same, and then the owners precondition."""
         self._mine = 0 if place.replicas is None else dist.get_rank(place.replicas)
         embedded = {id(m.weight) for m in place.model.modules() if isinstance(m, nn.Embedding)}
-        found = {n: p for n, p in place.parameters.items() if p.ndim in (2, 4) and id(p) not in embedded}
+        # a gradient that is summed over other ranks too would be preconditioned by each of them in its own way
+        found = {
+            n: p
+            for n, p in place.parameters.items()
+            if p.ndim in (2, 4) and id(p) not in embedded and n not in place.shared
+        }
         owners = owners_of({n: _bytes(p) for n, p in found.items()}, place.count)
         self._layers = {id(p): Curved(n, p, owners[n]) for n, p in found.items()}
         return AfterSum(reducer, lambda step: self.precondition(step, place))

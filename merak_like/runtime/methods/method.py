@@ -10,7 +10,7 @@ Each gives back what it was given where the method has nothing to do there.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,8 +39,13 @@ class Job:
     tp: int
     shares: int
     zero: int
-    scaled: bool = False
-    """Whether the loss is multiplied, so that small gradients are not lost."""
+    lowered: bool = False
+    """Whether the optimizer updates other tensors than the model's parameters, in another precision."""
+
+    @property
+    def elsewhere(self) -> str:
+        """What keeps weights or gradients away from ``parameter``; empty if nothing does."""
+        return f"zero={self.zero}" if self.zero else "precision=" if self.lowered else ""
 
     @property
     def waits(self) -> bool:
@@ -56,6 +61,8 @@ class Place:
 
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
+    shared: Set[str]
+    """Parameters whose gradients are summed over more ranks than the replicas: ties, rows of a sequence."""
     replicas: Group
     """The ranks that hold the same stages; None for one alone."""
     optimizer: torch.optim.Optimizer | None
@@ -109,6 +116,8 @@ class Methods:
                     f"{type(method).__name__} changes how a stage's code runs, which tp_shares={job.shares} does in "
                     "its own way: use tp_shares=1"
                 )
+            if job.zero == 3:
+                raise ValueError("zero=3 runs the model whole, not the stages that methods= change: use zero=2")
             method.check(job)
         watching = [type(m).__name__ for m in self._methods if m.watches]
         if watching and (whole := [type(m).__name__ for m in self._methods if m.compiles]):
@@ -119,11 +128,11 @@ class Methods:
         return Wrapped(parts, model, self._methods) if self._methods else parts  # type: ignore[return-value]
 
     def gradients(
-        self, reducer: Gradients, model: nn.Module, own: Mapping[str, nn.Parameter],
+        self, reducer: Gradients, model: nn.Module, own: Mapping[str, nn.Parameter], shared: Set[str],
         optimizer: torch.optim.Optimizer | None, groups: Groups, world: World, watch: Watch,
     ) -> Gradients:  # fmt: skip
         """What brings gradients together, as the methods want it."""
-        place = Place(model, own, groups.sums.get(((), ())), optimizer, world, watch)
+        place = Place(model, own, shared, groups.sums.get(((), ())), optimizer, world, watch)
         for method in self._methods:
             reducer = method.gradients(reducer, place)
         return reducer

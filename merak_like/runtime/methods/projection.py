@@ -36,8 +36,11 @@ class LowRank(Method):
 
     def check(self, job: Job) -> None:
         """A decomposition needs the whole matrix."""
-        if job.zero or job.tp > 1:
-            raise ValueError(f"LowRank decomposes whole weights: use zero=0 and tp=1, found {job.zero} and {job.tp}")
+        if job.elsewhere or job.tp > 1:
+            raise ValueError(
+                f"LowRank decomposes whole weights that the optimizer updates itself: use zero=0, tp=1 and float32, "
+                f"found tp={job.tp}{job.elsewhere and f' and {job.elsewhere}'}"
+            )
 
     def gradients(self, reducer: Gradients, place: Place) -> Gradients:
         """The same; the projection follows the optimizer's step."""
