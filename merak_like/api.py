@@ -145,11 +145,10 @@ def auto_parallel(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
             )
         micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
-        job = Job(plan.schedule if plan else schedule, mesh.tp, tp_shares, zero, precise.loss_scale is not None)
-        plugged = Methods(methods, job)
+        plugged = Methods(
+            methods, Job(plan.schedule if plan else schedule, mesh.tp, tp_shares, zero, precise.compute is not None)
+        )  # fmt: skip
         if spread.weights and mesh.dp > 1:
-            if methods:
-                raise ValueError("zero=3 runs the model whole, not the stages that methods= change: use zero=2")
             parts, recompute = Whole(model, loss_fn), "none" if recompute == "auto" else recompute
         else:
             parts = sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel, fuse)
@@ -163,7 +162,8 @@ def auto_parallel(
             decide = partial(
                 _plan, mesh=mesh, samples=rows(example), schedule=schedule, chunks=chunks, recompute=recompute,
                 hardware=hardware or "a100-80gb", memory_limit=memory_limit, sharding=proof.sharding,
-                zero=spread.zero, states=precise.states(elsewhere=spread.offload and world.device.type != "cpu"),
+                zero=spread.zero, sequence_parallel=sequence_parallel,
+                states=precise.states(elsewhere=spread.offload and world.device.type != "cpu"),
             )  # fmt: skip
             plan = decide(graph, micro_batches)
             if signature(chosen := _micro_batch(example, mesh, plan.micro_batches)) != signature(micro):
@@ -179,6 +179,8 @@ def auto_parallel(
         collect.agree(facts | {name: str(choice) for name, choice in choices.items()}, world, watch)
         if world.device.type != "cpu":
             rough = parts.trace(micro, world.device)
+        if isinstance(parts, Whole):
+            parts.check(plan)
         if plan.starts[-1] != len(rough.graph.ops):
             raise ValueError(
                 f"the plan cuts {plan.starts[-1]} ops, but {type(model).__name__} runs {len(rough.graph.ops)} for "
@@ -206,6 +208,7 @@ def auto_parallel(
             trainable, {name: groups.sums[sums[name]] for name in trainable}, readers,
             {name for name in trainable if holders[name] == groups.coord.pp}, pending,
         )  # fmt: skip
+        shared = {name for name in trainable if sums[name] != ((), ())}
         paths = {call.path for call in rough.calls}
         learns = learning(model, held, optimizer, spread, precise, parts, groups, watch, world.device, paths)
         return Engine(
@@ -216,7 +219,7 @@ def auto_parallel(
                 model, plan, rough, micro, groups.coord.pp, world.device, parts, parts.prepare(groups, watch), pending
             ),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
-            reducer=plugged.gradients(learns.reducer, model, trainable, learns.optimizer, groups, world, watch),
+            reducer=plugged.gradients(learns.reducer, model, trainable, shared, learns.optimizer, groups, world, watch),
             update=Update(
                 learns.slots,
                 learns.optimizer,

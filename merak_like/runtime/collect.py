@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from merak_like.partitioner.mesh import Coord
 from merak_like.partitioner.plan import Plan
+from merak_like.runtime import exchange
 from merak_like.runtime.groups import Group, Groups
 from merak_like.runtime.initialize import World
 from merak_like.runtime.tensor_parallel.shards import Shards
@@ -23,7 +24,7 @@ def state_dict(
 ) -> dict[str, Tensor]:
     """Every entry of the model's state_dict, full, on rank 0; {} elsewhere."""
     replicas = groups.replicas or groups.sums.get(((), ()))
-    own = {name: whole(tensor, replicas) for name, tensor in model.state_dict(keep_vars=True).items()}
+    own = {name: whole(tensor, name, replicas, watch) for name, tensor in model.state_dict(keep_vars=True).items()}
     first = {alias: names[0] for names in plan.ties for alias in names}
     entries = {first.get(name, name): tensor for name, tensor in own.items()}
     rank_of = {name: rank for name, rank in holders(plan).items() if name in entries}
@@ -31,8 +32,8 @@ def state_dict(
     return {name: gathered[first.get(name, name)] for name in own} if world.rank == 0 else {}
 
 
-def whole(tensor: Any, replicas: Group) -> Tensor:
-    """A tensor whose rows replicas share, gathered; every replica asks.
+def whole(tensor: Any, name: str, replicas: Group, watch: Watch) -> Tensor:
+    """A tensor whose rows replicas share, gathered on the CPU of the first; every replica asks.
 
     Not by ``full_tensor``: torch finds the group of an equal mesh of before by its name, which may be closed.
     """
@@ -44,8 +45,9 @@ def whole(tensor: Any, replicas: Group) -> Tensor:
     padded = own.new_zeros((each, *tensor.shape[1:]))
     padded[: own.shape[0]] = own
     found = own.new_empty((each * count, *tensor.shape[1:]))
-    dist.all_gather_into_tensor(found, padded, group=replicas)
-    return found[: tensor.shape[0]]
+    watch.wait(exchange.all_gather(found, padded, replicas), name, "with the replicas")
+    # nobody reads what others than the first have, and all of a model may be too much for them
+    return found[: tensor.shape[0]].cpu() if dist.get_rank(replicas) == 0 else torch.empty(0, dtype=tensor.dtype)
 
 
 def gradients(

@@ -21,6 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from merak_like.partitioner.plan import Plan
+from merak_like.partitioner.planned import schedule_of
+from merak_like.partitioner.schedules.action import Kind
 from merak_like.partitioner.tracer import LossFn, Trace, trace
 from merak_like.partitioner.tracer.example import arguments, find_loss, leaves, name_of
 from merak_like.runtime import collect
@@ -93,6 +96,15 @@ class Whole(Unsharded):
             theirs.training = ours.training
         return trace(self.blueprint, batch, self.loss_fn, device=device)
 
+    def check(self, plan: Plan) -> None:
+        """Raise ValueError for a plan of more than one stage, or one that puts gradients of weights off."""
+        order = schedule_of(plan)
+        if len(order.stage_rank) > 1 or order.apart(Kind.W):
+            raise ValueError(
+                f"zero=3 calls the model whole, in one stage and with whole backwards; schedule {plan.schedule!r} has "
+                "others: use 1f1b or gpipe, or zero=2"
+            )
+
     def prepare(self, groups: Groups, watch: Watch) -> Prepare:
         def make(index: int, again: Ranges, device: torch.device, pending: Counter[int] | None) -> StageLike:
             if again:
@@ -153,12 +165,11 @@ class FullySharded:
 
     def gradients(self) -> dict[str, Tensor | None]:
         """The last step's gradients by name, whole; every rank asks."""
-        with self._watch.waiting("the gradients of rows"):
-            return {
-                name: collect.whole(parameter.grad, self._group)
-                for name, parameter in self.parameters.items()
-                if parameter.grad is not None
-            }
+        return {
+            name: collect.whole(parameter.grad, name, self._group, self._watch)
+            for name, parameter in self.parameters.items()
+            if parameter.grad is not None
+        }
 
     def close(self) -> None:
         """Let go of the gradients; the model stays sharded."""
