@@ -116,6 +116,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer | None, names: Sequence[str]
     entries: dict[int, dict[str, Any]] = {}
     for name, value in (*state.tensors.items(), *state.facts["plain"].items()):
         parameter, _, key = name.rpartition("/")
+        if not parameter:
+            raise ValueError("the checkpoint is older than names of parameters in the optimizer's part: begin anew")
         if parameter in place:
             entries.setdefault(place[parameter], {})[key] = value
     own = [group["params"] for group in optimizer.state_dict()["param_groups"]]

@@ -117,23 +117,30 @@ class Registry:
             order = {"session": id_, "task": task.model_dump(mode="json"), "example": hello.example}
             with self.turn.held(), self.crew.together("open", **order):
                 made = build_together(self.source, task, example, exchange, self.device, self.crew)
-            if not same(made.probe, hello.probe):
-                raise Refused(
-                    "edge and host factored the changed layer differently: change the model once, save it, and give "
-                    "both sides that checkpoint"
-                )
             training = Training(made, exchange, task.optimizer, self.folder / id_, task.checkpoint_every, self.crew)
             session = Session(id_, owner, hello, training, self.turn, self.crew)
-            if session.largest > self.limits.message:
-                raise Refused(
-                    f"a message of this session can take {session.largest} bytes, {self.limits.message} are allowed: "
-                    "use smaller micro-batches"
-                )
+            try:
+                self._accept(session, same(made.probe, hello.probe))
+            except Refused:
+                session.close()  # on the crew's other ranks too
+                raise
         except BaseException:
             self.ledger.release(id_)
             raise
         self.live[id_] = session
         return session
+
+    def _accept(self, session: Session, alike: bool) -> None:
+        if not alike:
+            raise Refused(
+                "edge and host factored the changed layer differently: change the model once, save it, and give "
+                "both sides that checkpoint"
+            )
+        if session.largest > self.limits.message:
+            raise Refused(
+                f"a message of this session can take {session.largest} bytes, {self.limits.message} are allowed: "
+                "use smaller micro-batches"
+            )
 
     def _needs(self, hello: Hello, example: Any) -> int:
         """Bytes of a session, from a trace without weights; refuses another model or cut before any are made."""

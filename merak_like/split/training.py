@@ -121,20 +121,24 @@ class Training:
     def restore(self, state: State | None) -> None:
         """Go back, or on, to a state that rank 0 has. Raises ValueError where it is of another model."""
         with self._together("restore"):
+            codecs = {} if state is None else checkpoint.of("codec/", state.tensors)  # of who talks to the edge
             if self.crew is not None:
-                state = self.crew.share(state)
+                shared = state and State(
+                    {name: t for name, t in state.tensors.items() if not name.startswith("codec/")}, state.facts
+                )
+                state = self.crew.share(shared)
             assert state is not None
-            failed: ValueError | None = None
+            failed: Exception | None = None
             try:
-                self._restore(state)
-            except ValueError as error:
+                self._restore(state, codecs)
+            except Exception as error:  # all ranks are told of it, and raise
                 failed = error
             if self.crew is not None:
                 self.crew.agree(failed)
             elif failed is not None:
                 raise failed
 
-    def _restore(self, state: State) -> None:
+    def _restore(self, state: State, codecs: Mapping[str, Tensor]) -> None:
         mine, theirs = self._tensors(), checkpoint.of("model/", state.tensors)
         others = set() if self.crew is None or self.crew.world.alone else set(theirs) - set(mine)
         if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in theirs.items() if n not in others}:
@@ -146,7 +150,7 @@ class Training:
         optimizer = State(checkpoint.of("optimizer/", state.tensors), state.facts["optimizer"])
         if "groups" in optimizer.facts:
             checkpoint.load_optimizer(self.engine.optimizer, self.made.trained, optimizer)
-        self.exchange.load_state_dict(checkpoint.of("codec/", state.tensors))
+        self.exchange.load_state_dict(codecs)
         self.engine.steps = int(state.facts["step"])
 
     def save(self, facts: Mapping[str, Any]) -> None:
