@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from merak_like.runtime.checkpoint.folder import CheckpointError, candidates
@@ -266,3 +267,20 @@ def test_a_job_that_loses_a_node_goes_on_with_other_degrees(tmp_path: Path) -> N
     last = json.loads((tmp_path / "lost/metrics.jsonl").read_text().splitlines()[-1])
     assert last["train_steps"] < STEPS, "it began anew"
     assert apart(found, list(left(calm))) <= 1e-10
+
+
+def test_a_run_with_an_optimizer_of_its_own_goes_on(tmp_path: Path) -> None:
+    def own(*callbacks: Any) -> Trainer:
+        return Trainer(
+            model(0.2), asked(tmp_path, checkpoints=Checkpoints(every=3)), SAMPLES[:24], SAMPLES[24:], loss_fn=loss,
+            optimizer=lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9), callbacks=callbacks,
+        )  # fmt: skip
+
+    first = own(At(7, killed))
+    with pytest.raises(Killed):
+        first.train()
+    first.engine.saved()
+    second = own()
+    second.train(resume="auto")
+    assert second.state.step == STEPS
+    second.close()

@@ -59,7 +59,10 @@ def share(engine: Engine, samples: Samples, batch: int) -> Share:
 
 
 def restore_options(engine: Engine, fresh: list[dict[str, Any]], names: tuple[str, ...]) -> None:
-    """Give the optimizer's groups options of the settings back: a checkpoint brings those it was written with."""
-    groups = engine.optimizer.param_groups if engine.optimizer is not None else []
+    """Give the optimizer's groups options of the settings back: a checkpoint brings those it was written with.
+
+    ``fresh`` is empty where the settings did not make the optimizer.
+    """
+    groups = engine.optimizer.param_groups if engine.optimizer is not None and fresh else []
     for group, options in zip(groups, fresh, strict=True):
         group.update({name: options[name] for name in names if name in options})

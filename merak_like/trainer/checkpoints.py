@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from merak_like.runtime import collect
 from merak_like.runtime.checkpoint import folder as files
 from merak_like.runtime.checkpoint.saver import Restored
 from merak_like.runtime.engine import Engine
@@ -58,8 +59,11 @@ class Checkpointer:
     def load(self, step: int, folder: str | None) -> bool:
         """Bring the engine to the checkpoint of a step, of this run or in a folder; False if it is not there."""
         self.engine.saved()
-        there = files.candidates(Path(folder) if folder else self.folder)
-        path = next((path for path in there if files.step_of(path) == step), None)
+        there = Path(folder) if folder else self.folder
+        path = collect.from_first(
+            (lambda: next((path for path in files.candidates(there) if files.step_of(path) == step), None))
+            if self.engine.world.rank == 0 else None, self.engine.world, self.engine._watch,
+        )  # fmt: skip
         return path is not None and self.engine.load(path).step == step
 
     def own(self, restored: Restored | None) -> bool:

@@ -25,7 +25,7 @@ from merak_like.trainer.forecast import AT, compared
 from merak_like.trainer.journal import METRICS, Journal
 from merak_like.trainer.listeners import Rates, listeners
 from merak_like.trainer.rates import rate, warmup_steps
-from merak_like.trainer.settings import Settings
+from merak_like.trainer.settings import COMPUTED_IN, Settings
 from merak_like.trainer.speed import meter, most_memory
 from merak_like.trainer.state import Control, State, due
 from merak_like.trainer.weights import save_weights
@@ -110,7 +110,7 @@ class Trainer:
         if state.step == 0:
             self._begin(args.checkpoints.resume if resume is None else resume)
             state = self.state
-        self.meter = meter(self.engine.plan, "bfloat16" if args.precision in ("bf16", "autocast") else "float32")
+        self.meter = meter(self.engine.plan, COMPUTED_IN[args.precision])
         began, first = time.perf_counter(), state.step
         self._tell("train_begin")
         self._tell("epoch_begin")
@@ -142,8 +142,6 @@ class Trainer:
         lead, folder = self.engine.world.rank == 0, self.args.folder
         found = self.checkpointer.resume(resume)
         own = self.checkpointer.own(found)
-        if not own and lead:
-            set_aside(folder, (METRICS, "checkpoints"))
         if found is not None:
             loop = found.state[LOOP]
             if loop["samples"] != len(self.loader.samples):
@@ -156,6 +154,8 @@ class Trainer:
             restore_options(self.engine, self._options, ("betas", "momentum", "eps", "weight_decay"))
             self._events.load_state_dict(loop["callbacks"])
             aside = self.checkpointer.go_back(found.step) if own and lead else None
+        if not own and lead:
+            set_aside(folder, (METRICS, "checkpoints"))
         self.journal.start(self.state.step)
         if found is not None:
             self.journal.say(f"going on from {found.path}" + (f"; what is newer is in {aside}" if aside else ""))

@@ -168,6 +168,10 @@ class Evaluation(Section):
     greater_is_better: bool = False
 
 
+COMPUTED_IN = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "autocast": "bfloat16"}
+"""The dtype of most products, by precision."""
+
+
 class Checkpoints(Section):
     """When the state is written, and what is kept."""
 

@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from merak_like.partitioner.hardware import PRESETS
 from merak_like.partitioner.plan import Plan
+from merak_like.runtime import collect
 from merak_like.runtime.engine import Engine
 
 BACKWARD = 3
@@ -86,10 +85,5 @@ def peak_bytes(device: torch.device) -> int:
 
 def most_memory(engine: Engine) -> dict[str, float]:
     """The peak memory of the fullest rank, and which it is."""
-    mine = peak_bytes(engine.world.device)
-    everyone: list[Any] = [mine]
-    if not engine.world.alone:
-        everyone = [None] * engine.world.size
-        engine.barrier()
-        dist.all_gather_object(everyone, mine)
+    everyone = collect.from_all(peak_bytes(engine.world.device), engine.world, engine._watch)
     return {"peak_memory_bytes": max(everyone), "fullest_rank": everyone.index(max(everyone))}
