@@ -17,7 +17,11 @@ class Signals:
     def listen(self, *signals: int) -> None:
         """Count these from now on; in the main thread only."""
         for number in signals:
-            self._before.setdefault(number, signal.signal(number, self._note))
+            before = signal.signal(number, self._note)
+            other = getattr(before, "__self__", None)
+            if isinstance(other, Signals):  # which may end before this one does: go back to what was before both
+                before = other._before.get(number, signal.SIG_DFL)
+            self._before.setdefault(number, before)
 
     def _note(self, number: int, frame: Any) -> None:
         self.seen += 1
