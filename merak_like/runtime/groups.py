@@ -104,8 +104,7 @@ def make_groups(
         span: each(frozenset(mesh.rank(at._replace(tp=tp)) for tp in spanned(at.tp, (span,))) for at in everywhere)
         for span in sorted(set(spans))
     }
-    lines = (frozenset(mesh.rank(at._replace(dp=dp)) for dp in range(mesh.dp)) for at in everywhere)
-    own_replicas = each(lines, least=1) if replicas else None
+    own_replicas = each((adding(at, (), ()) for at in one_replica), least=1) if replicas else None
     return Groups(mesh, coord, stage_rank, own_sums, own_tensor, up, down, own_replicas, tuple(made))
 
 

@@ -82,8 +82,8 @@ def initialised(
             for name in group:
                 whole = places[name].get()
                 made[name] = moved(whole, device, shards.cut(name, whole.detach())) if shards.layouts else whole
-        except RuntimeError:  # one tensor is made of another, which has no data now
-            if group == empty:
+        except RuntimeError as error:  # one tensor is made of another, which has no data now
+            if group == empty or isinstance(error, torch.OutOfMemoryError):
                 raise
             groups, made = [empty], {}
         finally:

@@ -100,8 +100,9 @@ class Update:
                 if slot.target.grad is not None:
                     slot.target.grad.mul_(factor / scale)
         if self.optimizer is not None:
-            for group, own in zip(self.optimizer.param_groups, self._own, strict=False):
-                group["lr"] = self._rate(step, own) if self._rate else own
+            if self._rate is not None:
+                for group, own in zip(self.optimizer.param_groups, self._own, strict=True):
+                    group["lr"] = self._rate(step, own)
             if self._store is None:
                 self.optimizer.step()
             else:

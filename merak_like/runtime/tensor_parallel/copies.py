@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,12 +26,12 @@ class Copy:
 
     def cut(self, gradient: Tensor) -> Tensor:
         """These elements of a gradient of the slot: a view, or copied together from a run."""
-        return gradient[self._places()] if self.slot.run else self._narrow(gradient)
+        return gradient[self._places] if self.slot.run else self._narrow(gradient)
 
     def put(self, gradient: Tensor, elements: Tensor) -> None:
         """Write these elements into a gradient."""
         if self.slot.run:
-            gradient[self._places()] = elements
+            gradient[self._places] = elements
         else:
             part = self._narrow(gradient)
             part.copy_(elements.view_as(part))
@@ -38,11 +39,13 @@ class Copy:
     def _narrow(self, whole: Tensor) -> Tensor:
         return whole.narrow(self.dim, self.start, self.stop - self.start)
 
+    @cached_property
     def _places(self) -> Tensor:
         """Where they are in the run; the ranks of a group have runs at the same place."""
+        assert self.slot.run is not None
         marks = torch.zeros(self.slot.shape, dtype=torch.bool, device=self.slot.target.device)
         self._narrow(marks).fill_(True)
-        return marks.flatten()[slice(*self.slot.run or (None,))]
+        return marks.flatten()[slice(*self.slot.run)].nonzero()[:, 0]
 
 
 class Copies:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from merak_like.partitioner.tensor_parallel import OUTSIDE
 from merak_like.partitioner.tensor_parallel.layout import Layout
@@ -33,10 +33,6 @@ def same_steps(one: Trace, other: Trace) -> bool:
         ]
 
     return words(one) == words(other)
-
-
-def _answer(node: fx.Node) -> tuple[Any, ...]:
-    return node.args[1:] if word_of(node) == "check_value" else ()
 
 
 def alone(traced: Trace, some: Mapping[int, Trace | None], samples: int) -> Collection[int]:
