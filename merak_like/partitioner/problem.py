@@ -132,7 +132,7 @@ class Problem:
     blocks: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     """Ops at which blocks begin."""
     _bands: dict[Any, Any] = field(init=False, default_factory=dict[Any, Any], repr=False)
-    """Of this very problem, for some depend on its job: tables of one width: ``bands``, what is made of them, and ``least_bytes``."""
+    """Of this very problem, since some depend on its job: tables of one width, ``bands`` and what is made of them."""
 
     @property
     def size(self) -> int:
