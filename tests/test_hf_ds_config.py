@@ -47,6 +47,15 @@ def test_auto_is_what_the_arguments_say(tmp_path: Path) -> None:
         schedule.step()
 
 
+def test_options_of_the_engine_stay_unless_the_configuration_says_otherwise(tmp_path: Path) -> None:
+    clipping, options = {"gradient_clipping": 1.0}, {"precision": "bf16", "zero": 2}
+    found = Asked(arguments(str(tmp_path), 2, 4), {"ds_config": clipping} | options).settle(dp=2, tp=1, steps=3)
+    assert (found["zero"], found["precision"].compute, found["max_grad_norm"]) == (2, torch.bfloat16, 1.0)
+    asked = Asked(arguments(str(tmp_path), 2, 4), {"ds_config": {"zero_optimization": {"stage": 1}}} | options)
+    with pytest.raises(ValueError, match="zero = 2, not 1; say it once"):
+        asked.settle(dp=2, tp=1, steps=3)
+
+
 def test_nothing_is_changed_without_a_configuration(tmp_path: Path) -> None:
     asked = Asked(arguments(str(tmp_path), 2, 4), {})
     assert asked.settle(dp=1, tp=1, steps=3) == {}

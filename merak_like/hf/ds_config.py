@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from merak_like.ds_config.read import Choices, read
+from merak_like.ds_config.read import ARGUMENTS, Choices, read
+from merak_like.runtime.precision import precision_of
 
 
 class Asked:
@@ -18,7 +19,7 @@ class Asked:
 
     def __init__(self, args: Any, options: dict[str, Any]) -> None:
         """``options`` are the engine's; ``ds_config`` is taken out of them."""
-        self._args = args
+        self._args, self._options = args, options
         self.config: Any = options.pop("ds_config", None) or args.deepspeed
         self.told: Choices | None = None
 
@@ -40,12 +41,13 @@ class Asked:
         }  # fmt: skip
         told = self.told = read(self.config, dp=dp, tp=tp, samples=parts, auto=auto)
         told.tell()
-        found: dict[str, Any] = {"zero": told.zero, "zero_backend": told.zero_backend, "precision": told.precision}
-        if told.micro_batches is not None:
-            found["micro_batches"] = told.micro_batches
-        if told.clips:
-            found["max_grad_norm"] = told.max_grad_norm
-        return found
+        names = ("micro_batches", "precision", "zero", "zero_backend")
+        given = {name: self._options.get(name) for name in names}
+        if given["precision"] is not None:
+            given["precision"] = precision_of(given["precision"])
+        found = told.over({**dict.fromkeys(ARGUMENTS), **given})
+        found = {name: found[name] for name in names if found[name] is not None}
+        return found | ({"max_grad_norm": told.max_grad_norm} if told.clips else {})
 
     def optimizer(self, otherwise: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """The configuration's, or the one that transformers makes."""
