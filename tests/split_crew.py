@@ -124,3 +124,27 @@ def cut_off(kinds: list[int], steps: int = 3, dp: int = 1, pp: int = 2) -> dict[
                 proxy.cuts >= 1 and whole[0] == found[0] and all(found[1][n].equal(t) for n, t in whole[1].items())
             )
     return same if whole is not None else None
+
+
+def gone_on(dp: int = 1, pp: int = 2) -> tuple[list[float], list[float]] | None:
+    """Losses of a host that ended in the middle, and of one that did not, under a codec that remembers."""
+    model, batch = split_models.calm()
+    source, found = Source(lambda: copy.deepcopy(model)), list[list[float]]()
+    task = Task(
+        cut="layers.0:layers.3", codec="aqsgd(4)|int8", micro_batches=2, window=2, checkpoint_every=1, seed=3,
+        optimizer=OptimizerText(lr=0.01),
+    )  # fmt: skip
+    batches = [split_models.tiny_batch(s % 2) for s in range(4)]
+    for lives in ([batches[:2], batches[2:]], [batches]):
+        losses: list[float] = []
+        with tempfile.TemporaryDirectory() as name:
+            for life in lives:
+                with served(source, task.cut, Path(name)) as host:
+                    if host is None:
+                        continue
+                    kept = {"folder": Path(name) / "edge", "patience": 30}
+                    with Edge(source, task, batch, connect=f"127.0.0.1:{host.port}", **kept) as edge:
+                        _trace(edge, batches)
+                        losses += [edge.step(each, samples=range(len(each["labels"]))).loss for each in life]
+        found.append(losses)
+    return (found[0], found[1]) if found[0] else None

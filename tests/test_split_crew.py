@@ -78,6 +78,16 @@ def test_a_connection_cut_at_any_frame_changes_nothing(call: Call, results: Call
     assert results(call)[0] == {kind.name: True for kind in KINDS}
 
 
+@pytest.mark.ranks
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("call", [Call("gone on", "tests.split_crew:gone_on", {"dp": 1, "pp": 2})])
+def test_a_host_that_ended_goes_on_with_what_its_codec_remembers(call: Call, results: Callable[[Call], list[Any]]):
+    found, other = results(call)
+    assert other is None
+    assert len(found[0]) == 4
+    assert found[0] == found[1]
+
+
 def test_parts_are_balanced_and_cut_where_one_value_crosses():
     model, batch = split_models.calm()
     halves = halve(trace(model, batch), Cut.parse("layers.0:head"))
