@@ -1,11 +1,13 @@
 """What all tests share.
 
-What this machine cannot run is left out, saying what is missing: a CUDA device for `gpu`, Chromium for `browser`.
+What this machine cannot run is left out, saying what is missing: a CUDA device for `gpu`, Chromium for `browser`, the
+package for `deepspeed`.
 """
 
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def missing(mark: str) -> str:
     """What this machine lacks for tests with that mark; empty if nothing."""
+    if mark == "deepspeed":
+        return "" if find_spec("deepspeed") else "deepspeed is not installed: pip install 'merak-like[deepspeed]'"
     if mark == "gpu":
         import torch  # here, because most runs select no such test and torch takes seconds to import
 
@@ -37,7 +41,7 @@ def missing(mark: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for mark in ("gpu", "browser"):
+    for mark in ("gpu", "browser", "deepspeed"):
         marked = [item for item in items if item.get_closest_marker(mark)]
         if marked and (reason := missing(mark)):
             for item in marked:

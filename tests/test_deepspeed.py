@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from merak_like.runtime.spreading import Spreading, spreading_of
 from tests import training
 from tests.ranks import Call, results_of, selected_calls
 
-there = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+there = pytest.mark.deepspeed
 ranks = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(400), there]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +200,7 @@ def test_rates_are_the_formulas() -> None:
     assert [round(log(step, 1.0), 4) for step in range(7)] == [0.0, 0.0, 0.4307, 0.6826, 0.8614, 1.0, 1.0]
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "params"), RATES)
 def test_rates_are_those_of_deepspeed(name: str, params: dict[str, Any]) -> None:
@@ -214,7 +213,7 @@ def test_rates_are_those_of_deepspeed(name: str, params: dict[str, Any]) -> None
         theirs.step()
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.deepspeed
 @pytest.mark.slow
 def test_every_key_of_deepspeeds_models_is_known() -> None:
     from deepspeed.runtime import precision_config as precision  # pyright: ignore[reportMissingImports]

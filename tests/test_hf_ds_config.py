@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def test_its_optimizer_and_schedule_are_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="transformers asks for deepspeed as soon as it is named")
+@pytest.mark.deepspeed
 def test_arguments_own_configuration_is_taken(tmp_path: Path) -> None:
     trainer = trained(tmp_path, None, deepspeed=AUTO)
     assert not trainer.is_deepspeed_enabled
