@@ -39,7 +39,7 @@ def notes(
         told.append(_ordered(problem, found, judged, order))
     if micro_batches:
         ways = [f"{m}: {'too little memory' if s == float('inf') else _seconds(s)}" for m, s in micro_batches.items()]
-        told.append(f"numbers of micro-batches compared, each by its quickest partition: {', '.join(ways)}")
+        told.append(f"numbers of micro-batches compared, each by the pipeline of its quickest partition: {', '.join(ways)}")
     return tuple(told)
 
 
@@ -139,6 +139,6 @@ def _equal_blocks(problem: Problem, pieces: Sequence[Piece], found: Found) -> li
         return ["the same number of blocks on each stage would not fit the memory"]
     step = judged.timeline.makespan
     return [
-        f"the same number of blocks on each stage would take {_seconds(step)} "
-        f"({step / found.judged.timeline.makespan - 1:+.1%})"
+        f"the pipeline takes {_seconds(found.judged.timeline.makespan)} of the step; with the same number of blocks on "
+        f"each stage it would take {_seconds(step)} ({step / found.judged.timeline.makespan - 1:+.1%})"
     ]
