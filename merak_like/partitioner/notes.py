@@ -39,7 +39,8 @@ def notes(
         told.append(_ordered(problem, found, judged, order))
     if micro_batches:
         ways = [f"{m}: {'too little memory' if s == float('inf') else _seconds(s)}" for m, s in micro_batches.items()]
-        told.append(f"numbers of micro-batches compared, each by the pipeline of its quickest partition: {', '.join(ways)}")
+        by = "the pipeline of its quickest partition"
+        told.append(f"numbers of micro-batches compared, each by {by}: {', '.join(ways)}")
     return tuple(told)
 
 
