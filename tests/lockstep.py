@@ -14,16 +14,16 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from merak_like._compat import TorchDispatchMode, tree_leaves
 from merak_like.partitioner.mesh import Coord, Mesh
 from merak_like.runtime import rng
+from merak_like.runtime.exchange import MAX, SUM
 from merak_like.runtime.groups import Groups, spanned
 from merak_like.runtime.optimizer import Slot
-from merak_like.runtime.tensor_parallel import scatter
+from merak_like.runtime.tensor_parallel import collectives, scatter
 from merak_like.runtime.tensor_parallel.sharding import Sharded
 from tests.training import Subject
 
@@ -79,16 +79,16 @@ class Fake:
         return [self.box[number, rank] for rank in self.ranks]
 
 
-def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> None:
+def all_reduce(tensor: Tensor, group: Any, op: Any = SUM) -> None:
     found = torch.stack(group.exchange(tensor))
-    tensor.copy_(found.amax(0) if op == dist.ReduceOp.MAX else found.sum(0))
+    tensor.copy_(found.amax(0) if op == MAX else found.sum(0))
 
 
-def all_gather(into: Tensor, given: Tensor, group: Any, async_op: bool) -> None:
+def all_gather(into: Tensor, given: Tensor, group: Any) -> None:
     into.copy_(torch.cat(group.exchange(given)))
 
 
-def reduce_scatter(into: Tensor, given: Tensor, group: Any, async_op: bool) -> None:
+def reduce_scatter(into: Tensor, given: Tensor, group: Any) -> None:
     into.copy_(torch.stack(group.exchange(given)).sum(0).chunk(len(group.ranks))[group.ranks.index(group.rank)])
 
 
@@ -151,7 +151,7 @@ def in_lockstep(
             if parameter.grad is not None:
                 sums[rank][name] = parameter.grad
                 for span in mine.partial(name):
-                    all_reduce(sums[rank][name], group=made[span])
+                    all_reduce(sums[rank][name], made[span])
         if rank == 0:
             parts.__dict__.update(mine.__dict__)
 
@@ -166,8 +166,8 @@ def in_lockstep(
             ring.change.notify_all()
 
     with (
-        mock.patch.object(dist, "all_reduce", all_reduce), mock.patch.object(scatter, "_all_gather", all_gather),
-        mock.patch.object(scatter, "_reduce_scatter", reduce_scatter), torch.random.fork_rng(),
+        mock.patch.object(collectives, "all_reduce", all_reduce), mock.patch.object(scatter, "all_gather", all_gather),
+        mock.patch.object(scatter, "reduce_scatter", reduce_scatter), torch.random.fork_rng(),
     ):  # fmt: skip
         threads = [threading.Thread(target=guarded, args=(rank,), daemon=True) for rank in range(tp)]
         for thread in threads:

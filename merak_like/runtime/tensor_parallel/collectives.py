@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from merak_like.runtime.exchange import SUM, all_reduce
 from merak_like.runtime.watch import Watch
 
 PEER = "with the tensor-parallel ranks"
@@ -30,12 +30,12 @@ class TensorGroup:
     degree: int
     watch: Watch
 
-    def begin(self, tensor: Tensor, what: str, op: Any = dist.ReduceOp.SUM) -> Any:
+    def begin(self, tensor: Tensor, what: str, op: Any = SUM) -> Any:
         """Start to reduce a contiguous tensor in place."""
         with self.watch.waiting(f"the start of {what}"):
-            return dist.all_reduce(tensor, op, group=self.group, async_op=True)
+            return all_reduce(tensor, self.group, op)
 
-    def reduce(self, tensor: Tensor, what: str, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    def reduce(self, tensor: Tensor, what: str, op: Any = SUM) -> Tensor:
         """Reduce a contiguous tensor in place."""
         self.watch.wait(self.begin(tensor, what, op), what, PEER)
         return tensor

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from merak_like.runtime.exchange import MAX
 from merak_like.runtime.tensor_parallel.collectives import Enter, Reduce, Target, TensorGroup
 
 
@@ -67,7 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, ignore: int, node: CrossEntropy) -> Tensor:
-        top = node.group.reduce(logits.amax(1), f"the largest logits of {node.what}", dist.ReduceOp.MAX)
+        top = node.group.reduce(logits.amax(1), f"the largest logits of {node.what}", MAX)
         ratios = (logits - top.unsqueeze(1)).exp_()
         here = (target >= node.start) & (target < node.stop)
         column = (target - node.start).masked_fill(~here, 0).unsqueeze(1)

@@ -13,17 +13,13 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from merak_like.partitioner.tensor_parallel.layout import Layout, whole_size
 from merak_like.partitioner.tensor_parallel.ranks import take
+from merak_like.runtime.exchange import all_gather, reduce_scatter
 from merak_like.runtime.tensor_parallel.collectives import Collective, Flight, TensorGroup, landed
 from merak_like.runtime.tensor_parallel.gathered import Gathered
-
-# torch 2.13 renamed them and warns of the old names
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class OnRows(Collective):
@@ -40,7 +36,7 @@ class OnRows(Collective):
         order, (before, after), whole = self._lies(rows)
         mine = rows.detach().permute(order).contiguous()
         found = mine.new_empty((self.group.degree, before, mine.numel() // (before * after), after))
-        work = self._begin(_all_gather, found.view(-1), mine.view(-1))
+        work = self._begin(all_gather, found.view(-1), mine.view(-1))
         return Flight(
             self.group, work, self.what, lambda: _back(found.transpose(0, 1).reshape(whole), order), given=mine
         )
@@ -51,7 +47,7 @@ class OnRows(Collective):
         given = partial.detach().permute(order).reshape(before, self.group.degree, -1, after)
         given = given.transpose(0, 1).contiguous()
         found = given.new_empty(take(partial, self.layout, self.rank).permute(order).shape)
-        work = self._begin(_reduce_scatter, found.view(-1), given.view(-1))
+        work = self._begin(reduce_scatter, found.view(-1), given.view(-1))
         return Flight(self.group, work, self.what, lambda: _back(found, order), given)
 
     def cut(self, whole: Tensor) -> Tensor:
@@ -74,7 +70,7 @@ class OnRows(Collective):
 
     def _begin(self, collective: Any, into: Tensor, given: Tensor) -> Any:
         with self.group.watch.waiting(f"the start of {self.what}"):
-            return collective(into, given, group=self.group.group, async_op=True)
+            return collective(into, given, self.group.group)
 
 
 def _back(tensor: Tensor, order: Sequence[int]) -> Tensor:
