@@ -34,6 +34,7 @@ from merak_like.partitioner.hardware import Hardware, Link
 from merak_like.partitioner.held import Held, held
 from merak_like.partitioner.memory import Bands, MemoryModel
 from merak_like.partitioner.mesh import Coord, Mesh
+from merak_like.partitioner.orders import Orders
 from merak_like.partitioner.planned import named_schedule
 from merak_like.partitioner.schedules import AUTO, AUTO_V
 from merak_like.partitioner.schedules.action import Kind, Schedule
@@ -74,17 +75,17 @@ class Job:
     @cached_property
     def live(self) -> tuple[int, ...]:
         """Micro-batches alive at once, of each stage."""
-        return self.order.peak_live()
+        return self.orders.columns.live
 
     @cached_property
     def held(self) -> tuple[Held, ...]:
         """What each rank holds."""
-        return held(self.order)
+        return held(self.order, self.orders.columns)
 
     @cached_property
-    def compiled(self) -> dict[Any, Any]:
-        """The order with transfers, by what recomputes and the edges: for who judges partitions."""
-        return {}
+    def orders(self) -> Orders:
+        """The order with transfers, for who judges partitions."""
+        return Orders(self.order)
 
     @cached_property
     def recomputes(self) -> frozenset[int]:
