@@ -86,7 +86,8 @@ class Columns:
     def live(self) -> tuple[int, ...]:
         """See ``Schedule.peak_live``."""
         ends = (self.kind == W) | ((self.kind == B) & ~self.weighed)
-        change, (order, borders) = ((self.kind == F) * 1 - ends)[self.by_stage[0]], self.by_stage
+        order, borders = self.by_stage
+        change = ((self.kind == F) * 1 - ends)[order]
         return _peaks(np.maximum(change, 0), change, borders)
 
     def recomputing(self, stages: Collection[int]) -> Columns:
@@ -213,10 +214,9 @@ class Compiled:
         waits[own], waits[own + 1] = place[sent.made], place[sent.post]
         waits[own + 2] = np.where(sent.follows, np.roll(self._transfer, 1), size + count)
         borders = np.flatnonzero(np.diff(level[order], prepend=-1, append=-1))
-        inside = begin[:-1] - np.repeat(begin[borders[:-1]], np.diff(borders))
-        levels = zip(pairwise(borders.tolist()), pairwise(begin[borders].tolist()), strict=True)
-        self._levels = [(slice(*own), waits[slice(*of)], inside[slice(*own)]) for own, of in levels]
-        """The actions of each level, what they wait for, and where in that each one's begins."""
+        self._waits, self._borders, self._begins = waits, borders.tolist(), begin[borders].tolist()
+        self._inside = begin[:-1] - np.repeat(begin[borders[:-1]], np.diff(borders))
+        """Where among what its level waits for that of an action begins."""
 
     def __call__(self, costs: Costs, recomputes: Collection[int]) -> Totals:
         """Time one step in which these stages recompute.
@@ -231,8 +231,9 @@ class Compiled:
         seconds = np.zeros(len(spent) + len(self._hop) + 1)
         seconds[self._place], seconds[self._transfer] = spent, hop[self._hop]
         end = np.zeros_like(seconds)
-        for own, waits, begins in self._levels:
-            end[own] = seconds[own] + np.maximum.reduceat(end[waits], begins)
+        waits, inside, latest = self._waits, self._inside, np.maximum.reduceat
+        for (first, stop), (begin, until) in zip(pairwise(self._borders), pairwise(self._begins), strict=True):
+            end[first:stop] = seconds[first:stop] + latest(end[waits[begin:until]], inside[first:stop])
         makespan = float(end[self._place].max(initial=0.0))
         ranks = [spent[first:stop] for first, stop in pairwise(columns.first)]
         busy = [float(np.cumsum(each)[-1]) if len(each) else 0.0 for each in ranks]
