@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.autograd.function import BackwardCFunction
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointFunction",
     "FakeTensor",
     "FakeTensorMode",
+    "StorageWeakRef",
     "TorchDispatchMode",
     "around_vmap",
     "as_in_a_real_run",

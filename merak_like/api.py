@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from merak_like import __version__
+from merak_like.choosing import best_layout, degree_of, form_of, level_of
 from merak_like.ds_config.rates import Rate
 from merak_like.ds_config.read import ARGUMENTS, arguments
-from merak_like.partitioner.degrees import choose
 from merak_like.partitioner.executable import ENGINE
 from merak_like.partitioner.graph import ProxyGraph
-from merak_like.partitioner.hardware import Hardware, hardware_named
-from merak_like.partitioner.layouts import Layout, Wanted
+from merak_like.partitioner.hardware import Hardware
+from merak_like.partitioner.layouts import Wanted
 from merak_like.partitioner.mesh import Mesh
-from merak_like.partitioner.one_rank import Sources
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planner import make_plan
-from merak_like.partitioner.software import TORCH
 from merak_like.partitioner.this_machine import this_machine
-from merak_like.partitioner.tracer import LossFn, trace
-from merak_like.partitioner.tracer.fine import fine_trace, steps
+from merak_like.partitioner.tracer import LossFn
 from merak_like.runtime import collect
 from merak_like.runtime.batches import LossWeight, rows, signature, split, to_device
 from merak_like.runtime.engine import Engine
@@ -44,7 +40,6 @@ from merak_like.runtime.optimizer import Update
 from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.programs import Programs
 from merak_like.runtime.spreading import spreading_of
-from merak_like.runtime.tensor_parallel.blueprint import on_meta
 from merak_like.runtime.tensor_parallel.sharding import sharding
 from merak_like.runtime.watch import Watch
 
@@ -65,12 +60,12 @@ def auto_parallel(
     chunks: int | None = None,
     recompute: str = "auto",
     micro_batches: int | None = None,
-    sequence_parallel: bool = False,
+    sequence_parallel: bool | str = False,
     max_grad_norm: float | None = None,
     rate: Rate | None = None,
     skip_not_finite: int = 0,
     precision: str | Precision | None = None,
-    zero: int = 0,
+    zero: int | str = 0,
     zero_backend: str | None = None,
     ds_config: Mapping[str, Any] | str | Path | None = None,
     methods: Sequence[Method] = (),
@@ -100,23 +95,25 @@ def auto_parallel(
     parts, the sums over tensor-parallel ranks of one part under the compute of another. ``sequence_parallel`` divides
     activations outside of sharded weights among these ranks too, by rows. ``zero`` spreads the optimizer's state (1),
     gradients (2) and, with pp=tp=1, weights (3, by torch's ``fully_shard``) over replicas; ``zero_backend`` "deepspeed"
-    or "deepspeed-offload" (state and update on the CPU) lets DeepSpeed's optimizer do level 1. ``rate`` gives each
-    step's learning rate from the step and a group's own. ``ds_config`` is a DeepSpeed configuration; what it says is
-    honoured, or refused by name. ``methods`` of ``merak_like.runtime.methods`` change how stages run or gradients are
-    treated. ``fuse`` runs activations that the model spells out as the one kernel of torch that computes the same up
-    to rounding. ``plan`` obeys a plan made before. ``timeout`` in seconds limits every wait for another rank.
+    or "deepspeed-offload" (state and update on the CPU) lets DeepSpeed's optimizer do level 1. ``zero`` and
+    ``sequence_parallel`` may be ``"auto"`` too. ``rate`` gives each step's learning rate from step and a group's own.
+    ``ds_config`` is a DeepSpeed configuration; what it says is honoured, or refused by name. ``methods`` of
+    ``merak_like.runtime.methods`` change how stages run or gradients are treated. ``fuse`` runs activations that the
+    model spells out as the one kernel of torch that computes the same up to rounding. ``plan`` obeys a plan made
+    before. ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
     traced or cut, memory that does not suffice, and ranks that do not agree.
     """
-    degrees = {axis: _degree(axis, degree) for axis, degree in (("dp", dp), ("pp", pp), ("tp", tp))}
-    chosen = None in degrees.values()
+    degrees = {axis: degree_of(axis, degree) for axis, degree in (("dp", dp), ("pp", pp), ("tp", tp))}
+    level, form = level_of(zero, zero_backend, optimizer is not None), form_of(sequence_parallel)
+    chosen = None in (*degrees.values(), level, form)
     mesh = Mesh(world_size()) if chosen else Mesh(*(degree or 1 for degree in degrees.values()))
     if ds_config is not None:
-        given = (optimizer, rate, micro_batches, max_grad_norm, precision, zero, zero_backend)
+        given = (optimizer, rate, micro_batches, max_grad_norm, precision, level or 0, zero_backend)
         told = arguments(ds_config, degrees, rows(example), dict(zip(ARGUMENTS, given, strict=True)))
-        optimizer, rate, micro_batches, max_grad_norm, precision, zero, zero_backend = told.values()
-    spread = spreading_of(zero, zero_backend, mesh)
+        optimizer, rate, micro_batches, max_grad_norm, precision, level, zero_backend = told.values()
+    spread = spreading_of(level or 0, zero_backend, mesh)
     if spread.deepspeed and optimizer is None:
         raise ValueError(f"zero_backend={zero_backend!r} spreads an optimizer's state: pass optimizer= too")
     precise = precision_of(precision)
@@ -131,23 +128,27 @@ def auto_parallel(
             measure = partial(this_machine, device=world.device.type) if world.rank == 0 else None
             hardware = collect.from_first(measure, world, watch)
         if chosen and plan is not None:
-            mesh = plan.mesh
+            mesh, level = plan.mesh, plan.zero if level is None else level
+            form = plan.sequence_parallel if form is None else form
         elif chosen:
             wanted = Wanted(
-                world.size, rows(example), degrees["dp"], degrees["pp"], degrees["tp"], micro_batches=micro_batches,
-                schedule=schedule, chunks=chunks, recompute=None if recompute == "auto" else recompute,
+                world.size, rows(example), **degrees, micro_batches=micro_batches, schedule=schedule, chunks=chunks,
+                recompute=None if recompute == "auto" else recompute, zero=level, sequence_parallel=form,
                 memory_limit=memory_limit, executable=ENGINE,
             )  # fmt: skip
-            layout = _chosen(model, example, loss_fn, wanted, hardware)
+            layout = best_layout(model, example, loss_fn, wanted, hardware, precise.states())
             mesh, micro_batches, recompute = layout.mesh, layout.micro_batches, layout.recompute
+            level, form = layout.zero, layout.sequence_parallel
+        spread, sequence_parallel = spreading_of(level or 0, zero_backend, mesh), bool(form)
         if plan is not None and plan.mesh != mesh:
             raise ValueError(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
             )
         micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
         plugged = Methods(
-            methods, Job(plan.schedule if plan else schedule, mesh.tp, tp_shares, zero, precise.compute is not None)
-        )  # fmt: skip
+            methods,
+            Job(plan.schedule if plan else schedule, mesh.tp, tp_shares, spread.zero, precise.compute is not None),
+        )
         if spread.weights and mesh.dp > 1:
             parts, recompute = Whole(model, loss_fn), "none" if recompute == "auto" else recompute
         else:
@@ -238,32 +239,6 @@ def auto_parallel(
             save=save,
             shards=shards,
         )
-
-
-def _degree(axis: str, degree: Degree) -> int | None:
-    """The degree, or None where it is to be chosen."""
-    if degree == "auto":
-        return None
-    if not isinstance(degree, int):
-        raise ValueError(f"{axis}={degree!r} is not a degree of parallelism: a whole number, or 'auto'")
-    return degree
-
-
-def _chosen(
-    model: nn.Module, example: Any, loss_fn: LossFn | None, wanted: Wanted, hardware: Hardware | str | None
-) -> Layout:
-    """The fastest layout that the engine can run. It depends on the arguments alone, so every rank finds the same."""
-    named = hardware or "a100-80gb"
-    device = hardware_named(named) if isinstance(named, str) else named
-    device = replace(device, kernels=TORCH.kernels)
-    sample = split(example, rows(example))[0]
-    graph = trace(model, sample, loss_fn, device="cpu").graph
-    try:
-        fine = fine_trace(on_meta(model), sample, loss_fn, device="cpu")
-        sources = Sources(graph, fine.graph, steps(fine), fine.constants)
-    except ValueError:  # it cannot be looked into so finely: then it is not sharded either
-        sources, wanted = Sources(graph, graph, ()), replace(wanted, executable=replace(ENGINE, tp=1))
-    return choose(sources, wanted, device, TORCH)[0].layout
 
 
 def _micro_batch(example: Any, mesh: Mesh, micro_batches: int) -> Any:

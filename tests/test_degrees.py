@@ -55,7 +55,7 @@ def test_a_plan_for_the_engine_has_only_what_it_runs():
     device = replace(H100, kernels="torch")
     for row in choose(sources("gpt2"), Wanted(8, 64, executable=ENGINE), device, TORCH):
         assert row.layout.zero in ENGINE.zero
-        assert row.layout.sequence_parallel is False
+        assert row.layout.sequence_parallel is (row.layout.mesh.tp > 1)
         assert row.layout.recompute in ("none", "auto")
 
 

@@ -32,7 +32,8 @@ def sources(name: str, folder: Path) -> Sources:
         json.dumps({
             "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers,
             "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": 8,
-            "vocab_size": 128256, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False,
+            "vocab_size": 128256, "max_position_embeddings": 131072,
+            "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False,
         })
     )  # fmt: skip
     made = from_config(folder, batch=1, seq=4096, dtype="bfloat16")

@@ -13,10 +13,11 @@ from merak_like.partitioner.blocks import Piece
 from merak_like.partitioner.cost import Cost
 from merak_like.partitioner.cuts import crossings
 from merak_like.partitioner.graph import ProxyGraph
+from merak_like.partitioner.job import STAND_IN
 from merak_like.partitioner.judge import Judged
 from merak_like.partitioner.locality import held_by, residents
 from merak_like.partitioner.plan import Plan, StageMemory, StagePlan, Unit
-from merak_like.partitioner.problem import STAND_IN, Problem
+from merak_like.partitioner.problem import Problem
 from merak_like.partitioner.schedules.action import Schedule
 from merak_like.partitioner.sharding import ShardedBlock
 from merak_like.partitioner.software import TORCH, Software

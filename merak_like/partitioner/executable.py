@@ -15,7 +15,7 @@ class Executable:
     sequence_parallel: bool
 
 
-ENGINE = Executable(tp=None, zero=(0,), sequence_parallel=False)
-"""Of this engine."""
+ENGINE = Executable(tp=None, zero=(0, 1, 2), sequence_parallel=True)
+"""Of this engine, on any number of stages and tensor-parallel ranks (DeepSpeed's optimizers: level 1 alone)."""
 ANYTHING = Executable(tp=None, zero=(0, 1, 2, 3), sequence_parallel=True)
 """Of no particular one: a plan for people."""

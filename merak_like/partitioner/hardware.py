@@ -120,9 +120,16 @@ class Hardware:
         return Link(min(self.inter.bandwidth * inside * self.inter_efficiency, within), self.inter.latency)
 
     def exposed_seconds(self, sum_: Collective, scale: float) -> float:
-        """Seconds that a sum over tensor-parallel ranks adds to a call; of one that is hidden, its first two parts."""
+        """Seconds that a sum over tensor-parallel ranks adds to a call; of one that is hidden, its first two parts.
+
+        Rows are gathered again in the backward, for the gradient of a weight: half a sum. Fused kernels hide that under
+        the gradient of the input (Korthikanti et al. 2022, sec. 4.2.2), torch's do not.
+        """
         seconds = self.all_reduce_seconds(sum_.nbytes * scale, sum_.degree)
-        return seconds * min(1.0, 2 / sum_.degree) if self.overlap and sum_.parted else seconds
+        if not sum_.parted:
+            return seconds
+        again = 0.5 * (sum_.backward and self.kernels == "torch")
+        return seconds * ((min(1.0, 2 / sum_.degree) if self.overlap else 1.0) + again)
 
     def all_reduce_seconds(self, nbytes: float, ranks: int, stride: int = 1) -> float:
         """Seconds of a ring all-reduce of so many bytes on each rank (alpha-beta: Thakur et al. 2005, sec. 4.5)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -27,15 +28,20 @@ class Held:
     full: Ints
     waits: Ints
 
+    @cached_property
+    def alone(self) -> tuple[Held, ...]:
+        """The moments of each of the stages, as if it had the rank for itself."""
+        columns = ((stage, [n]) for n, stage in enumerate(self.stages))
+        return tuple(_fullest((s,), self.kept[:, n], self.full[:, n], self.waits[:, n]) for s, n in columns)
+
     def of(self, stage: int) -> Held:
         """The moments of one of the stages alone."""
-        n = self.stages.index(stage)
-        return _fullest((stage,), self.kept[:, [n]], self.full[:, [n]], self.waits[:, [n]])
+        return self.alone[self.stages.index(stage)]
 
 
-def held(schedule: Schedule) -> tuple[Held, ...]:
+def held(schedule: Schedule, columns: Columns | None = None) -> tuple[Held, ...]:
     """What each rank holds if all its stages recompute; a stage that does not keeps as much as it has in full."""
-    columns = Columns.of(schedule)
+    columns = Columns.of(schedule) if columns is None else columns
     ranks: list[Held] = []
     for rank, (first, stop) in enumerate(pairwise(columns.first)):
         stages = tuple(stage for stage, of in enumerate(schedule.stage_rank) if of == rank)

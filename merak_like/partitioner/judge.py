@@ -12,14 +12,10 @@ import numpy as np
 from merak_like.partitioner.compiled import Compiled
 from merak_like.partitioner.memory import Parts
 from merak_like.partitioner.plan import StageMemory
-from merak_like.partitioner.planned import recomputing
 from merak_like.partitioner.problem import Problem
 from merak_like.partitioner.recompute import Front, Live, choose, front, peak
-from merak_like.partitioner.schedules.action import Edges, Kind, Schedule
+from merak_like.partitioner.schedules.action import Edges, Schedule
 from merak_like.partitioner.simulator import Costs, StageCosts, Totals
-
-ORDERS = 16
-"""Compiled schedules that are remembered."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +127,6 @@ class Judge:
         self.problem = problem
         self._stages: dict[tuple[int, int], Stage] = {}
         self._fronts: dict[tuple[int, int], Front] = {}
-        self._orders: dict[tuple[frozenset[int], Edges], Compiled] = problem.job.compiled
-        self._apart = any(action.kind is Kind.R for order in problem.job.order.orders for action in order)
 
     def __call__(self, starts: Sequence[int]) -> Judged | None:
         """Simulate a partition, each value sent straight from stage to stage; None if it does not fit the memory."""
@@ -166,7 +160,7 @@ class Judge:
         edges = frozenset(sent)
         whole = Costs(tuple(costs), transfer)
         where = frozenset(s for s, units in enumerate(again) if units)
-        compiled = self._order(where, edges)
+        compiled = job.orders(where, edges)
         schedule = replace(compiled.schedule, recomputes=where)
         return Judged(stages, again, schedule, whole, edges, compiled(whole, where))
 
@@ -239,12 +233,3 @@ class Judge:
             seconds = np.diff(forward[list(stage.borders)]).tolist()
             self._fronts[ends] = front(seconds, saved, near, far, stage.parts.inputs)
         return self._fronts[ends]
-
-    def _order(self, again: frozenset[int], edges: Edges) -> Compiled:
-        """The schedule where these stages recompute, over these edges; where no R is an action, they do not matter."""
-        key = again if self._apart else frozenset[int](), edges
-        if key not in self._orders:
-            if len(self._orders) >= ORDERS:
-                self._orders.clear()
-            self._orders[key] = Compiled(recomputing(self.problem.job.order, key[0]), edges)
-        return self._orders[key]

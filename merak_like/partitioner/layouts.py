@@ -56,7 +56,8 @@ def layouts(sources: Sources, wanted: Wanted, hardware: Hardware) -> Iterator[La
     """Every layout worth an estimate. tp stays inside a node unless it is given."""
     can, world = wanted.executable, wanted.world
     most = min(hardware.devices_per_node, world, can.tp or world)
-    tps = [wanted.tp] if wanted.tp else [t for t in divisors(world) if t <= most and sources.divides(t)]
+    least = 2 if wanted.sequence_parallel else 1
+    tps = [wanted.tp] if wanted.tp else [t for t in divisors(world) if least <= t <= most and sources.divides(t)]
     for tp in tps:
         for pp in [wanted.pp] if wanted.pp else divisors(world // tp):
             if world % (tp * pp) or (wanted.dp and wanted.dp * pp * tp != world):

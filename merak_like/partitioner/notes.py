@@ -11,9 +11,10 @@ import numpy as np
 from merak_like.partitioner.assemble import Setting
 from merak_like.partitioner.blocks import Piece
 from merak_like.partitioner.graph import ProxyGraph
+from merak_like.partitioner.job import STAND_IN
 from merak_like.partitioner.judge import Judge, Judged
 from merak_like.partitioner.locality import unused
-from merak_like.partitioner.problem import STAND_IN, Problem
+from merak_like.partitioner.problem import Problem
 from merak_like.partitioner.recompute import peak
 from merak_like.partitioner.schedules.auto.build import Found as Order
 from merak_like.partitioner.search import Found

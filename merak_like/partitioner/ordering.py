@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+from merak_like.partitioner.job import STAND_IN
 from merak_like.partitioner.judge import Judged
-from merak_like.partitioner.problem import STAND_IN, Problem
+from merak_like.partitioner.problem import Problem
 from merak_like.partitioner.schedules.auto.build import Found as Order
 from merak_like.partitioner.schedules.auto.build import auto
 from merak_like.partitioner.search import Found

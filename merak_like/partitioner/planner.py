@@ -21,13 +21,14 @@ from merak_like.partitioner.cost import CostTable, Hardware, hardware_named, op_
 from merak_like.partitioner.cuts import find_cuts
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.infeasible import too_little_memory
+from merak_like.partitioner.job import RECOMPUTE, Job
 from merak_like.partitioner.memory import MemoryModel
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.notes import notes
 from merak_like.partitioner.one_rank import Sources
 from merak_like.partitioner.ordering import in_order
 from merak_like.partitioner.plan import Plan
-from merak_like.partitioner.problem import RECOMPUTE, Job, Problem
+from merak_like.partitioner.problem import Problem
 from merak_like.partitioner.schedules import AS_DATA, AUTO, AUTO_V
 from merak_like.partitioner.schedules.action import known
 from merak_like.partitioner.search import quick, search

@@ -20,100 +20,49 @@ adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, reduce
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
 
 import numpy as np
 
 from merak_like.partitioner.balance import Floats, StageCost, band_width, beyond, span
 from merak_like.partitioner.cost import CostTable
 from merak_like.partitioner.cuts import Bools, Ints
-from merak_like.partitioner.hardware import Hardware, Link
-from merak_like.partitioner.held import Held, held
+from merak_like.partitioner.job import Job
 from merak_like.partitioner.memory import Bands, MemoryModel
-from merak_like.partitioner.mesh import Coord, Mesh
-from merak_like.partitioner.planned import named_schedule
-from merak_like.partitioner.schedules import AUTO, AUTO_V
-from merak_like.partitioner.schedules.action import Kind, Schedule
-from merak_like.partitioner.schedules.scp import LADDER
+from merak_like.partitioner.schedules.action import Kind
 from merak_like.partitioner.traffic import Traffic
 
-STAND_IN = {AUTO: "1f1b", AUTO_V: "zb-v"}
-"""What the stages are cut for where the order is built for the stages."""
-RECOMPUTE = ("auto", "none", "full", "blocks")
-"""As little as the memory asks for; nothing; all that the schedule lets be recomputed; the same, a block at a time."""
+
+@dataclass(frozen=True, slots=True)
+class _Ranges:
+    """What of the bound is the same for every stage, of the ranges between these positions."""
+
+    first: Ints
+    stop: Ints
+    forward: Floats
+    """Of one micro-batch, as is ``trip``."""
+    whole: Floats
+    """Of all micro-batches, as are the next three."""
+    work: Floats
+    whole_again: Floats
+    work_again: Floats
+    before: Floats
+    filled: Floats
+    """Forwards that lie before."""
+    trip: Floats
 
 
-@dataclass(frozen=True)
-class Job:
-    """How a step is run, whatever the partition."""
+@dataclass(frozen=True, slots=True)
+class _Bands:
+    """The bytes of all ranges up to a width, and what is made of them."""
 
-    mesh: Mesh
-    hardware: Hardware
-    schedule: str
-    micro_batches: int
-    memory_limit: int
-    chunks: int = 1
-    """Stages per rank of an interleaved schedule."""
-    recompute: str = "auto"
-    parted: bool = False
-    """Whether tensor-parallel ranks each send their part of what goes to the next stage (Narayanan 2021, sec. 4.1)."""
-
-    @cached_property
-    def order(self) -> Schedule:
-        """The compute-only schedule that partitions are judged by."""
-        return named_schedule(STAND_IN.get(self.schedule, self.schedule), self.mesh.pp, self.micro_batches, self.chunks)
-
-    @property
-    def stages(self) -> int:
-        """Number of stages."""
-        return self.order.stages
-
-    @cached_property
-    def live(self) -> tuple[int, ...]:
-        """Micro-batches alive at once, of each stage."""
-        return self.order.peak_live()
-
-    @cached_property
-    def held(self) -> tuple[Held, ...]:
-        """What each rank holds."""
-        return held(self.order)
-
-    @cached_property
-    def compiled(self) -> dict[Any, Any]:
-        """The order with transfers, by what recomputes and the edges: for who judges partitions."""
-        return {}
-
-    @cached_property
-    def recomputes(self) -> frozenset[int]:
-        """The stages that may recompute, or must where everything is recomputed."""
-        if self.recompute == "none":
-            return frozenset()
-        if self.recompute in ("full", "blocks") and self.schedule in LADDER:
-            return self.order.recomputes
-        return frozenset(range(self.stages))
-
-    def link(self, source: int, target: int) -> Link | None:
-        """The slowest link between two stages over all replicas; none on the same rank."""
-        return self._link(self.order.stage_rank[source], self.order.stage_rank[target])
-
-    @cached_property
-    def _link(self) -> Callable[[int, int], Link | None]:
-        return cache(self._slowest)
-
-    def _slowest(self, *ends: int) -> Link | None:
-        if ends[0] == ends[1]:
-            return None
-        ranks = [[self.mesh.rank(Coord(dp, rank, 0)) for rank in ends] for dp in range(self.mesh.dp)]
-        slowest = min((self.hardware.link(*pair) for pair in ranks), key=lambda link: link.bandwidth)
-        return replace(slowest, bandwidth=slowest.bandwidth * (self.mesh.tp if self.parted else 1))
-
-    @cached_property
-    def links(self) -> tuple[Link | None, ...]:
-        """``links[s]``: between stage s and the next."""
-        return tuple(self.link(stage, stage + 1) for stage in range(self.stages - 1))
+    bands: Bands
+    least: list[Ints] = field(default_factory=list[Ints])
+    """For each number of stages after it."""
+    kept: dict[bool, tuple[Ints, Ints]] = field(default_factory=dict[bool, tuple[Ints, Ints]])
+    """Whether the stage may recompute: bytes of a live micro-batch if nothing and if all that may be is recomputed."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +80,8 @@ class Problem:
     """Ops at which units begin, then the end."""
     blocks: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     """Ops at which blocks begin."""
-    _bands: dict[Any, Any] = field(init=False, default_factory=dict[Any, Any], repr=False)
-    """Of this very problem, since some depend on its job: tables of one width, ``bands`` and what is made of them."""
+    _bands: dict[int, _Bands] = field(init=False, default_factory=dict[int, "_Bands"], repr=False)
+    """Of one width, and of this very problem, since some depend on its job."""
 
     @property
     def size(self) -> int:
@@ -161,9 +110,12 @@ class Problem:
 
     def bands(self, width: int) -> Bands:
         """Bytes of all ranges up to a width."""
+        return self._of(width).bands
+
+    def _of(self, width: int) -> _Bands:
         if width not in self._bands:
             self._bands.clear()  # one at a time: wide ones are large
-            self._bands[width] = self.memory.bands(self.positions, width)
+            self._bands[width] = _Bands(self.memory.bands(self.positions, width))
         return self._bands[width]
 
     @cached_property
@@ -195,24 +147,34 @@ class Problem:
 
     def bound(self, k: int, i: Ints, j: Ints) -> Floats:
         """Least seconds of a step in which segments ``i .. j-1`` are the stage with ``k`` stages after it."""
-        job, urgent, forward, linked = self.job, self.urgent, self.costs.forward, self.traffic.linked
+        return self._bound(k, self._ranges(i, j))
+
+    def _ranges(self, i: Ints, j: Ints) -> _Ranges:
+        forward, urgent, (last_break, next_break, _) = self.costs.forward, self.urgent, self._after_break
+        forwards, m = forward[j] - forward[i], self.job.micro_batches
+        whole, work = self.seconds[j] - self.seconds[i], urgent[j] - urgent[i]
+        return _Ranges(
+            i, j, forwards, m * whole, m * work, m * (whole + forwards), m * (work + forwards),
+            urgent[i] - urgent[last_break[i]], forward[i] - forward[last_break[i]],
+            np.maximum(urgent[next_break[i]], urgent[j]) - urgent[i],
+        )  # fmt: skip
+
+    def _bound(self, k: int, of: _Ranges) -> Floats:
+        job, linked, least = self.job, self.traffic.linked, self._least_hops
         stages, m = job.stages, job.micro_batches
         s = stages - 1 - k
-        last_break, next_break, broken = self._after_break
-        least = self._least_hops
-        forwards = forward[j] - forward[i]
-        again = forwards * (job.recompute in ("full", "blocks") and s in job.recomputes)  # before the last backward
-        whole, work = self.seconds[j] - self.seconds[i] + again, urgent[j] - urgent[i] + again
-        hops = self._hops[s][i] * linked[i] + least[s] if s else 0.0
-        before = urgent[i] - urgent[last_break[i]] + 2 * hops
-        bound = np.maximum(before + m * work, forward[i] - forward[last_break[i]] + hops + m * whole)
-        trip = np.maximum(urgent[next_break[i]], urgent[j]) - urgent[i]
+        again = job.recompute in ("full", "blocks") and s in job.recomputes  # before the last backward
+        whole, work = (of.whole_again, of.work_again) if again else (of.whole, of.work)
+        hops = self._hops[s][of.first] * linked[of.first] + least[s] if s else 0.0
+        before = of.before + 2 * hops
+        bound = np.maximum(before + work, of.filled + hops + whole)
+        trip = of.trip
         if k:
-            trip = trip + 2 * (self._hops[s + 1][j] * linked[j] + least[stages] - least[s + 2])
+            trip = trip + 2 * ((self._hops[s + 1] * linked)[of.stop] + least[stages] - least[s + 2])
         rounds, rest = divmod(m - 1, job.live[s])
-        bound = np.maximum(bound, before + (rounds + 1) * trip + rest * forwards)
-        if job.schedule == "gpipe" and not broken:
-            bound = np.maximum(bound, urgent[-1] + 2 * least[stages] + (m - 1) * work)
+        bound = np.maximum(bound, before + (rounds + 1) * trip + rest * of.forward)
+        if job.schedule == "gpipe" and not self._after_break[2]:
+            bound = np.maximum(bound, self.urgent[-1] + 2 * least[stages] + work * ((m - 1) / m))
         if stages > job.mesh.pp:  # some rank has at least its share
             bound = np.maximum(bound, m * self.seconds[-1] / job.mesh.pp)
         return bound
@@ -224,14 +186,14 @@ class Problem:
 
     def least_bytes(self, width: int) -> Sequence[Ints]:
         """For each ``k``: bytes of a rank that has only this stage, which keeps as little as it may."""
-        _ = self.bands(width)
-        if (width, "least") not in self._bands:
+        found = self._of(width)
+        if not found.least:
             moments = (
                 [taken + kept * least for taken, kept, _, least in self._banded(width, stage)]
                 for stage in reversed(range(self.job.stages))
             )
-            self._bands[width, "least"] = [reduce(np.maximum, each) for each in moments]
-        return self._bands[width, "least"]
+            found.least.extend(reduce(np.maximum, each) for each in moments)
+        return found.least
 
     def _banded(self, width: int, stage: int) -> Iterator[tuple[Ints, int, Ints, Ints]]:
         """The fullest moments of a rank that has only this stage.
@@ -248,8 +210,9 @@ class Problem:
 
     def _kept(self, width: int, recomputes: bool) -> tuple[Ints, Ints]:
         """Bytes of a live micro-batch if nothing is recomputed, and if as much as may be is."""
-        if (width, recomputes) not in self._bands:
-            job, bands = self.job, self.bands(width)
+        found = self._of(width)
+        if recomputes not in found.kept:
+            job, bands = self.job, found.bands
             # What comes from a stage of the same rank is there already, and which cuts these are is not known here. A
             # value that some op saves may be among what is saved here.
             alone = job.stages == job.mesh.pp
@@ -258,8 +221,8 @@ class Problem:
             least = np.minimum(least, full) if recomputes else full
             if job.recompute == "blocks" and recomputes:
                 full = least = np.minimum(bands.saved, bands.inputs)  # at least: the blocks are not known here
-            self._bands[width, recomputes] = full, least
-        return self._bands[width, recomputes]
+            found.kept[recomputes] = full, least
+        return found.kept[recomputes]
 
     def _recomputed(self, width: int, stage: int, limit: float) -> Floats | float:
         """The share of each range that is recomputed to stay within the limit, at least so that it just fits."""
@@ -275,8 +238,8 @@ class Problem:
     def bound_cost(self, width: int) -> StageCost:
         """``bound`` as the cost of a chain partition; infinite where memory does not fit."""
         first, stop = span(self.size, width)
-        first, fits = first[:, :1], self.within(width)
-        return lambda k: np.where(fits[k], self.bound(k, first, stop), np.inf)
+        ranges, fits = self._ranges(first[:, :1], stop), self.within(width)
+        return lambda k: np.where(fits[k], self._bound(k, ranges), np.inf)
 
     def work_cost(self, width: int, *, hops: float, room: float = 1.0) -> StageCost:
         """Seconds of one micro-batch, with what is likely to be recomputed, plus ``hops`` times its transfers.

@@ -14,12 +14,13 @@ import numpy as np
 
 from merak_like.partitioner.assemble import Setting
 from merak_like.partitioner.basis import Basis
+from merak_like.partitioner.job import STAND_IN
 from merak_like.partitioner.judge import Judge, Judged
 from merak_like.partitioner.ordering import in_order
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planned import recomputing, schedule_of
 from merak_like.partitioner.planner import Asked, ask, make_plan, stages_per_rank
-from merak_like.partitioner.problem import STAND_IN, Problem
+from merak_like.partitioner.problem import Problem
 from merak_like.partitioner.search import Found, quick
 from merak_like.partitioner.traffic import Traffic
 

@@ -14,13 +14,15 @@ from merak_like.partitioner.tensor_parallel.layout import Layout, local_size
 from merak_like.partitioner.tensor_parallel.rows import Rows
 from merak_like.partitioner.tracer.fine import Step
 
+Shapes = Mapping[str, tuple[int, ...]]
+
 
 def local_graph(graph: ProxyGraph, steps: Iterable[Step], derived: Derived, rows: Rows | None = None) -> ProxyGraph:
     """Shapes, flops, bytes and sums over ranks of one rank; all ranks have equal parts, so it is the same for all.
 
     A step does the share of its flops that its most divided operand or result is of the whole (a contraction divides
     by the same degree all that it touches), and moves and keeps the share of bytes that its tensors are. A step that
-    gathers what has ``rows`` moves and keeps the whole.
+    gathers what has ``rows`` moves the whole, and keeps the rows.
     """
     rows = rows or Rows()
     layouts: dict[str, Layout] = {}
@@ -39,7 +41,8 @@ def local_graph(graph: ProxyGraph, steps: Iterable[Step], derived: Derived, rows
         there.update((name, _local(rows.values[name])) for name in on_rows if name in rows.values)
     for index, there in touching.items():
         if there:
-            ops[index] = _shrunk(ops[index], there, whole)
+            kept = {name: _local(rows.values[name]) for name in ops[index].keeps if name in rows.values}
+            ops[index] = _shrunk(ops[index], there, there | kept, whole)
     for index, op in enumerate(ops):
         if op.name in sums:
             ops[index] = replace(op, collectives=sums[op.name])
@@ -51,8 +54,10 @@ def _local(layout: Layout) -> tuple[int, ...]:
     return tuple(local_size(factors) for factors in layout)
 
 
-def _shrunk(op: Op, shapes: Mapping[str, tuple[int, ...]], whole: Mapping[str, tuple[int, ...]]) -> Op:
-    def share(tensors: Iterable[str]) -> float:
+def _shrunk(op: Op, shapes: Shapes, kept: Shapes, whole: Shapes) -> Op:
+    """``kept``: shapes of what is kept, where these are not those of what is touched."""
+
+    def share(tensors: Iterable[str], shapes: Shapes) -> float:
         there = [name for name in tensors if name in whole]
         total = sum(prod(whole[name]) for name in there)
         return sum(prod(shapes.get(name, whole[name])) for name in there) / total if total else 1.0
@@ -64,6 +69,6 @@ def _shrunk(op: Op, shapes: Mapping[str, tuple[int, ...]], whole: Mapping[str, t
         op,
         outputs=tuple(replace(v, shape=shapes.get(v.name, v.shape)) for v in op.outputs),
         flops=round(op.flops * smallest),
-        moved_bytes=round(op.moved_bytes * share(touched)),
-        saved_bytes=round(op.saved_bytes * share(op.keeps or made)),
+        moved_bytes=round(op.moved_bytes * share(touched, shapes)),
+        saved_bytes=round(op.saved_bytes * share(op.keeps or made, kept)),
     )

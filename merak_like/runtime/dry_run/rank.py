@@ -58,8 +58,11 @@ class Cast:
         """
         self.plan, self.model, self.example, self.loss_fn = plan, model, example, loss_fn
         self.micro: Any = split(example, max(rows(example) // plan.micro_batch, 1))[0]
-        self.parts = sharding(model, plan.mesh.tp, loss_fn, sequence_parallel=plan.sequence_parallel)
-        self.traced: Trace = self.parts.trace(self.micro, CPU)
+        for fuse in (True, False):  # a plan does not say: its ops do
+            self.parts = sharding(model, plan.mesh.tp, loss_fn, sequence_parallel=plan.sequence_parallel, fuse=fuse)
+            self.traced: Trace = self.parts.trace(self.micro, CPU)
+            if plan.starts[-1] == len(self.traced.graph.ops):
+                break
         self.parts.graph(self.traced)  # decides how weights lie
         self.sums = {n: (plan.shared.get(n, ()), self.parts.partial(n)) for stage in plan.stages for n in stage.params}
         if plan.starts[-1] != len(self.traced.graph.ops):

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -154,6 +155,7 @@ class Sharded:
         self.sequence_parallel, self.fuse = sequence_parallel, fuse
         self.blueprint = on_meta(model)
         self._kept: Mapping[str, str] = {}
+        self._latest: tuple[ProxyGraph, Derived] | None = None  # several ask of each trace
         self._derived: Derived | None = None
         self._of: ProxyGraph | None = None
         self._summed: frozenset[str] = frozenset()
@@ -176,6 +178,7 @@ class Sharded:
 
     def believe(self, proof: Proof) -> None:
         self._kept = proof.kept
+        self._latest = None
 
     def graph(self, traced: Trace) -> ProxyGraph:
         found = self._derive(traced)
@@ -193,7 +196,10 @@ class Sharded:
         return {name for group in groups for name in group.partial_gradients}
 
     def _derive(self, traced: Trace) -> Derived:
-        return derive(traced.graph, steps(traced), self.tp, constants=traced.constants, whole=self._kept)
+        graph = traced.graph
+        if self._latest is None or self._latest[0] is not graph:
+            self._latest = graph, derive(graph, steps(traced), self.tp, constants=traced.constants, whole=self._kept)
+        return self._latest[1]
 
     def _like(self, traced: Trace, batch: Any, size: int) -> Trace | None:
         """The trace of fewer samples that runs the same steps; None if there is none.
@@ -230,10 +236,7 @@ class Sharded:
                     "another way than with the example's: use an example of this shape, or batches of one shape"
                 )
             rank, local, walk = groups.coord.tp, self._rows(traced, found), steps(traced)
-
-            def stage_of(op: int) -> int:
-                return bisect_right(starts, op)
-
+            stage_of = partial(bisect_right, starts)
             code = shard(traced, found, ranks, rank, stage_of, local)
             if not self.sequence_parallel:
                 return code

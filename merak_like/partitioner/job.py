@@ -1,0 +1,91 @@
+"""How a step is run, whatever the partition: what the search for one is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+
+from merak_like.partitioner.hardware import Hardware, Link
+from merak_like.partitioner.held import Held, held
+from merak_like.partitioner.mesh import Coord, Mesh
+from merak_like.partitioner.orders import Orders
+from merak_like.partitioner.planned import named_schedule
+from merak_like.partitioner.schedules import AUTO, AUTO_V
+from merak_like.partitioner.schedules.action import Schedule
+from merak_like.partitioner.schedules.scp import LADDER
+
+STAND_IN = {AUTO: "1f1b", AUTO_V: "zb-v"}
+"""What the stages are cut for where the order is built for the stages."""
+RECOMPUTE = ("auto", "none", "full", "blocks")
+"""As little as the memory asks for; nothing; all that the schedule lets be recomputed; the same, a block at a time."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a step is run, whatever the partition."""
+
+    mesh: Mesh
+    hardware: Hardware
+    schedule: str
+    micro_batches: int
+    memory_limit: int
+    chunks: int = 1
+    """Stages per rank of an interleaved schedule."""
+    recompute: str = "auto"
+    parted: bool = False
+    """Whether tensor-parallel ranks each send their part of what goes to the next stage (Narayanan 2021, sec. 4.1)."""
+
+    @cached_property
+    def order(self) -> Schedule:
+        """The compute-only schedule that partitions are judged by."""
+        return named_schedule(STAND_IN.get(self.schedule, self.schedule), self.mesh.pp, self.micro_batches, self.chunks)
+
+    @property
+    def stages(self) -> int:
+        """Number of stages."""
+        return self.order.stages
+
+    @cached_property
+    def live(self) -> tuple[int, ...]:
+        """Micro-batches alive at once, of each stage."""
+        return self.orders.columns.live
+
+    @cached_property
+    def held(self) -> tuple[Held, ...]:
+        """What each rank holds."""
+        return held(self.order, self.orders.columns)
+
+    @cached_property
+    def orders(self) -> Orders:
+        """The order with transfers, for who judges partitions."""
+        return Orders(self.order)
+
+    @cached_property
+    def recomputes(self) -> frozenset[int]:
+        """The stages that may recompute, or must where everything is recomputed."""
+        if self.recompute == "none":
+            return frozenset()
+        if self.recompute in ("full", "blocks") and self.schedule in LADDER:
+            return self.order.recomputes
+        return frozenset(range(self.stages))
+
+    def link(self, source: int, target: int) -> Link | None:
+        """The slowest link between two stages over all replicas; none on the same rank."""
+        return self._link(self.order.stage_rank[source], self.order.stage_rank[target])
+
+    @cached_property
+    def _link(self) -> Callable[[int, int], Link | None]:
+        return cache(self._slowest)
+
+    def _slowest(self, *ends: int) -> Link | None:
+        if ends[0] == ends[1]:
+            return None
+        ranks = [[self.mesh.rank(Coord(dp, rank, 0)) for rank in ends] for dp in range(self.mesh.dp)]
+        slowest = min((self.hardware.link(*pair) for pair in ranks), key=lambda link: link.bandwidth)
+        return replace(slowest, bandwidth=slowest.bandwidth * (self.mesh.tp if self.parted else 1))
+
+    @cached_property
+    def links(self) -> tuple[Link | None, ...]:
+        """``links[s]``: between stage s and the next."""
+        return tuple(self.link(stage, stage + 1) for stage in range(self.stages - 1))
