@@ -59,7 +59,7 @@ def test_precision_of_the_arguments_is_not_lost_beside_a_configuration(tmp_path:
     given = arguments(str(tmp_path), 2, 4, bf16=True)
     found = Asked(given, {"ds_config": {"gradient_clipping": 1.0}}).settle(dp=2, tp=1, steps=3)
     assert found["precision"].compute == torch.bfloat16
-    with pytest.raises(ValueError, match="bf16.enabled says no"):
+    with pytest.raises(ValueError, match=r"bf16.enabled says no"):
         Asked(given, {"ds_config": {"bf16": {"enabled": False}}}).settle(dp=2, tp=1, steps=3)
 
 

@@ -134,7 +134,7 @@ def read(
     ``auto`` gives what "auto" stands for, by dotted key. Raises ValueError naming every key that is unknown or cannot
     be honoured, every "auto" that nothing tells the value of, and batch sizes that do not fit together.
     """
-    given = _loaded(config)
+    given = loaded(config)
     honoured, decided = settled(given)
     told = dict(auto or {})
     counts = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -160,7 +160,8 @@ def read(
     )  # fmt: skip
 
 
-def _loaded(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
+def loaded(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
+    """The configuration itself, or what its file has. Raises ValueError for a file that has none."""
     if isinstance(config, Mapping):
         return config
     path = Path(config)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from merak_like.ds_config.rates import Rate
 from merak_like.runtime.optimizer import StepResult
 from merak_like.runtime.signals import polite
 from merak_like.trainer.assembly import around, assembled, check, restore_options, share
@@ -20,6 +21,7 @@ from merak_like.trainer.checkpoints import LOOP, Checkpointer, Resume, set_aside
 from merak_like.trainer.data.collate import Collate, stack
 from merak_like.trainer.data.loader import Loader, Samples
 from merak_like.trainer.data.order import Order
+from merak_like.trainer.deepspeed import engine_arguments
 from merak_like.trainer.evaluation import Metrics, evaluated
 from merak_like.trainer.forecast import AT, compared
 from merak_like.trainer.journal import METRICS, Journal
@@ -70,10 +72,13 @@ class Trainer:
         check(args, eval_dataset)
         self.state, self.control, self._rates = State(steps), Control(), Rates()
         loader = Loader(train_dataset, self._collate, order, training.batch)
+        learns = engine_arguments(args, steps, optimizer)
+        shape: Rate = lambda step, own: own * rate(args.schedule, step, steps)  # noqa: E731
+        self._rate: Rate = learns["rate"] or shape
         signals = polite()
         try:
             with around(args):
-                self.engine = assembled(model, args, loader.at(0), loss_fn, loss_weight, optimizer, weights)
+                self.engine = assembled(model, args, loader.at(0), loss_fn, loss_weight, learns, weights)
         except BaseException:
             signals.close()
             raise
@@ -162,7 +167,7 @@ class Trainer:
             for wrong in found.damaged:
                 self.journal.say(f"not used: {wrong}")
         self.engine.barrier()
-        self.engine.world.begin()
+        self.checkpointer.begin()
 
     def _step(self, batch: Any, waited: float) -> None:
         args, state, control = self.args, self.state, self.control
@@ -209,11 +214,11 @@ class Trainer:
         return f"samples {samples[:16]}{' ...' if len(samples) > 16 else ''}"
 
     def _set_rate(self) -> float:
-        factor = rate(self.args.schedule, self.state.step, self.state.steps)
+        step = self.state.step
         if self.engine.optimizer is not None:
             for group, base in zip(self.engine.optimizer.param_groups, self.base_rates, strict=True):
-                group["lr"] = base * factor
-        self._rates.last = (self.base_rates[0] if self.base_rates else self.args.optimizer.lr) * factor
+                group["lr"] = self._rate(step, base)
+        self._rates.last = self._rate(step, self.base_rates[0] if self.base_rates else self.args.optimizer.lr)
         return self._rates.last
 
     # --- looking and saving --------------------------------------------------------------------------------------

@@ -29,8 +29,14 @@ class Parallelism(Section):
     """``auto``: chosen for the ranks that torchrun started, and anew when it starts others."""
     pp: Degree = 1
     tp: Degree = 1
-    zero: Literal[0, 1, 2] = 0
-    """Spread over replicas: 1 the optimizer's state, 2 the gradients too."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """Spread over replicas: 1 the optimizer's state, 2 the gradients too, 3 the weights too."""
+    zero_backend: Literal["own", "deepspeed", "deepspeed-offload"] | None = None
+    """Who spreads: ourselves, or DeepSpeed's optimizer at level 1, with its state on the CPU too."""
+    ds_config: Path | None = None
+    """A DeepSpeed configuration; what stands there as "auto" is what these settings say."""
+    fuse: bool = True
+    """Run activations that the model spells out as one kernel."""
     sequence_parallel: bool = False
     """Divide activations outside of sharded weights among tensor-parallel ranks too."""
     tp_shares: Count = 1
@@ -57,8 +63,11 @@ class Parallelism(Section):
         if self.tp == 1 and (self.sequence_parallel or self.tp_shares > 1):
             key = "sequence_parallel" if self.sequence_parallel else "tp_shares"
             raise ValueError(f"parallelism.{key} is about tensor-parallel ranks: say parallelism.tp=2 or more with it")
-        if self.zero and self.tp not in (1, "auto"):
-            raise ValueError(f"parallelism.zero={self.zero} does not go with tp={self.tp} yet: use zero=0, or tp=1")
+        if self.zero == 3 and (self.pp, self.tp) != (1, 1):
+            raise ValueError(
+                f"parallelism.zero=3 calls the model whole, which pp={self.pp}, tp={self.tp} do not: use zero=2, or "
+                "pp=1 and tp=1"
+            )
         return self
 
     @property
