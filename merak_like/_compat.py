@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.autograd.function import BackwardCFunction
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -82,6 +83,12 @@ def _step(key: Any) -> Any:
 def storage_key(tensor: torch.Tensor) -> int:
     """Identity of the memory behind a tensor: equal for views and ties, also on meta and fake tensors."""
     return tensor.untyped_storage()._cdata
+
+
+def storage_reference(tensor: torch.Tensor) -> Callable[[], bool]:
+    """Whether the memory behind a tensor is still somebody's; while this is kept, no other has its ``storage_key``."""
+    held = StorageWeakRef(tensor.untyped_storage())
+    return lambda: not held.expired()
 
 
 def fake_like(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

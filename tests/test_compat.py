@@ -112,6 +112,15 @@ def test_storage_key(mode: Any) -> None:
         assert (_compat.storage_key(one) == _compat.storage_key(two)) == (one is two)
 
 
+def test_storage_reference() -> None:
+    one = torch.ones(4)
+    view, there = one[1:], _compat.storage_reference(one)
+    del one
+    assert there(), "a view holds it"
+    del view
+    assert not there()
+
+
 # ------------------------------------------------------------------------------------------------------------ autograd
 class Twice(torch.autograd.Function):
     @staticmethod

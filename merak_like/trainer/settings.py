@@ -121,6 +121,14 @@ class Compress(Section):
     adapt: bool = True
 
 
+class Offload(Section):
+    """What layers keep, in the machine's memory (``merak_like.runtime.methods.offload``)."""
+
+    blocks: str = ".*"
+    bandwidth: Annotated[float, Field(gt=0)] = 20e9
+    ahead: Annotated[int, Field(ge=0)] = 64 * 2**20
+
+
 class Methods(Section):
     """Parts that plug into the engine; none is on by itself."""
 
@@ -128,6 +136,7 @@ class Methods(Section):
     """Run stages through ``torch.compile``."""
     chunked_loss: bool = False
     """Never make the logits of a whole micro-batch in training."""
+    offload: Offload | None = None
     compress: Compress | None = None
     kfac: Kfac | None = None
 
