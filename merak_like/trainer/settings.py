@@ -129,6 +129,14 @@ class Offload(Section):
     ahead: Annotated[int, Field(ge=0)] = 64 * 2**20
 
 
+class Float8(Section):
+    """Products of Linear layers in float8 (``merak_like.runtime.methods.float8``)."""
+
+    recipe: str = "tensorwise"
+    emulate: bool = False
+    compile: bool = False
+
+
 class Methods(Section):
     """Parts that plug into the engine; none is on by itself."""
 
@@ -137,6 +145,7 @@ class Methods(Section):
     chunked_loss: bool = False
     """Never make the logits of a whole micro-batch in training."""
     offload: Offload | None = None
+    float8: Float8 | None = None
     compress: Compress | None = None
     kfac: Kfac | None = None
 
