@@ -30,6 +30,7 @@ from merak_like.partitioner.tracer import LossFn, Trace, trace
 from merak_like.partitioner.tracer.example import arguments, find_loss, leaves, name_of
 from merak_like.runtime import collect
 from merak_like.runtime.batches import to_device
+from merak_like.runtime.exchange import all_gather, reduce_scatter
 from merak_like.runtime.groups import Group, Groups
 from merak_like.runtime.optimizer import Slot
 from merak_like.runtime.prepared import Prepared, Ranges, StageLike
@@ -129,9 +130,9 @@ class _Comm:
         """Room for what is sent or comes."""
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def _flying(self, start: Callable[..., Any], async_op: bool) -> Any:
+    def _flying(self, start: Callable[[], Any], async_op: bool) -> Any:
         with self._watch.waiting(f"the start of {self._what}"):
-            work = start(async_op=True)
+            work = start()
         waited = _Waited(work, self._watch, self._what)
         return waited if async_op else waited.wait() and None
 
@@ -150,16 +151,15 @@ class _Waited(dist.Work):
 
 class _Gather(_Comm):
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
-        start = partial(dist.all_gather_into_tensor, output_tensor, input_tensor, group=group)
-        return self._flying(start, async_op)
+        return self._flying(partial(all_gather, output_tensor, input_tensor, group), async_op)
 
 
 class _ReduceScatter(_Comm):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> Any:  # fmt: skip
-        start = partial(dist.reduce_scatter_tensor, output_tensor, input_tensor, op=op, group=group)
-        return self._flying(start, async_op)
+        assert op == dist.ReduceOp.SUM, "micro-batches come with their share of the whole batch"
+        return self._flying(partial(reduce_scatter, output_tensor, input_tensor, group), async_op)
 
 
 class FullySharded:

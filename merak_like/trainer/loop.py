@@ -84,15 +84,27 @@ class Trainer:
             raise
         self.engine.heed(signals)
         self._signals = signals
+        try:
+            self._about(callbacks, train_dataset, order, tokenizer, made_here=optimizer is None)
+        except BaseException:  # who gets no trainer cannot close it
+            signals.close()
+            self.engine.close()
+            raise
+
+    def _about(
+        self, callbacks: Sequence[Any], samples: Samples, order: Order, tokenizer: Any, *, made_here: bool
+    ) -> None:  # fmt: skip
+        """All that stands around the engine."""
+        args, batch = self.args, self.args.training.batch
         groups = self.engine.optimizer.param_groups if self.engine.optimizer else []
         self.base_rates = [group["lr"] for group in groups]
-        self._options = [] if optimizer is not None else [{k: v for k, v in g.items() if k != "params"} for g in groups]
-        self._share = share(self.engine, train_dataset, training.batch)
-        self.loader = Loader(train_dataset, self._collate, order, training.batch, self._share)
+        self._options = [{k: v for k, v in g.items() if k != "params"} for g in groups] if made_here else []
+        self._share = share(self.engine, samples, batch)
+        self.loader = Loader(samples, self._collate, order, batch, self._share)
         self.checkpointer = Checkpointer(self.engine, args.folder, args.checkpoints)
         lead = self.engine.world.rank == 0
-        self.journal = Journal(args.folder, args.logging, args.model_dump(mode="json"), steps, lead=lead)
-        self._events = listeners(callbacks, args, model, self.engine, self._rates, tokenizer, len(train_dataset))
+        self._events = listeners(callbacks, args, self.model, self.engine, self._rates, tokenizer, len(samples))
+        self.journal = Journal(args.folder, args.logging, args.model_dump(mode="json"), self.state.steps, lead=lead)
         self._tell("init_end")
 
     # --- training ------------------------------------------------------------------------------------------------
