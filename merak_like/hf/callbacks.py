@@ -31,9 +31,7 @@ class Callbacks:
         optimizer: Any, rates: Any, tokenizer: Any, lead: bool, samples: int,
     ) -> None:  # fmt: skip
         for one in callbacks:
-            if not isinstance(one, TrainerCallback) and not (
-                isinstance(one, type) and issubclass(one, TrainerCallback)
-            ):
+            if not issubclass(one if isinstance(one, type) else type(one), TrainerCallback):
                 raise ValueError(f"callbacks= takes TrainerCallback objects of transformers, found {one!r}")
         self._args: Any = arguments(settings)
         self._batch, self._samples, self._folder = settings.training.batch, samples, settings.folder
