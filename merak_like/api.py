@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from merak_like import __version__
 from merak_like.choosing import best_layout, degree_of, form_of, level_of
 from merak_like.ds_config.rates import Rate
 from merak_like.ds_config.read import ARGUMENTS, arguments
+from merak_like.habits import habits
 from merak_like.partitioner.executable import ENGINE
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.hardware import Hardware
@@ -30,8 +31,8 @@ from merak_like.runtime.batches import LossWeight, rows, signature, split, to_de
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.fully_sharded import Whole
 from merak_like.runtime.groups import make_groups
-from merak_like.runtime.initialising import Initialiser
 from merak_like.runtime.initialize import join, world_size
+from merak_like.runtime.lasting import Count
 from merak_like.runtime.learning import Held, OptimizerFactory, learning
 from merak_like.runtime.links import DistLinks, NoLinks
 from merak_like.runtime.materialize import materialize
@@ -44,7 +45,6 @@ from merak_like.runtime.tensor_parallel.sharding import sharding
 from merak_like.runtime.watch import Watch
 
 Degree = int | str
-Save = Callable[[nn.Module, Path, Mapping[str, Tensor]], None]
 
 
 def auto_parallel(
@@ -193,7 +193,7 @@ def auto_parallel(
         )  # fmt: skip
         shards = parts.shards(groups.coord.tp)
         own = [stage for stage in plan.stages if stage.rank == groups.coord.pp]
-        initialise, counted, save = _habits(model)
+        initialise, counted, save = habits(model)
         lowered.close()  # weights are made in the model's own precision
         parameters = materialize(
             model, plan, [s.index for s in own], world.device, seed=seed, initialise=initialise, weights=weights,
@@ -211,6 +211,7 @@ def auto_parallel(
         )  # fmt: skip
         shared = {name for name in trainable if sums[name] != ((), ())}
         paths = {call.path for call in rough.calls}
+        count = Count()
         learns = learning(model, held, optimizer, spread, precise, parts, groups, watch, world.device, paths)
         return Engine(
             plan=plan,
@@ -220,7 +221,10 @@ def auto_parallel(
                 model, plan, rough, micro, groups.coord.pp, world.device, parts, parts.prepare(groups, watch), pending
             ),
             links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
-            reducer=plugged.gradients(learns.reducer, model, trainable, shared, learns.optimizer, groups, world, watch),
+            reducer=plugged.gradients(
+                learns.reducer, model, trainable, shared, learns.optimizer, groups, world, watch, lambda: count.done
+            ),
+            count=count,
             update=Update(
                 learns.slots,
                 learns.optimizer,
@@ -251,21 +255,3 @@ def _plan(graph: ProxyGraph, micro_batches: int | None, *, mesh: Mesh, samples: 
     return make_plan(
         graph, mesh, batch=-(-samples // parts) * parts, micro_batches=micro_batches, **choices
     )  # fmt: skip
-
-
-def _habits(model: nn.Module) -> tuple[Initialiser | None, LossWeight | None, Save]:
-    """How this model initialises a module, counts its loss (None: not its own way) and is saved."""
-    if not hasattr(model, "config") or not hasattr(model, "_init_weights"):
-        return None, None, save_safetensors
-    from merak_like import hf
-
-    return hf.initialiser(model), hf.loss_weight(model), hf.save_pretrained
-
-
-def save_safetensors(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write ``model.safetensors``; a tensor known by several names is written once, under the first."""
-    from safetensors.torch import save_file
-
-    path.mkdir(parents=True, exist_ok=True)
-    first = {id(tensor): name for name, tensor in reversed(list(state.items()))}
-    save_file({name: t.contiguous() for name, t in state.items() if first[id(t)] == name}, path / "model.safetensors")

@@ -159,9 +159,9 @@ def nothing_to_learn(dp: int, pp: int) -> list[str]:
 # ------------------------------------------------------------------------------------- processes that are lost, in bare
 
 
-def train_on(dp: int, pp: int, timeout: float = 60.0, steps: int = 100_000) -> None:
+def train_on(dp: int, pp: int, timeout: float = 60.0, steps: int = 100_000, **more: Any) -> None:
     """Train until something happens."""
-    engine = small(dp, pp, timeout=timeout)
+    engine = small(dp, pp, timeout=timeout, **more)
     for number in range(steps):
         engine.step(items(seed=number))
         if number == 3:

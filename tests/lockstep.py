@@ -103,6 +103,8 @@ class Ran:
     """Bytes that are there on each rank between forward and backward, weights apart."""
     code: list[str]
     """Of each rank: the names of what its code calls, in order."""
+    calls: list[int]
+    """Collectives that each rank took part in, forward and backward."""
 
 
 def in_lockstep(
@@ -117,6 +119,7 @@ def in_lockstep(
     boxes: dict[Any, dict[Any, Any]] = {}
     models, sums = [copy.deepcopy(one.model) for _ in range(tp)], [dict[str, Tensor]() for _ in range(tp)]
     losses, kept, code, errors = [0.0] * tp, [0] * tp, [""] * tp, list[BaseException]()
+    calls = [0] * tp
     parts = Sharded(one.model, tp, one.loss_fn, shares, sequence_parallel, fuse)
 
     def work(rank: int) -> None:
@@ -145,6 +148,7 @@ def in_lockstep(
         stage.backward(0, {"loss": torch.ones_like(out["loss"])})
         if thrifty:
             stage.weight(0)
+        calls[rank] = sum(group.number for group in made.values())
         slots = [Slot(name, p, tuple(p.shape)) for name, p in models[rank].named_parameters()]
         mine.copies(slots, groups, Free()).add_up()  # type: ignore[arg-type]
         for name, parameter in models[rank].named_parameters():
@@ -177,7 +181,7 @@ def in_lockstep(
     if errors:
         raise errors[0]
     whole = {name: parts.shards(0).assemble(name, [each[name] for each in sums]) for name in sums[0]}
-    return Ran(losses, whole, kept, code)
+    return Ran(losses, whole, kept, code, calls)
 
 
 class Making(TorchDispatchMode):

@@ -83,12 +83,17 @@ def as_much_as_said(dp: int, pp: int, zero: int) -> list[int]:
     assert ours.optimizer is not None
     moments = sum(s["exp_avg"].numel() for s in ours.optimizer.state.values())
     reducer: Any = ours._reducer
-    kept = sum((b.own if b.sums is None else b.sums).numel() for b in reducer.buckets)
-    weights = sum(p.numel() for p in ours._parameters.values())
+    parts: list[Any] = [getattr(p, "to_local", lambda p=p: p)() for p in ours._parameters.values()]
+    weights = sum(part.numel() for part in parts)
+    if zero == 3:
+        kept = sum(p.grad.to_local().numel() for p in ours._parameters.values() if p.grad is not None)
+    else:
+        kept = sum((b.own if b.sums is None else b.sums).numel() for b in reducer.buckets)
     planned = [stage.memory for stage in ours.plan.stages]
     ours.close()
     assert sum(one.optimizer for one in planned) == pytest.approx(2 * 8 * moments, rel=0.02)
     assert sum(one.gradients for one in planned) == pytest.approx(8 * kept, rel=0.02)
+    assert sum(one.weights for one in planned) == pytest.approx(8 * weights, rel=0.02)
     return [moments, kept, weights]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from merak_like import Engine
 from merak_like.runtime.checkpoint import folder as files
 from merak_like.runtime.checkpoint.folder import CheckpointError, Manifest
+from merak_like.runtime.checkpoint.saver import Checkpoints
 from tests.faults import items, small
 
 KILLED = 9
@@ -247,3 +250,27 @@ def test_write_that_fails_in_the_background_is_raised_by_the_next_call(
     written = engine.saved()
     assert written is not None
     assert files.candidates(tmp_path / "run") == [written]
+
+
+def test_update_waits_until_what_is_written_in_the_background_is_copied(
+    engine: Engine, reader: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is made beside the next forward and backward; here it is so slow that the update would be first."""
+    late, copy = [], Checkpoints._copy
+
+    def slow(self: Checkpoints, held: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.5)
+            late.append(time.monotonic())
+        return copy(self, held)
+
+    monkeypatch.setattr(Checkpoints, "_copy", slow)
+    engine.step(items())
+    before = {name: tensor.clone() for name, tensor in engine.full_state_dict().items()}
+    engine.save(tmp_path / "run", background=True)
+    engine.step(items(seed=1))
+    assert late, "the step was done before the copy began"
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in engine.full_state_dict().items())
+    engine.saved()
+    reader.load(tmp_path / "run")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in reader.full_state_dict().items())

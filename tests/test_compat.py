@@ -125,6 +125,15 @@ def test_StorageWeakRef() -> None:
     assert held.expired()
 
 
+def test_storage_reference() -> None:
+    one = torch.ones(4)
+    view, there = one[1:], _compat.storage_reference(one)
+    del one
+    assert there(), "a view holds it"
+    del view
+    assert not there()
+
+
 # ------------------------------------------------------------------------------------------------------------ autograd
 class Twice(torch.autograd.Function):
     @staticmethod

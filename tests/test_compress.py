@@ -112,9 +112,13 @@ def test_what_is_run_again_is_not_compressed():
 
 
 def test_a_split_backward_reads_what_was_packed():
-    plain = gradients("relu", Compress(adapt=False))
-    waited = gradients("relu", Compress(adapt=False), schedule="zb-h1")
+    at_once, later = Compress(adapt=False), Compress(adapt=False)
+    exact, plain, waited = gradients("relu"), gradients("relu", at_once), gradients("relu", later, schedule="zb-h1")
+    assert later.counted == at_once.counted
+    assert later.counted[0] > 4 * later.counted[1] > 0
     assert all(torch.allclose(waited[name], g, rtol=1e-5, atol=1e-7) for name, g in plain.items())
+    packed = [name for name, g in exact.items() if g.ndim > 1]
+    assert not any(torch.allclose(waited[name], exact[name], rtol=1e-5, atol=1e-7) for name in packed)
 
 
 def test_each_layer_gets_a_bound_of_its_own():

@@ -19,7 +19,8 @@ from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.schedules import AS_DATA
 from merak_like.partitioner.tracer import trace
-from merak_like.runtime.dry_run import proof
+from merak_like.runtime.dry_run import proof, whole
+from merak_like.runtime.dry_run.alike import same
 from merak_like.runtime.dry_run.echo import RECEIVE, SEND, WAIT, Event
 from merak_like.runtime.dry_run.proof import prove
 from merak_like.runtime.dry_run.rank import Cast, Did
@@ -284,3 +285,29 @@ def test_tensor_parallel_ranks_between_the_first_and_the_last_are_proven_by_thes
     assert (len(every.acted), len(few.acted)) == (16, 6)
     for name in ("groups", "channels", "transfers", "nbytes", "collectives", "waits"):
         assert getattr(every, name) == getattr(few, name), name
+
+
+def test_record_of_a_rank_that_was_not_run_is_the_one_it_would_have_left(monkeypatch: pytest.MonkeyPatch):
+    """Call by call, with shapes, peers and groups; and one that would do something else is run itself."""
+    parts = sharding(blocks(), 4, squares)
+    graph = parts.graph(parts.trace(torch.ones(ROWS, WIDTH), "cpu"))
+    plan = make_plan(graph, Mesh(1, 2, 4), hardware=TOY, batch=ROWS * 2, micro_batches=2)
+    cast = Cast(plan, blocks(), torch.ones(ROWS, WIDTH), squares)
+    with cast():
+        acted = {rank: cast.act(rank) for rank in range(8)}
+        for rank in (1, 2, 5, 6):
+            told = whole._alike(cast, acted, rank)
+            assert told is not None
+            assert any(event.peer >= 0 for event in told.events)
+            assert same(told, acted[rank]), rank
+    act = Cast.act
+
+    def lacking(did: Did) -> Did:
+        first = next(event for event in did.events if event.what == SEND)
+        return replace(did, events=tuple(event for event in did.events if event is not first))
+
+    monkeypatch.setattr(Cast, "act", lambda self, rank: (lacking if rank == 3 else lambda did: did)(act(self, rank)))
+    found = dry_run(plan, blocks(), torch.ones(ROWS, WIDTH), squares, all_ranks=False)
+    assert {1, 2} <= set(found.acted), "the first and the last of their group differ"
+    assert not {5, 6} & set(found.acted)
+    assert found.problems

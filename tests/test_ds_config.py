@@ -14,6 +14,7 @@ from merak_like import auto_parallel
 from merak_like.ds_config.keys import KEYS, settled
 from merak_like.ds_config.rates import rate_of
 from merak_like.ds_config.read import Choices, read
+from merak_like.ds_config.read import arguments as told_with
 from merak_like.runtime.finite import LossScale
 from merak_like.runtime.precision import Precision
 
@@ -142,6 +143,51 @@ def test_what_no_key_says_is_as_deepspeed_has_it() -> None:
     assert (found.max_grad_norm, found.clips) == (1.0, False)
     assert (found.zero, found.precision, found.optimizer, found.rate, found.batch) == (0, None, None, None, 6)
     assert read({"gradient_clipping": 0.0}, dp=1, samples=1).max_grad_norm is None
+
+
+GIVEN: dict[str, Any] = {
+    "optimizer": None, "rate": None, "micro_batches": None, "max_grad_norm": None, "precision": None, "zero": 0,
+    "zero_backend": None,
+}  # fmt: skip
+ONE: dict[str, Any] = {"dp": 2, "pp": 1, "tp": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "match"),
+    [
+        ({"zero_optimization": {"stage": 0}}, {"zero": 2}, "zero = 2, but zero_optimization.stage says no"),
+        ({"gradient_clipping": 0}, {"max_grad_norm": 1.0}, "max_grad_norm = 1.0, but gradient_clipping says no"),
+        ({"bf16": {"enabled": False}}, {"precision": "bf16"}, "precision = .*bfloat16.*, but bf16.enabled says no"),
+        ({"fp16": {"enabled": False}}, {"precision": "fp16"}, "but fp16.enabled says no"),
+        ({"bf16": {"enabled": True}}, {"precision": "fp16"}, "precision = .*float16.*, not .*bfloat16"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}},
+         {"zero": 1, "zero_backend": "deepspeed-offload"}, "offload_optimizer.device says no"),
+        ({"fp16": {"enabled": True, "loss_scale": 8}}, {"precision": Precision(torch.float16, 4.0)}, "not Precision"),
+    ],
+)  # fmt: skip
+def test_no_argument_wins_silently_over_a_no(config: dict[str, Any], given: dict[str, Any], match: str) -> None:
+    """A 0 or a false was taken for silence, and the argument was used."""
+    with pytest.raises(ValueError, match=match):
+        told_with(config, ONE, 16, GIVEN | given)
+
+
+def test_what_is_no_contradiction_is_none() -> None:
+    off = {"zero_optimization": {"stage": 0}, "gradient_clipping": 0, "bf16": {"enabled": False}}
+    assert told_with(off, ONE, 16, GIVEN) == GIVEN
+    assert told_with({"bf16": {"enabled": False}}, ONE, 16, GIVEN | {"precision": "fp16"})["precision"].loss_scale
+    same = {"gradient_clipping": "auto", "zero_optimization": {"stage": "auto"}}
+    found = told_with(same, ONE, 16, GIVEN | {"zero": 2, "max_grad_norm": 0.5})
+    assert (found["zero"], found["max_grad_norm"]) == (2, 0.5)
+
+
+@pytest.mark.parametrize("enabled", ["auto", True])
+def test_half_precision_by_name_has_the_configurations_scale(enabled: Any) -> None:
+    """Both said fp16, each with a loss scale of its own, and were said to contradict each other."""
+    section = {"enabled": enabled, "loss_scale_window": 7}
+    found = told_with({"fp16": section}, ONE, 16, GIVEN | {"precision": "fp16"})
+    assert found["precision"] == Precision(torch.float16, 2.0**16, 7, 2)
+    own = Precision(torch.float16, 8.0, 5)
+    assert told_with({"fp16": {"enabled": enabled}}, ONE, 16, GIVEN | {"precision": own})["precision"] == own
 
 
 @pytest.mark.parametrize(

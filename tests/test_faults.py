@@ -83,9 +83,15 @@ def others_end(job: Bare, victim: int, blamed: str) -> None:
         assert lines[0].endswith(ACTION)
 
 
-@pytest.mark.parametrize(("dp", "pp", "victim"), [(2, 2, 3), (1, 4, 2), pytest.param(4, 1, 1, marks=pytest.mark.slow)])
-def test_killed_rank_is_named_by_all_others(dp: int, pp: int, victim: int) -> None:
-    with bare(call("train_on", dp, pp), 4) as job:
+@pytest.mark.parametrize(
+    ("dp", "pp", "victim", "more"),
+    [
+        (2, 2, 3, {}), (1, 4, 2, {}), pytest.param(4, 1, 1, {}, marks=pytest.mark.slow),
+        pytest.param(4, 1, 2, {"zero": 3}, marks=pytest.mark.slow),  # torch's fully_shard waits inside of the model
+    ],
+)  # fmt: skip
+def test_killed_rank_is_named_by_all_others(dp: int, pp: int, victim: int, more: dict[str, Any]) -> None:
+    with bare(call("train_on", dp, pp, **more), 4) as job:
         job.until("training")
         job.kill(victim, signal.SIGKILL)
         others_end(job, victim, f"rank {victim} gives no sign of life: it was killed, is frozen or cut off")

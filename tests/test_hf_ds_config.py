@@ -55,6 +55,14 @@ def test_options_of_the_engine_stay_unless_the_configuration_says_otherwise(tmp_
         asked.settle(dp=2, tp=1, steps=3)
 
 
+def test_precision_of_the_arguments_is_not_lost_beside_a_configuration(tmp_path: Path) -> None:
+    given = arguments(str(tmp_path), 2, 4, bf16=True)
+    found = Asked(given, {"ds_config": {"gradient_clipping": 1.0}}).settle(dp=2, tp=1, steps=3)
+    assert found["precision"].compute == torch.bfloat16
+    with pytest.raises(ValueError, match=r"bf16.enabled says no"):
+        Asked(given, {"ds_config": {"bf16": {"enabled": False}}}).settle(dp=2, tp=1, steps=3)
+
+
 def test_nothing_is_changed_without_a_configuration(tmp_path: Path) -> None:
     asked = Asked(arguments(str(tmp_path), 2, 4), {})
     assert asked.settle(dp=1, tp=1, steps=3) == {}

@@ -113,7 +113,14 @@ class Twins(nn.Module):
             self.other.weight.copy_(self.one.weight)
 
 
-@pytest.mark.parametrize("build", [*(pytest.param(build, marks=pytest.mark.slow) for build in (gpt2, t5)), Twins])
+def plain() -> nn.Module:
+    """Modules of several sizes, each of which begins by itself."""
+    return nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Sequential(nn.Linear(6, 20), nn.Embedding(10, 4)))
+
+
+@pytest.mark.parametrize(
+    "build", [*(pytest.param(build, marks=pytest.mark.slow) for build in (gpt2, t5)), plain, Twins]
+)
 def test_no_more_than_one_module_is_whole_before_it_is_cut(build: Callable[[], nn.Module]):
     with torch.device("meta"):
         model = build()
@@ -121,7 +128,7 @@ def test_no_more_than_one_module_is_whole_before_it_is_cut(build: Callable[[], n
     ties = [("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")]
     ties = [("transformer.wte.weight", "lm_head.weight")] if build is gpt2 else ties if build is t5 else []
     largest = max(sum(p.nbytes for p in m.parameters(recurse=False)) for m in model.modules())
-    own = reset_parameters if build is Twins else hf.initialiser(model)
+    own = reset_parameters if build in (plain, Twins) else hf.initialiser(model)
     most = [0]
 
     def initialise(module: nn.Module) -> None:
@@ -129,7 +136,14 @@ def test_no_more_than_one_module_is_whole_before_it_is_cut(build: Callable[[], n
         most[0] = max(most[0], sum(p.nbytes for p in model.parameters() if not p.is_meta))
 
     whole = copy.deepcopy(model)
-    fill(whole, names, ties, CPU, seed=1, initialise=reset_parameters if build is Twins else hf.initialiser(whole))
+    fill(
+        whole,
+        names,
+        ties,
+        CPU,
+        seed=1,
+        initialise=reset_parameters if build in (plain, Twins) else hf.initialiser(whole),
+    )
     layouts = {
         name: ((Axis(len(p), 2),), *((Axis(size),) for size in p.shape[1:]))
         for name, p in model.named_parameters()

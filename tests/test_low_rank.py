@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,30 @@ def test_projection_is_the_nearest_of_that_rank_and_keeps_the_energy():
     scaled = weight.clone()
     project(scaled, 2, scale=scale)
     assert torch.linalg.matrix_rank(scaled * scale, rtol=1e-5) == 2
+
+
+def test_projection_goes_on_with_a_checkpoint(tmp_path: Path):
+    """The steps to the next projection were counted from the process's start."""
+
+    def job() -> Any:
+        return auto_parallel(
+            model(), example=data[0], hardware="a100-80gb", device="cpu", optimizer=lambda p: torch.optim.SGD(p, 0.1),
+            methods=[LowRank(3, 3, "[02]")],
+        )  # fmt: skip
+
+    data = batches(6, 32)
+    through, again = job(), job()
+    for number, batch in enumerate(data[:4]):
+        if number == 2:
+            through.save(tmp_path)
+        through.step(batch)
+    again.load(tmp_path)
+    for batch in data[2:4]:
+        again.step(batch)
+    expected, found = through.full_state_dict(), again.full_state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    through.close()
+    again.close()
 
 
 def test_training_ends_in_low_rank_and_as_two_linears():

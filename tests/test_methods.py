@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from merak_like import Engine, auto_parallel
 from merak_like.partitioner.tracer import trace
 from merak_like.runtime.batches import rows
+from merak_like.runtime.data_parallel import Gradients
 from merak_like.runtime.methods.chunked_loss import linear_cross_entropy
 from merak_like.runtime.methods.compiled import Compiled
 from merak_like.runtime.methods.compress import Compress
@@ -18,8 +21,9 @@ from merak_like.runtime.methods.experts import CentralMask
 from merak_like.runtime.methods.flat_adamw import FlatAdamW
 from merak_like.runtime.methods.head_loss import ChunkedLoss
 from merak_like.runtime.methods.kfac import Kfac
-from merak_like.runtime.methods.method import Job, Method, Methods
+from merak_like.runtime.methods.method import Job, Method, Methods, Place
 from merak_like.runtime.methods.projection import LowRank
+from merak_like.runtime.methods.wrapped import AfterSum
 from merak_like.trainer.groups import optimizer_factory
 from merak_like.trainer.methods import methods_of
 from merak_like.trainer.settings import Settings
@@ -182,3 +186,44 @@ def test_a_file_switches_them_on():
     assert not methods_of(Settings.model_validate({"training": {"steps": 1}}).methods)
     with pytest.raises(ValueError, match="way to run adamw"):
         Settings.model_validate({"training": {"steps": 1}, "optimizer": {"name": "sgd", "flat": True}})
+
+
+class Told(Method):
+    """What a method that follows the sum of gradients is told at each step: the step, and the rate."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[int, float]] = []
+
+    @property
+    def seen(self) -> list[tuple[int, float]]:
+        return self._seen
+
+    def gradients(self, reducer: Gradients, place: Place) -> Gradients:
+        assert place.optimizer is not None
+        groups = place.optimizer.param_groups
+        return AfterSum(reducer, lambda: self._seen.append((place.steps(), groups[0]["lr"])))
+
+
+def test_method_knows_the_step_of_the_job_and_its_rate(tmp_path: Path):
+    """A job that goes on from a checkpoint counted from 0 again; K-FAC's bound had the rate of the step before."""
+
+    def job(method: Told) -> Engine:
+        torch.manual_seed(0)
+        return auto_parallel(
+            nn.Linear(4, 4), example=torch.ones(4, 4), hardware="a100-80gb", device="cpu", methods=[method],
+            loss_fn=lambda out, batch: (out - batch).square().mean(), rate=lambda step, own: own / (step + 1),
+            optimizer=lambda p: torch.optim.SGD(p, 0.5),
+        )  # fmt: skip
+
+    first, second = Told(), Told()
+    engine = job(first)
+    for _ in range(3):
+        engine.step(torch.ones(4, 4))
+    engine.save(tmp_path)
+    again = job(second)
+    again.load(tmp_path)
+    for one in (engine, again):
+        one.step(torch.ones(4, 4))
+        one.close()
+    assert first.seen == [(step, 0.5 / (step + 1)) for step in range(4)]
+    assert second.seen == first.seen[3:]

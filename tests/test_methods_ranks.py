@@ -10,6 +10,7 @@ import torch
 from merak_like.runtime.methods.compress import Compress
 from merak_like.runtime.methods.flat_adamw import FlatAdamW
 from merak_like.runtime.methods.head_loss import ChunkedLoss
+from merak_like.runtime.methods.offload import Offload
 from tests.ranks import Call, results_of, selected_calls
 from tests.training import by_engine, in_one_precision, plainly, same
 
@@ -44,6 +45,17 @@ def packed(dp: int, pp: int, tp: int) -> float:
     return max(float((mine[n] - g).norm() / g.norm()) for n, g in theirs.items() if g.ndim > 1)
 
 
+def elsewhere(dp: int, pp: int, tp: int) -> bool:
+    """Training whose activations wait in another memory, beside plain training."""
+    one = in_one_precision("gpt2")
+    batches, method = [one.batch(8, 48), one.batch(8, 40)], Offload()
+    ours = by_engine(one, batches, dp, pp, 2, tp=tp, methods=[method])
+    assert method.parking.counted.back == method.parking.counted.out > 0
+    if ours.weights:
+        same(ours, plainly(one, batches, 2 * dp), 1e-10)
+    return True
+
+
 def call(function: str, **arguments: int) -> Call:
     return Call(f"{function} {arguments}", f"tests.test_methods_ranks:{function}", arguments)
 
@@ -55,6 +67,16 @@ def result(request: pytest.FixtureRequest) -> Any:
 
 LAYOUTS = [call("together", dp=d, pp=p, zero=z) for d, p, z in ((2, 1, 0), (2, 1, 1), (2, 1, 2), (1, 2, 0))]
 PACKED = [call("packed", dp=d, pp=p, tp=t) for d, p, t in ((2, 1, 1), (1, 2, 1), (1, 1, 2))]
+
+AWAY = [call("elsewhere", dp=d, pp=p, tp=t) for d, p, t in ((2, 1, 1), (1, 2, 1), (1, 1, 2))]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("one", AWAY, ids=lambda c: c.name)
+def test_activations_in_another_memory_are_plain_training(one: Call, result: Any):
+    assert result(one) == [True, True]
 
 
 @pytest.mark.slow

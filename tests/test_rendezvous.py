@@ -40,8 +40,20 @@ def test_who_does_not_come_is_named() -> None:
 def test_only_later_processes_find_a_job_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that died before it began leaves nothing to go on from, and one process may make several engines."""
     store = HashStore()
-    assert not begun_before(store)
-    begin(store)
-    assert not begun_before(store)
+    assert not begun_before(store, "a")
+    begin(store, "a")
+    assert not begun_before(store, "a")
     monkeypatch.setattr(rendezvous, "PROCESS", "another")
-    assert begun_before(store)
+    assert begun_before(store, "a")
+
+
+def test_second_work_of_a_restarted_script_is_found_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What began the first work anew was taken for what had begun the second one, which was then thrown away."""
+    store = HashStore()
+    begin(store, "first")
+    begin(store, "second")
+    monkeypatch.setattr(rendezvous, "PROCESS", "another")
+    assert begun_before(store, "first")
+    begin(store, "first")
+    assert begun_before(store, "second")
+    assert not begun_before(store, "third")

@@ -66,7 +66,10 @@ def test_shares_of_a_micro_batch_run_on_rows(name: str) -> None:
     """Of two sizes, none of them one."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # a stage that runs its micro-batches whole says so
-        assert "reduce_scatter" in equal(model(name), model(name).batch(5), shares=2).code[0]
+        ran = equal(model(name), model(name).batch(5), shares=2)
+    assert "reduce_scatter" in ran.code[0]
+    whole = in_lockstep(model(name), model(name).batch(5), 2).calls[0]
+    assert 1.9 * whole <= ran.calls[0] <= 2.1 * whole, "each share has collectives of its own"
 
 
 @pytest.mark.slow

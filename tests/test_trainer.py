@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +246,28 @@ def test_generate_says_what_transformers_says(tmp_path: Path) -> None:
     assert sampled[0] == sampled[1] != sampled[2]
     stopped = generate(trainer.engine, prompts[:1], max_new_tokens=6, end=made[0][4])
     assert stopped == [made[0][:5]]
+
+
+def test_a_trainer_that_is_refused_leaves_nothing_open(tmp_path: Path) -> None:
+    """Its engine was built, and nobody could close it: the watch went on, and signals were swallowed."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError, match="takes TrainerCallback objects of transformers, found"):
+        Trainer(build("llama"), quick(tmp_path), data("llama", 40, 1), callbacks=[EarlyStopping()])
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("merak")]
+
+
+class EarlyStopping:
+    """No TrainerCallback."""
+
+
+def test_half_precision_is_measured_by_its_own_peak(tmp_path: Path) -> None:
+    peaks = {}
+    for precision in ("fp32", "fp16", "bf16"):
+        trainer = Trainer(build("llama"), quick(tmp_path / precision, precision=precision), data("llama", 40, 1))
+        trainer.train()
+        peaks[precision] = trainer.meter.peak
+        line = next(line for line in trainer.state.history if "tflops_per_rank" in line)
+        assert line["model_flops_utilisation"] == pytest.approx(line["tflops_per_rank"] * 1e12 / trainer.meter.peak)
+        trainer.close()
+    assert peaks == {"fp32": 19.5e12, "fp16": 312e12, "bf16": 312e12}

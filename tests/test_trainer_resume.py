@@ -10,25 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from merak_like.runtime.checkpoint.folder import CheckpointError, candidates
 from merak_like.trainer.journal import up_to
 from merak_like.trainer.loop import Trainer
 from merak_like.trainer.settings import Checkpoints, Optimizer, Training
 from tests.ranks import Call, Node, bare, free_port, torchrun
-from tests.trainer_lives import SAMPLES, STEPS, asked, left, loss, model, trainer
-
-
-class At(TrainerCallback):
-    """Does something at the end of a step, or in the midst of an evaluation."""
-
-    def __init__(self, step: int, what: Any) -> None:
-        self.step, self.what = step, what
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            self.what()
+from tests.trainer_lives import SAMPLES, STEPS, At, asked, left, loss, model, trainer
 
 
 class Killed(Exception):
@@ -229,6 +217,33 @@ def test_one_rank_that_is_told_to_end_lets_all_save_the_same_step(told: int, tmp
         said = {path.suffix for path in running.folder.glob("*.step-*")}
     newest = candidates(tmp_path / "checkpoints")[0]
     assert said == {f".step-{int(newest.name.removeprefix('step-'))}"}
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.timeout(300)
+def test_second_run_of_a_script_that_is_started_again_goes_on(tmp_path: Path) -> None:
+    """It began anew: the first run had told the job that these processes had begun."""
+    node = Node(options=(*Node().options, "--max-restarts=1"))
+    one = call("two_runs", 1, 2, tmp_path)
+    assert torchrun([one], 2, nodes=[node], timeout=200).results(one.name)[0] == [STEPS, STEPS]
+    for name in "ab":
+        last = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["train_steps"] < STEPS, f"{name} began anew"
+        assert not list((tmp_path / name).glob("metrics-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.timeout(300)
+def test_every_way_to_spread_is_the_same_run(tmp_path: Path) -> None:
+    calm = trainer(tmp_path / "calm", drop=0.0)
+    calm.train()
+    ways: list[dict[str, Any]] = [{"zero": 3}, {"zero": 2, "fuse": False}]
+    calls = [call("spread", 2, 1, tmp_path / str(n), **way) for n, way in enumerate(ways)]
+    job = torchrun(calls, 2, timeout=200)
+    for one in calls:
+        assert apart(job.results(one.name)[0], list(left(calm))) <= 1e-10, one
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ WEIGHTS = [
     call("spread", 2, 1, name="llama", zero=3),
     call("in_precision", 2, 1, name="gpt2", precision="bf16", zero=3),
 ]
-MUCH = [call("as_much_as_said", 4, 1, zero=zero) for zero in (1, 2)]
+MUCH = [call("as_much_as_said", 4, 1, zero=zero) for zero in (1, 2, 3)]
 OVERFLOW = call("overflowing", 2, 2, zero=1)
 SKIPPING = call("skipping", 2, 2)
 SAVING = [

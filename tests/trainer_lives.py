@@ -104,6 +104,17 @@ def go_on(dp: int, pp: int, folder: str, resume: str) -> Any:
     return found
 
 
+class At(TrainerCallback):
+    """Does something at the end of a step, or in the midst of an evaluation."""
+
+    def __init__(self, step: int, what: Any) -> None:
+        self.step, self.what = step, what
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.what()
+
+
 class Paced(TrainerCallback):
     """So slow that a signal finds it at work, and saying when it is."""
 
@@ -123,6 +134,31 @@ def until_told(dp: int, pp: int, folder: str) -> None:
     assert one.interrupted
     here(f"step-{one.state.step}")
     one.close()
+
+
+def two_runs(dp: int, pp: int, folder: str) -> list[int]:
+    """One run after the other; in the first life all die in the second one."""
+    done: list[int] = []
+    for name in "ab":
+        die = [At(7, lambda: os.kill(os.getpid(), signal.SIGKILL))]
+        last = name == "b" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        one = trainer(Path(folder) / name, *(die if last else []), dp=dp, pp=pp)
+        one.train()
+        done.append(one.state.step)
+        one.close()
+    return done
+
+
+def spread(dp: int, pp: int, folder: str, **parallelism: Any) -> Any:
+    """A run whose replicas share what they have; what is left, on rank 0."""
+    plain = asked(Path(folder), dp, pp).parallelism
+    one = trainer(
+        Path(folder), drop=0.0, parallelism=Parallelism(**(plain.model_dump(exclude_defaults=True) | parallelism))
+    )  # fmt: skip
+    one.train()
+    found = left(one)
+    one.close()
+    return found
 
 
 def survivor(dp: Degree, pp: int, folder: str, steps: int, deaths: int) -> Any:

@@ -23,8 +23,11 @@ def run(
     """Write safetensors with their index, config, generation config and tokenizer; an adapter is merged first."""
     from merak_like.cli.train import quiet
     from merak_like.hf.export import export
+    from merak_like.runtime.initialize import rank
 
     quiet()
+    if rank():  # one process writes, however many torchrun started
+        return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is already there: name a folder that is new or empty")
     with weights(source) as (folder, where):
@@ -36,7 +39,8 @@ def run(
 def weights(source: Path) -> Iterator[tuple[Path, Path]]:
     """A folder with the weights that a run, or a checkpoint, means, and where they are from.
 
-    The final model, else those of the newest checkpoint, which are written to a folder that is there for the block.
+    The final model, else those of the newest checkpoint: each process writes them to a folder of its own, which is
+    there for the block.
     """
     from merak_like.runtime.checkpoint.folder import candidates
     from merak_like.trainer.checkpoints import within

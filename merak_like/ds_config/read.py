@@ -31,6 +31,14 @@ OPTIMIZERS: Mapping[str, tuple[str, ...]] = {
 """By lower-case name: their parameters."""
 
 
+SWITCHES: Mapping[str, Any] = {
+    "zero_optimization.stage": "zero", "gradient_clipping": "max_grad_norm", "fp16.enabled": torch.float16,
+    "bf16.enabled": torch.bfloat16, "zero_optimization.offload_optimizer.device": OFFLOAD,
+}  # fmt: skip
+"""Keys that can say no, and to what: an argument, or one of its values."""
+SCALE = ("fp16.loss_scale", "fp16.initial_scale_power", "fp16.loss_scale_window", "fp16.hysteresis")
+
+
 @dataclass(frozen=True)
 class Choices:
     """What a configuration asks for, in the words of ``auto_parallel``; None where it says nothing."""
@@ -49,6 +57,10 @@ class Choices:
     rate: Rate | None
     decided: tuple[str, ...]
     """Keys that tune DeepSpeed: they change no number, and the engine decides such things itself."""
+    off: Mapping[Any, str]
+    """What it says no to: an argument, or one of its values, to the key."""
+    scales: bool
+    """Whether it says something of the loss scale itself."""
 
     def tell(self) -> None:
         """Warn, on rank 0, of keys that only tune DeepSpeed."""
@@ -62,15 +74,29 @@ class Choices:
     def over(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of ``auto_parallel`` with what the configuration says of them.
 
-        Raises ValueError where both say different things.
+        A precision by its name leaves the loss scale to the configuration. Raises ValueError where both say different
+        things, also where the configuration says no to what an argument asks for.
         """
         said = {name: getattr(self, name) for name in ARGUMENTS}
         if not self.clips and given["max_grad_norm"] is not None:
             said["max_grad_norm"] = given["max_grad_norm"]
+        named = given["precision"]
+        given = {**given, "precision": precision_of(named) if named else None}
+        if self.precision and named and self.precision.compute == given["precision"].compute:
+            if isinstance(named, str):
+                given["precision"] = self.precision
+            elif not self.scales:
+                said["precision"] = named
         both = [
             f"{name} = {value!r}, not {said[name]!r}"
             for name, value in given.items()
             if value not in (None, 0) and said[name] not in (None, 0) and value != said[name]
+        ]
+        both += [
+            f"{name} = {value!r}, but {key} says no"
+            for name, value in given.items()
+            if value not in (None, 0) and said[name] in (None, 0)
+            if (key := self.off.get(name) or self.off.get(getattr(value, "compute", value)))
         ]
         if both:
             raise ValueError(f"the arguments and ds_config say different things: {'; '.join(both)}; say it once")
@@ -97,8 +123,7 @@ def arguments(
     }  # fmt: skip
     choices = read(config, dp=degrees["dp"] or 1, tp=degrees["tp"] or 1, samples=samples, auto=auto)
     choices.tell()
-    asked = {**given, "precision": precision_of(given["precision"]) if given["precision"] else None}
-    return choices.over(asked)
+    return choices.over(given)
 
 
 def read(
@@ -109,7 +134,7 @@ def read(
     ``auto`` gives what "auto" stands for, by dotted key. Raises ValueError naming every key that is unknown or cannot
     be honoured, every "auto" that nothing tells the value of, and batch sizes that do not fit together.
     """
-    given = _loaded(config)
+    given = loaded(config)
     honoured, decided = settled(given)
     told = dict(auto or {})
     counts = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -130,11 +155,13 @@ def read(
     clip = float(values.get("gradient_clipping", CLIPPING) or 0.0)
     return Choices(
         batch, micro_batches, clip or None, "gradient_clipping" in values, zero, backend, _precision(values),
-        _optimizer(values, backend), _rate(values), decided,
+        _optimizer(values, backend), _rate(values), decided, _off(values),
+        any(key in values for key in SCALE),
     )  # fmt: skip
 
 
-def _loaded(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
+def loaded(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
+    """The configuration itself, or what its file has. Raises ValueError for a file that has none."""
     if isinstance(config, Mapping):
         return config
     path = Path(config)
@@ -184,6 +211,10 @@ def _zero(values: Mapping[str, Any]) -> tuple[int, str | None]:
             f"1 only; use stage 1 with it, or stage {level} without offload_optimizer"
         )
     return level, OFFLOAD
+
+
+def _off(values: Mapping[str, Any]) -> dict[Any, str]:
+    return {what: key for key, what in SWITCHES.items() if key in values and values[key] in (0, None, "none")}
 
 
 def _precision(values: Mapping[str, Any]) -> Precision | None:

@@ -30,6 +30,9 @@ class Callbacks:
         self, callbacks: Sequence[TrainerCallback | type[TrainerCallback]], settings: Settings, model: Any, *,
         optimizer: Any, rates: Any, tokenizer: Any, lead: bool, samples: int,
     ) -> None:  # fmt: skip
+        for one in callbacks:
+            if not issubclass(one if isinstance(one, type) else type(one), TrainerCallback):
+                raise ValueError(f"callbacks= takes TrainerCallback objects of transformers, found {one!r}")
         self._args: Any = arguments(settings)
         self._batch, self._samples, self._folder = settings.training.batch, samples, settings.folder
         self._control = TrainerControl()

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from merak_like.ds_config.read import ARGUMENTS, Choices, read
-from merak_like.runtime.precision import precision_of
 
 
 class Asked:
@@ -43,8 +42,7 @@ class Asked:
         told.tell()
         names = ("micro_batches", "precision", "zero", "zero_backend")
         given = {name: self._options.get(name) for name in names}
-        if given["precision"] is not None:
-            given["precision"] = precision_of(given["precision"])
+        given["precision"] = given["precision"] or ("bf16" if args.bf16 else "fp16" if args.fp16 else None)
         found = told.over({**dict.fromkeys(ARGUMENTS), **given})
         found = {name: found[name] for name in names if found[name] is not None}
         return found | ({"max_grad_norm": told.max_grad_norm} if told.clips else {})

@@ -276,7 +276,7 @@ def _refused(args: Any, more: Mapping[str, Any], kind: type) -> Iterator[tuple[s
         ("label_smoothing_factor", bool(args.label_smoothing_factor), "pass the loss as engine={'loss_fn': ...}"),
         ("fp16", args.fp16 and not args.deepspeed, "use bf16, or none"),
         ("fsdp", bool(args.fsdp), "the degrees dp, pp and tp say how the model is spread"),
-        ("torch_compile", args.torch_compile, "stages are not compiled"),
+        ("torch_compile", args.torch_compile, "pass engine={'methods': (Compiled(),)}, of runtime.methods.compiled"),
         ("neftune_noise_alpha", args.neftune_noise_alpha is not None, "it adds a hook to a model that is traced"),
         ("auto_find_batch_size", args.auto_find_batch_size, "say memory_limit= in engine= and look at the plan"),
         ("compute_loss_func", more.get("compute_loss_func") is not None, "pass engine={'loss_fn': ...}"),

@@ -84,7 +84,10 @@ def op_cost(op: Op, graph: ProxyGraph, hardware: Hardware, *, scale: float = 1.0
         backward = started(run, gradients * launch)
         weight = backward / most if puts_off(op, graph) else 0.0
         backward += alone * op.replayed + reduced[True]
-    return Cost(forward, backward, weight, round(flops), param_bytes, round(op.saved_bytes * scale))
+    copied = op.copied_seconds * scale  # beside the op's own work, and no longer hidden than that lasts
+    return Cost(
+        max(forward, copied), max(backward, copied), weight, round(flops), param_bytes, round(op.saved_bytes * scale)
+    )
 
 
 WEIGHTED = frozenset({

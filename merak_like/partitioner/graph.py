@@ -95,6 +95,8 @@ class Op:
     """Whether the backward runs the forward first, because that kept less than it needs."""
     collectives: tuple[Collective, ...] = ()
     """Sums over tensor-parallel ranks."""
+    copied_seconds: float = 0.0
+    """Of copying what it keeps to another memory, beside the forward, and back, beside the backward."""
 
 
 @dataclass(frozen=True, slots=True)

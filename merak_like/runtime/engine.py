@@ -25,7 +25,7 @@ from merak_like.runtime.data_parallel import Gradients
 from merak_like.runtime.finite import Witness, report
 from merak_like.runtime.groups import Groups
 from merak_like.runtime.initialize import World
-from merak_like.runtime.lasting import Lasting
+from merak_like.runtime.lasting import Count, Lasting
 from merak_like.runtime.links import Links
 from merak_like.runtime.optimizer import StepResult, Update, agree_on
 from merak_like.runtime.orders import Orders
@@ -43,10 +43,10 @@ class Engine(Lasting):
         programs: Programs, links: Links, reducer: Gradients, update: Update,
         world: World, groups: Groups, watch: Watch, prepare: Callable[[Any], Any], loss_weight: LossWeight, seed: int,
         save: Callable[[nn.Module, Path, Mapping[str, Tensor]], None], shards: Shards = WHOLE,
+        count: Count | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            Checkpoints(Contents(model, plan, groups, update, seed, frozenset(parameters), shards), world, watch), watch
-        )
+        contents = Contents(model, plan, groups, update, seed, frozenset(parameters), shards)
+        super().__init__(Checkpoints(contents, world, watch), watch, count)
         self.plan, self.model, self.optimizer = plan, model, update.optimizer
         self.world, self.groups = world, groups
         self._parameters, self._update = parameters, update
@@ -79,6 +79,7 @@ class Engine(Lasting):
         """
         with self._at_work(), self._around_step():
             self._clear_gradients()
+            self._update.begin(self.steps)
             total = self._run(batch, batch_is_global, training=True)
             self._reducer.finish()
             found = StepResult(*self._numbers(self._update.squares()), total)

@@ -11,11 +11,13 @@ model is called whole here, which is what a pipeline of one stage is. It is trac
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -28,6 +30,7 @@ from merak_like.partitioner.tracer import LossFn, Trace, trace
 from merak_like.partitioner.tracer.example import arguments, find_loss, leaves, name_of
 from merak_like.runtime import collect
 from merak_like.runtime.batches import to_device
+from merak_like.runtime.exchange import all_gather, reduce_scatter
 from merak_like.runtime.groups import Group, Groups
 from merak_like.runtime.optimizer import Slot
 from merak_like.runtime.prepared import Prepared, Ranges, StageLike
@@ -117,6 +120,48 @@ class Whole(Unsharded):
         return lambda traced, starts, batch: Prepared(traced, make, lambda batch: True)
 
 
+class _Comm:
+    """A collective of ``fully_shard``, waited for under the watch; torch asks where its memory comes from, too."""
+
+    def __init__(self, watch: Watch, what: str) -> None:
+        self._watch, self._what = watch, what
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Room for what is sent or comes."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def _flying(self, start: Callable[[], Any], async_op: bool) -> Any:
+        with self._watch.waiting(f"the start of {self._what}"):
+            work = start()
+        waited = _Waited(work, self._watch, self._what)
+        return waited if async_op else waited.wait() and None
+
+
+class _Waited(dist.Work):
+    """A collective on its way; whoever waits for it is told what is missing and from whom."""
+
+    def __init__(self, work: Any, watch: Watch, what: str) -> None:
+        super().__init__()
+        self._work, self._watch, self._what = work, watch, what
+
+    def wait(self, timeout: Any = None) -> bool:
+        self._watch.wait(self._work, self._what, "with the replicas")
+        return True
+
+
+class _Gather(_Comm):
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        return self._flying(partial(all_gather, output_tensor, input_tensor, group), async_op)
+
+
+class _ReduceScatter(_Comm):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> Any:  # fmt: skip
+        assert op == dist.ReduceOp.SUM, "micro-batches come with their share of the whole batch"
+        return self._flying(partial(reduce_scatter, output_tensor, input_tensor, group), async_op)
+
+
 class FullySharded:
     """Both the sums of gradients and the store of what the optimizer updates, on ``fully_shard``'s rows."""
 
@@ -138,6 +183,8 @@ class FullySharded:
         for module in self._modules:
             module.set_gradient_divide_factor(1.0)  # micro-batches come with their share of the whole batch
             module.set_force_sum_reduction_for_comms(True)
+            module.set_custom_all_gather(_Gather(watch, "the weights of a block"))  # type: ignore[arg-type]
+            module.set_custom_reduce_scatter(_ReduceScatter(watch, "the gradients of a block"))  # type: ignore[arg-type]
         self._watch, self._group = watch, group
         self.parameters = {name: model.get_parameter(name) for name in trained}
         self.slots: list[Slot] = []

@@ -26,15 +26,19 @@ class World:
     """How long any wait may last before it is an error."""
     pulse: Pulse | None = None
     """None alone, and where the caller made the process group without torchrun's environment."""
-    restarted: bool = False
-    """Whether ranks that torchrun started before, on these nodes or others, had begun the work of this job."""
+    again: bool = False
+    """Whether torchrun says that it started ranks before these; where its store is there, that knows more."""
     job: Any = field(default=None, repr=False, compare=False)
     """Torchrun's store, which lives as long as the job."""
 
-    def begin(self) -> None:
-        """Let a later start of this job know that this one has begun its work; every rank calls."""
+    def restarted(self, work: str) -> bool:
+        """Whether ranks that torchrun started before, on these nodes or others, had begun this work of the job."""
+        return begun_before(self.job, work) if self.job is not None else self.again
+
+    def begin(self, work: str) -> None:
+        """Let a later start of this job know that this one has begun this work; every rank calls."""
         if self.job is not None:
-            begin(self.job)
+            begin(self.job, work)
 
     @property
     def alone(self) -> bool:
@@ -82,20 +86,20 @@ def join(
     where = torch.device(device) if device is not None else _device()
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = _store(limit) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
-    again = begun_before(store) if store is not None else start != "0"
+    again = start != "0"
     if size == 1:
         if grouped and not dist.is_initialized():
             backend = "nccl" if where.type == "cuda" else "gloo"
             alone = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=limit)
-        return World(0, 1, where, limit, restarted=again, job=store)
+        return World(0, 1, where, limit, again=again, job=store)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if not dist.is_initialized():
         backend = "nccl" if where.type == "cuda" else "gloo"
         if store is not None:
             rank = int(os.environ["RANK"])
-            start = agree_on_name(store, rank, size, limit)  # all are here, so all have looked whether it was begun
+            start = agree_on_name(store, rank, size, limit)
             own = dist.PrefixStore(f"merak/{start}", store)  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,32 @@ from merak_like.runtime.signals import Signals
 from merak_like.runtime.watch import Watch
 
 
+@dataclass
+class Count:
+    """Steps that a job has done: the one count, so that all that depends on it goes on with a checkpoint."""
+
+    done: int = 0
+
+
 class Lasting:
     """The part of an engine that saves and takes up. Every rank makes the same calls."""
 
-    def __init__(self, checkpoints: Checkpoints, watch: Watch) -> None:
-        self.steps = 0
-        """Steps done."""
+    def __init__(self, checkpoints: Checkpoints, watch: Watch, count: Count | None = None) -> None:
+        """``count`` is shared with what must know the step too."""
+        self._count = Count() if count is None else count
         self.stopping = False
         """Whether a rank was sent one of the signals of ``stop_at``: true on all ranks after the same step."""
         self._checkpoints, self._watch = checkpoints, watch
         self._signals = Signals()
+
+    @property
+    def steps(self) -> int:
+        """Steps done, those before a checkpoint that was taken up included."""
+        return self._count.done
+
+    @steps.setter
+    def steps(self, done: int) -> None:
+        self._count.done = done
 
     def save(
         self, folder: str | Path, *, state: Mapping[str, Any] | None = None, background: bool = False,

@@ -80,6 +80,12 @@ class Update:
         self._own = [group["lr"] for group in optimizer.param_groups] if optimizer and rate else []
         self._counted = {slot.name: _counted(slot, answers) for slot in slots if slot.counted}
 
+    def begin(self, step: int) -> None:
+        """Give the optimizer the rate of this step: what treats gradients may ask for it."""
+        if self.optimizer is not None and self._rate is not None:
+            for group, own in zip(self.optimizer.param_groups, self._own, strict=True):
+                group["lr"] = self._rate(step, own)
+
     def squares(self) -> float:
         """This rank's share of the squared norm of all gradients."""
         found = [(slot, slot.target.grad) for slot in self.slots if slot.counted]
@@ -100,9 +106,6 @@ class Update:
                 if slot.target.grad is not None:
                     slot.target.grad.mul_(factor / scale)
         if self.optimizer is not None:
-            if self._rate is not None:
-                for group, own in zip(self.optimizer.param_groups, self._own, strict=True):
-                    group["lr"] = self._rate(step, own)
             if self._store is None:
                 self.optimizer.step()
             else:

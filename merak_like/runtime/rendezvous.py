@@ -45,15 +45,15 @@ def agree_on_name(store: Any, rank: int, size: int, limit: timedelta) -> str:
     return word
 
 
-def begun_before(store: Any) -> bool:
-    """Whether other processes than this start's had begun the work of this job.
+def begun_before(store: Any, work: str) -> bool:
+    """Whether other processes than this start's had begun this work of the job: a script may do several, by name.
 
     Torchrun's own count of restarts does not tell: it stays where it is when nodes come or go (torch 2.13).
     """
-    return store.add("merak/begun", 0) > 0 and not store.check([f"merak/begun/{PROCESS}"])
+    return store.add(f"merak/begun/{work}", 0) > 0 and not store.check([f"merak/begun/{work}/{PROCESS}"])
 
 
-def begin(store: Any) -> None:
-    """Say that this start begins the work; every rank does."""
-    store.set(f"merak/begun/{PROCESS}", "")
-    store.add("merak/begun", 1)
+def begin(store: Any, work: str) -> None:
+    """Say that this start begins the work; every rank does, when all have asked whether it was begun."""
+    store.set(f"merak/begun/{work}/{PROCESS}", "")
+    store.add(f"merak/begun/{work}", 1)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from merak_like.api import OptimizerFactory, save_safetensors
+from merak_like.habits import save_safetensors
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan, StageMemory, StagePlan
 from merak_like.partitioner.tracer import LossFn
@@ -22,6 +22,7 @@ from merak_like.runtime.engine import Engine
 from merak_like.runtime.finite import Guard
 from merak_like.runtime.initialising import Initialiser
 from merak_like.runtime.initialize import World
+from merak_like.runtime.learning import OptimizerFactory
 from merak_like.runtime.links import DistLinks, Links
 from merak_like.runtime.materialize import fill
 from merak_like.runtime.optimizer import Slot, Update

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,20 +27,21 @@ def check(args: Settings, eval_dataset: Samples | None) -> None:
 
 
 def assembled(
-    model: nn.Module, args: Settings, example: Any, loss_fn: Any, loss_weight: Any, optimizer: Any, weights: Any
-) -> Engine:
-    """What ``auto_parallel`` makes of the settings."""
+    model: nn.Module, args: Settings, example: Any, loss_fn: Any, loss_weight: Any, learns: Mapping[str, Any],
+    weights: Any,
+) -> Engine:  # fmt: skip
+    """What ``auto_parallel`` makes of the settings, and of what they say of learning (``engine_arguments``)."""
     asked = args.parallelism
     limit = parse_bytes(asked.memory_limit) if isinstance(asked.memory_limit, str) else asked.memory_limit
     return auto_parallel(
         model, asked.dp, asked.pp, asked.tp, example=example, loss_fn=loss_fn, loss_weight=loss_weight,
-        optimizer=optimizer or optimizer_factory(model, args.optimizer), schedule=asked.schedule, chunks=asked.chunks,
-        recompute=asked.recompute, micro_batches=asked.micro_batches, max_grad_norm=args.optimizer.max_grad_norm,
-        weights=weights, plan=Plan.load(asked.plan) if asked.plan else None, hardware=asked.hardware,
-        memory_limit=limit, device=asked.device, timeout=asked.timeout, seed=args.training.seed, zero=asked.zero,
-        sequence_parallel=asked.sequence_parallel, tp_shares=asked.tp_shares,
-        skip_not_finite=args.training.skip_bad_steps,
-        precision=args.precision if args.precision in ("bf16", "fp16") else None, methods=methods_of(args.methods),
+        optimizer=learns["optimizer"] or optimizer_factory(model, args.optimizer), schedule=asked.schedule,
+        chunks=asked.chunks, recompute=asked.recompute, micro_batches=learns["micro_batches"],
+        max_grad_norm=learns["max_grad_norm"], weights=weights, plan=Plan.load(asked.plan) if asked.plan else None,
+        hardware=asked.hardware, memory_limit=limit, device=asked.device, timeout=asked.timeout,
+        seed=args.training.seed, zero=learns["zero"], zero_backend=learns["zero_backend"],
+        sequence_parallel=asked.sequence_parallel, tp_shares=asked.tp_shares, fuse=asked.fuse,
+        skip_not_finite=args.training.skip_bad_steps, precision=learns["precision"], methods=methods_of(args.methods),
     )  # fmt: skip
 
 

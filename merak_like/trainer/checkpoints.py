@@ -42,7 +42,7 @@ class Checkpointer:
 
         Raises ValueError where there is nothing to go on from, and CheckpointError where all there is is damaged.
         """
-        again = self.engine.world.restarted
+        again = self.engine.world.restarted(str(self.folder))
         if again or asked in (True, "auto"):
             found = self.engine.resume(self.folder)
             if found is not None:
@@ -55,6 +55,10 @@ class Checkpointer:
         if asked in (True, False, "auto"):
             return None
         return self._of_a_trainer(self.engine.load(within(Path(asked))))
+
+    def begin(self) -> None:
+        """Let a later start of this job know that this run has begun; every rank calls, when all have resumed."""
+        self.engine.world.begin(str(self.folder))
 
     def load(self, step: int, folder: str | None) -> bool:
         """Bring the engine to the checkpoint of a step, of this run or in a folder; False if it is not there."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from merak_like.ds_config.rates import Rate
 from merak_like.runtime.optimizer import StepResult
 from merak_like.runtime.signals import polite
 from merak_like.trainer.assembly import around, assembled, check, restore_options, share
@@ -20,6 +21,7 @@ from merak_like.trainer.checkpoints import LOOP, Checkpointer, Resume, set_aside
 from merak_like.trainer.data.collate import Collate, stack
 from merak_like.trainer.data.loader import Loader, Samples
 from merak_like.trainer.data.order import Order
+from merak_like.trainer.deepspeed import engine_arguments
 from merak_like.trainer.evaluation import Metrics, evaluated
 from merak_like.trainer.forecast import AT, compared
 from merak_like.trainer.journal import METRICS, Journal
@@ -70,24 +72,39 @@ class Trainer:
         check(args, eval_dataset)
         self.state, self.control, self._rates = State(steps), Control(), Rates()
         loader = Loader(train_dataset, self._collate, order, training.batch)
+        learns = engine_arguments(args, steps, optimizer)
+        shape: Rate = lambda step, own: own * rate(args.schedule, step, steps)  # noqa: E731
+        self._rate: Rate = learns["rate"] or shape
         signals = polite()
         try:
             with around(args):
-                self.engine = assembled(model, args, loader.at(0), loss_fn, loss_weight, optimizer, weights)
+                self.engine = assembled(model, args, loader.at(0), loss_fn, loss_weight, learns, weights)
         except BaseException:
             signals.close()
             raise
         self.engine.heed(signals)
         self._signals = signals
+        try:
+            self._about(callbacks, train_dataset, order, tokenizer, made_here=optimizer is None)
+        except BaseException:  # who gets no trainer cannot close it
+            signals.close()
+            self.engine.close()
+            raise
+
+    def _about(
+        self, callbacks: Sequence[Any], samples: Samples, order: Order, tokenizer: Any, *, made_here: bool
+    ) -> None:  # fmt: skip
+        """All that stands around the engine."""
+        args, batch = self.args, self.args.training.batch
         groups = self.engine.optimizer.param_groups if self.engine.optimizer else []
         self.base_rates = [group["lr"] for group in groups]
-        self._options = [] if optimizer is not None else [{k: v for k, v in g.items() if k != "params"} for g in groups]
-        self._share = share(self.engine, train_dataset, training.batch)
-        self.loader = Loader(train_dataset, self._collate, order, training.batch, self._share)
+        self._options = [{k: v for k, v in g.items() if k != "params"} for g in groups] if made_here else []
+        self._share = share(self.engine, samples, batch)
+        self.loader = Loader(samples, self._collate, order, batch, self._share)
         self.checkpointer = Checkpointer(self.engine, args.folder, args.checkpoints)
         lead = self.engine.world.rank == 0
-        self.journal = Journal(args.folder, args.logging, args.model_dump(mode="json"), steps, lead=lead)
-        self._events = listeners(callbacks, args, model, self.engine, self._rates, tokenizer, len(train_dataset))
+        self._events = listeners(callbacks, args, self.model, self.engine, self._rates, tokenizer, len(samples))
+        self.journal = Journal(args.folder, args.logging, args.model_dump(mode="json"), self.state.steps, lead=lead)
         self._tell("init_end")
 
     # --- training ------------------------------------------------------------------------------------------------
@@ -162,7 +179,7 @@ class Trainer:
             for wrong in found.damaged:
                 self.journal.say(f"not used: {wrong}")
         self.engine.barrier()
-        self.engine.world.begin()
+        self.checkpointer.begin()
 
     def _step(self, batch: Any, waited: float) -> None:
         args, state, control = self.args, self.state, self.control
@@ -209,11 +226,11 @@ class Trainer:
         return f"samples {samples[:16]}{' ...' if len(samples) > 16 else ''}"
 
     def _set_rate(self) -> float:
-        factor = rate(self.args.schedule, self.state.step, self.state.steps)
+        step = self.state.step
         if self.engine.optimizer is not None:
             for group, base in zip(self.engine.optimizer.param_groups, self.base_rates, strict=True):
-                group["lr"] = base * factor
-        self._rates.last = (self.base_rates[0] if self.base_rates else self.args.optimizer.lr) * factor
+                group["lr"] = self._rate(step, base)
+        self._rates.last = self._rate(step, self.base_rates[0] if self.base_rates else self.args.optimizer.lr)
         return self._rates.last
 
     # --- looking and saving --------------------------------------------------------------------------------------

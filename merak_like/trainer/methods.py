@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from merak_like.runtime.methods.compiled import Compiled
 from merak_like.runtime.methods.compress import Compress
+from merak_like.runtime.methods.float8 import Float8
 from merak_like.runtime.methods.head_loss import ChunkedLoss
 from merak_like.runtime.methods.kfac import Kfac
 from merak_like.runtime.methods.method import Method
+from merak_like.runtime.methods.offload import Offload
 from merak_like.trainer.settings import Methods
 
 
@@ -17,6 +19,10 @@ def methods_of(asked: Methods) -> tuple[Method, ...]:
         found.append(ChunkedLoss())
     if asked.compile:
         found.append(Compiled())
+    if asked.offload is not None:
+        found.append(Offload(**asked.offload.model_dump()))
+    if asked.float8 is not None:
+        found.append(Float8(**asked.float8.model_dump()))
     if asked.compress is not None:
         found.append(Compress(**asked.compress.model_dump()))
     if asked.kfac is not None:

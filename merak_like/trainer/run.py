@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from merak_like import __version__
+from merak_like.habits import habits
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planner import make_plan
@@ -23,7 +24,9 @@ from merak_like.partitioner.report.text import parse_bytes
 from merak_like.partitioner.this_machine import this_machine
 from merak_like.runtime.batches import rows
 from merak_like.runtime.batches import split as cut
+from merak_like.runtime.checkpoint.alone import weights_alone
 from merak_like.runtime.initialize import rank
+from merak_like.runtime.precision import precision_of
 from merak_like.runtime.tensor_parallel.sharding import sharding
 from merak_like.trainer.config import Run, load, to_yaml
 from merak_like.trainer.data.build import Datasets, datasets, rows_of, split
@@ -203,24 +206,17 @@ def start(run: Run) -> tuple[dict[str, float], bool]:
 
 
 def weights_of(checkpoint: Path, output: Path) -> None:
-    """Write what a checkpoint of a run has of weights, in one process, as the run itself does at its end."""
-    file = checkpoint.parent.parent / "config.resolved.yaml"
-    run = load(file, ["parallelism.dp=1", "parallelism.pp=1", "parallelism.tp=1", *ALONE])
+    """Write what a checkpoint of a run has of weights, as the run itself does at its end.
+
+    This process does it for itself, whatever ranks there are, and needs the memory of one copy of the weights.
+    """
+    run = load(checkpoint.parent.parent / "config.resolved.yaml", [])
     prepared = prepare(run)
-    trainer = Trainer(
-        prepared.model, run, prepared.data.train, prepared.data.eval, collate=prepared.collate,
-        loss_fn=prepared.loss_fn, weights=prepared.weights, tokenizer=prepared.tokenizer,
-    )  # fmt: skip
-    trainer.engine.load(checkpoint)
-    trainer.save(output)
-    trainer.close()
-
-
-ALONE = (
-    "parallelism.plan=", "parallelism.zero=0", "parallelism.sequence_parallel=false", "parallelism.tp_shares=1",
-    "parallelism.schedule=1f1b", "parallelism.chunks=", "parallelism.device=cpu",
-)  # fmt: skip
-"""What a layout of several ranks may have asked for, and one process need not."""
+    compute = precision_of(run.precision if run.precision in ("bf16", "fp16") else None).compute
+    save = habits(prepared.model)[2]
+    save(prepared.model, output, weights_alone(checkpoint, prepared.model, compute))
+    if prepared.tokenizer is not None:
+        prepared.tokenizer.save_pretrained(output)
 
 
 def record(run: Run, plan: Plan) -> None:

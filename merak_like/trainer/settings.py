@@ -29,8 +29,14 @@ class Parallelism(Section):
     """``auto``: chosen for the ranks that torchrun started, and anew when it starts others."""
     pp: Degree = 1
     tp: Degree = 1
-    zero: Literal[0, 1, 2] = 0
-    """Spread over replicas: 1 the optimizer's state, 2 the gradients too."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """Spread over replicas: 1 the optimizer's state, 2 the gradients too, 3 the weights too."""
+    zero_backend: Literal["own", "deepspeed", "deepspeed-offload"] | None = None
+    """Who spreads: ourselves, or DeepSpeed's optimizer at level 1, with its state on the CPU too."""
+    ds_config: Path | None = None
+    """A DeepSpeed configuration; what stands there as "auto" is what these settings say."""
+    fuse: bool = True
+    """Run activations that the model spells out as one kernel."""
     sequence_parallel: bool = False
     """Divide activations outside of sharded weights among tensor-parallel ranks too."""
     tp_shares: Count = 1
@@ -57,8 +63,11 @@ class Parallelism(Section):
         if self.tp == 1 and (self.sequence_parallel or self.tp_shares > 1):
             key = "sequence_parallel" if self.sequence_parallel else "tp_shares"
             raise ValueError(f"parallelism.{key} is about tensor-parallel ranks: say parallelism.tp=2 or more with it")
-        if self.zero and self.tp not in (1, "auto"):
-            raise ValueError(f"parallelism.zero={self.zero} does not go with tp={self.tp} yet: use zero=0, or tp=1")
+        if self.zero == 3 and (self.pp, self.tp) != (1, 1):
+            raise ValueError(
+                f"parallelism.zero=3 calls the model whole, which pp={self.pp}, tp={self.tp} do not: use zero=2, or "
+                "pp=1 and tp=1"
+            )
         return self
 
     @property
@@ -112,6 +121,22 @@ class Compress(Section):
     adapt: bool = True
 
 
+class Offload(Section):
+    """What layers keep, in the machine's memory (``merak_like.runtime.methods.offload``)."""
+
+    blocks: str = ".*"
+    bandwidth: Annotated[float, Field(gt=0)] = 20e9
+    ahead: Annotated[int, Field(ge=0)] = 64 * 2**20
+
+
+class Float8(Section):
+    """Products of Linear layers in float8 (``merak_like.runtime.methods.float8``)."""
+
+    recipe: str = "tensorwise"
+    emulate: bool = False
+    compile: bool = False
+
+
 class Methods(Section):
     """Parts that plug into the engine; none is on by itself."""
 
@@ -119,6 +144,8 @@ class Methods(Section):
     """Run stages through ``torch.compile``."""
     chunked_loss: bool = False
     """Never make the logits of a whole micro-batch in training."""
+    offload: Offload | None = None
+    float8: Float8 | None = None
     compress: Compress | None = None
     kfac: Kfac | None = None
 

@@ -96,7 +96,7 @@ class Compress(Method):
         self._layers: dict[int, Layer] = {}
         self._known: dict[int, tuple[Any, int, Kept]] = {}
         self._counted = [0, 0]
-        self._step, self._looking, self._whole = 0, False, True
+        self._looked, self._looking, self._whole = False, False, True
 
     @property
     def counted(self) -> tuple[int, int]:
@@ -131,7 +131,7 @@ class Compress(Method):
         """The same, and at its end a look at the momentum."""
         if not self.adapt:
             return reducer
-        return AfterSum(reducer, lambda _: self.settle(place), self.begin)
+        return AfterSum(reducer, lambda: self.settle(place), lambda: self.begin(place.steps()))
 
     # --- while a stage runs --------------------------------------------------------------------------------------
 
@@ -197,10 +197,10 @@ class Compress(Method):
         layer.full = float((x.detach() != 0).float().mean())
         made.register_hook(lambda g: layer.gradients.append(float(g.detach().abs().mean())))
 
-    def begin(self) -> None:
-        """A step begins."""
-        self._looking = self._step % EVERY == 0
-        self._step += 1
+    def begin(self, step: int) -> None:
+        """A step begins; one of them all, or the first of a job that goes on."""
+        self._looking = step % EVERY == 0 or not self._looked
+        self._looked = True
         for layer in self._layers.values():
             layer.rows = 0
             layer.gradients.clear()

@@ -134,8 +134,8 @@ class CentralMask(Method):
         own = {id(p) for p in place.parameters.values()}
         cores = [m.central for m in place.model.modules() if isinstance(m, SharedCore) and id(m.central) in own]
 
-        def mask(step: int) -> None:
-            if np.random.Philox(key=[self.seed, step]).random_raw() < self.probability * 2**64:
+        def mask() -> None:
+            if np.random.Philox(key=[self.seed, place.steps()]).random_raw() < self.probability * 2**64:
                 for core in cores:
                     core.grad = None  # of zeros an optimizer with momentum or decay would make a step
 

@@ -153,7 +153,7 @@ class Kfac(Method):
         }
         owners = owners_of({n: _bytes(p) for n, p in found.items()}, place.count)
         self._layers = {id(p): Curved(n, p, owners[n]) for n, p in found.items()}
-        return AfterSum(reducer, lambda step: self.precondition(step, place))
+        return AfterSum(reducer, lambda: self.precondition(place.steps(), place))
 
     def owned(self) -> tuple[str, ...]:
         """Names of the weights whose factors this rank has."""

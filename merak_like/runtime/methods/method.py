@@ -10,7 +10,7 @@ Each gives back what it was given where the method has nothing to do there.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,6 +68,8 @@ class Place:
     optimizer: torch.optim.Optimizer | None
     world: World
     watch: Watch
+    steps: Callable[[], int]
+    """How many steps the job has done, those before its checkpoint included."""
 
     @property
     def count(self) -> int:
@@ -129,10 +131,10 @@ class Methods:
 
     def gradients(
         self, reducer: Gradients, model: nn.Module, own: Mapping[str, nn.Parameter], shared: Set[str],
-        optimizer: torch.optim.Optimizer | None, groups: Groups, world: World, watch: Watch,
+        optimizer: torch.optim.Optimizer | None, groups: Groups, world: World, watch: Watch, steps: Callable[[], int],
     ) -> Gradients:  # fmt: skip
         """What brings gradients together, as the methods want it."""
-        place = Place(model, own, shared, groups.sums.get(((), ())), optimizer, world, watch)
+        place = Place(model, own, shared, groups.sums.get(((), ())), optimizer, world, watch, steps)
         for method in self._methods:
             reducer = method.gradients(reducer, place)
         return reducer

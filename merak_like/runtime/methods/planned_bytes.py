@@ -38,6 +38,25 @@ def with_packed_inputs(graph: ProxyGraph, smallest: int, ratio: float = RATIO, p
     return replace(graph, ops=tuple(ops))
 
 
+def with_kept_elsewhere(
+    graph: ProxyGraph, inside: tuple[str, ...] | None, smallest: int, bandwidth: float
+) -> ProxyGraph:  # fmt: skip
+    """The graph where what ops of these modules (None: all) keep goes to another memory, over a link of so many bytes a
+    second; ops that keep fewer than ``smallest`` bytes do not."""
+
+    def away(op: Op) -> bool:
+        path = op.target if op.kind == "module" else op.scope
+        return inside is None or any(path == one or not one or path.startswith(f"{one}.") for one in inside)
+
+    ops = tuple(
+        replace(op, saved_bytes=0, keeps=(), copied_seconds=op.saved_bytes / bandwidth)
+        if op.saved_bytes >= smallest and away(op)
+        else op
+        for op in graph.ops
+    )
+    return replace(graph, ops=ops)
+
+
 def _input(op: Op, graph: ProxyGraph) -> Value | None:
     """Of an op that multiplies a weight with its first input."""
     weights = [name for name in op.params if len(graph.parameter(name).shape) > 1]

@@ -32,7 +32,6 @@ class LowRank(Method):
         if rank < 1 or every < 1:
             raise ValueError(f"rank={rank}, every={every}: both are at least 1")
         self.rank, self.every, self.layers, self.energy, self.norms = rank, every, layers, energy, dict(norms or {})
-        self._steps = 0
 
     def check(self, job: Job) -> None:
         """A decomposition needs the whole matrix."""
@@ -50,8 +49,7 @@ class LowRank(Method):
         norms = {name: modules[self.norms[name]] for name in layers if name in self.norms}
 
         def after(*_: Any) -> None:
-            self._steps += 1
-            if self._steps % self.every == 0:
+            if (place.steps() + 1) % self.every == 0:  # the job counts this step when it is through
                 for name, layer in layers.items():
                     project(layer.weight, self.rank, energy=self.energy, scale=_scale(norms.get(name)))
 

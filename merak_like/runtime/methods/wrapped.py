@@ -10,13 +10,11 @@ from merak_like.runtime.data_parallel import Gradients
 
 
 class AfterSum:
-    """``after(step)`` when all gradients are summed, before the norm; steps count from 0."""
+    """``after()`` when all gradients are summed, before the norm."""
 
-    def __init__(
-        self, inner: Gradients, after: Callable[[int], None], before: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, inner: Gradients, after: Callable[[], None], before: Callable[[], None] | None = None) -> None:
         """``before()`` is called as a step begins."""
-        self._inner, self._after, self._before, self._step = inner, after, before, 0
+        self._inner, self._after, self._before = inner, after, before
 
     def begin(self) -> None:
         """Forget the last step."""
@@ -31,8 +29,7 @@ class AfterSum:
     def finish(self) -> None:
         """Sum what is left, wait, and what follows."""
         self._inner.finish()
-        self._after(self._step)
-        self._step += 1
+        self._after()
 
     def gradients(self) -> Mapping[str, Tensor | None]:
         """The last step's gradients by name, whole."""

@@ -1,0 +1,149 @@
+"""What a stage keeps for its backward, in the machine's memory instead of the device's (vDNN: Rhu et al., MICRO 2016).
+
+    forward     what an op keeps goes out over the link while the next ops run, and leaves the device when it is there
+    backward    what is read soon comes back while later layers' gradients are computed: ``ahead`` bytes of it
+
+Autograd's graph holds a ``Parked`` where it would hold a tensor. Memory goes out whole and once, however many tensors
+are views of it, and comes back as the same views, so gradients are bitwise those of a stage that keeps everything.
+Weights, buffers and small tensors stay. On a CPU both memories are one: the same code runs, and saves nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merak_like._compat import storage_key, storage_reference
+from merak_like.partitioner.tracer import Trace
+from merak_like.runtime.data_parallel import Gradients
+from merak_like.runtime.methods.method import Job, Method, Place
+from merak_like.runtime.methods.parking import Parked, Parking
+from merak_like.runtime.methods.planned_bytes import with_kept_elsewhere
+from merak_like.runtime.methods.wrapped import AfterSum
+from merak_like.runtime.stage_code import Piece
+
+ALL = ".*"
+SMALLEST = 16 * 2**10
+"""Bytes that are worth a copy of their own."""
+BANDWIDTH = 20e9
+"""Bytes a second between device and machine that the planner counts with: what PCIe 4.0 with 16 lanes reaches."""
+AHEAD = 64 * 2**20
+"""Bytes that come back before they are read."""
+
+
+class Offload(Method):
+    """Keeps activations of the modules whose path matches ``blocks``, all by default, in the machine's memory.
+
+    ``bandwidth`` is what the planner counts with; a copy costs it what the layer's own work does not hide. ``ahead``
+    are bytes on their way back at once. What is computed again keeps nothing, so nothing of it goes out.
+    """
+
+    watches = True
+
+    def __init__(self, blocks: str = ALL, *, bandwidth: float = BANDWIDTH, ahead: int = AHEAD) -> None:
+        if bandwidth <= 0 or ahead < 0:
+            raise ValueError(f"bandwidth={bandwidth}, ahead={ahead}: bytes a second above 0, bytes of at least 0")
+        self.blocks, self.bandwidth, self.ahead = blocks, bandwidth, ahead
+        self._parking: Parking | None = None
+        self._inside, self._plans, self._hooked = 0, True, False
+        self._stays: set[int] = set()
+
+    @property
+    def parking(self) -> Parking:
+        """Where activations are; it counts them."""
+        if self._parking is None:
+            self._parking = Parking()
+        return self._parking
+
+    def check(self, job: Job) -> None:
+        """Blocks are found by the calls of their modules, which tensor-parallel code does not make."""
+        if job.tp > 1 and self.blocks != ALL:
+            raise ValueError(
+                f"Offload(blocks={self.blocks!r}) follows calls of modules, and with tp={job.tp} their parts are "
+                "called one by one: leave blocks out, or use tp=1"
+            )
+        self._plans = job.tp == 1
+
+    def traced(self, trace: Trace, model: nn.Module) -> Trace:
+        """The same code; to the planner, bytes that are elsewhere and seconds on the link.
+
+        Of a shard, on tensor-parallel ranks, it counts nothing. Raises ValueError where no module has such a path.
+        """
+        named = [name for name, _ in model.named_modules() if re.fullmatch(self.blocks, name)]
+        if not named:
+            some = ", ".join(repr(name) for name, _ in list(model.named_modules())[1:6])
+            raise ValueError(f"Offload(blocks={self.blocks!r}): no module has such a path; there are {some}")
+        if self.blocks != ALL and not self._hooked:
+            self._hooked = True
+            for name in named:
+                for module in model.get_submodule(name).modules():
+                    module.register_forward_pre_hook(self._enter)
+                    module.register_forward_hook(self._leave, always_call=True)
+        if not trace.training or not self._plans:
+            return trace
+        inside = None if self.blocks == ALL else tuple(named)
+        return replace(trace, graph=with_kept_elsewhere(trace.graph, inside, SMALLEST, self.bandwidth))
+
+    def _enter(self, *_: Any) -> None:
+        self._inside += 1
+
+    def _leave(self, *_: Any) -> None:
+        self._inside -= 1
+
+    def gradients(self, reducer: Gradients, place: Place) -> Gradients:
+        """The same; as a step begins it is known which memory is the model's own."""
+
+        def begin() -> None:
+            held = (*place.model.parameters(), *place.model.buffers())
+            self._stays = {storage_key(tensor) for tensor in held if not tensor.is_meta}
+
+        begin()
+        return AfterSum(reducer, lambda: None, begin)
+
+    def piece(self, piece: Piece) -> Piece:
+        """Let go of what it keeps, unless it is run again."""
+        if piece.again:
+            return piece
+        return replace(piece, module=_Parking(piece.module, self))  # type: ignore[arg-type]
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether a kept tensor may go out: an activation, and no weight."""
+        if self.blocks != ALL and not self._inside:
+            return False
+        plain = type(tensor) is Tensor and tensor.layout == torch.strided
+        return plain and tensor.untyped_storage().nbytes() >= SMALLEST and storage_key(tensor) not in self._stays
+
+
+class _Parking:
+    """Code of a stage whose kept tensors go out, in the order in which they are kept."""
+
+    def __init__(self, code: Callable[..., Any], method: Offload) -> None:
+        self._code, self._method = code, method
+
+    def __call__(self, *args: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return self._code(*args)
+        parking, last = self._method.parking, None
+        entered = {storage_key(arg) for arg in args}  # the stage holds them anyway
+        known: dict[tuple[int, int], tuple[Callable[[], bool], Parked]] = {}
+
+        def pack(tensor: Tensor) -> Any:
+            nonlocal last
+            if not self._method.takes(tensor) or (memory := storage_key(tensor)) in entered:
+                return tensor
+            there = known.get((memory, tensor._version))
+            if there is None or not there[0]():
+                last = parking.put(tensor, last)
+                there = known[memory, tensor._version] = storage_reference(tensor), last
+            return there[1].of(tensor)
+
+        def unpack(kept: Any) -> Tensor:
+            return kept if isinstance(kept, Tensor) else parking.get(kept, self._method.ahead)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return self._code(*args)
