@@ -23,9 +23,9 @@ from merak_like.runtime.batches import rows, split
 from merak_like.runtime.links import NoLinks
 from merak_like.runtime.optimizer import StepResult
 from merak_like.split import checkpoint
+from merak_like.split.ahead import Ahead
 from merak_like.split.connection import Connection, Lost, Told, Waits
 from merak_like.split.dialler import Dialler
-from merak_like.split.exchange import Exchange
 from merak_like.split.half import Source, build_half
 from merak_like.split.messages import Done, Hello, Task, Welcome, parse
 from merak_like.split.outline import LEAST_ID, beginning, outline
@@ -67,7 +67,7 @@ class Edge:
         self.task, self.example, self.folder, self.patience = task, example, Path(folder), patience
         self.device = torch.device(device)
         self._word = _Word()
-        self.exchange = Exchange(
+        self.exchange = Ahead(
             {"up": task.codec, "down": task.back_codec}, task.seed, self.device, frozen=task.frozen_edge
         )
         made = build_half(
@@ -157,6 +157,7 @@ class Edge:
             self._leave(say=True)
         self._dialler.close()
         self.training.close()
+        self.exchange.close()
 
     def __enter__(self) -> Edge:
         return self
@@ -217,6 +218,7 @@ class Edge:
 
         def wait() -> None:
             self._done = parse(Done, connection.receive(Key(Kind.DONE, step)))
+            self.exchange.settle()
 
         self._word.wait = wait
         result = do(batch)

@@ -46,6 +46,10 @@ class Channel(Protocol):
         """Wait for a message."""
         ...
 
+    def close(self, error: BaseException | None = None) -> None:
+        """End it; whoever waits is told the error."""
+        ...
+
 
 class Exchange:
     """What an engine's stages send and receive in the step under way."""
