@@ -36,12 +36,17 @@ class Hosts:
 
     def shape(self, bits_per_second: float | None) -> None:
         """Limit what each host sends, by a token bucket; None lifts the limit."""
-        for name, end in zip(self.names, self.cable, strict=True):
-            subprocess.run(["tc", "-n", name, "qdisc", "del", "dev", end, "root"], capture_output=True)
-            if bits_per_second is not None:
-                rate = f"{bits_per_second / 1e6:.3f}mbit"
-                _run("tc", "-n", name, "qdisc", "add", "dev", end, "root", "tbf", "rate", rate, "burst", "256kb",
-                     "latency", "400ms")  # fmt: skip
+        for host in (0, 1):
+            self.shape_one(host, bits_per_second)
+
+    def shape_one(self, host: int, bits_per_second: float | None, *, burst: str = "256kb") -> None:
+        """Limit what one of them sends."""
+        name, end = self.names[host], self.cable[host]
+        subprocess.run(["tc", "-n", name, "qdisc", "del", "dev", end, "root"], capture_output=True)
+        if bits_per_second is not None:
+            rate = f"{bits_per_second / 1e6:.3f}mbit"
+            _run("tc", "-n", name, "qdisc", "add", "dev", end, "root", "tbf", "rate", rate, "burst", burst,
+                 "latency", "400ms")  # fmt: skip
 
     def torchrun(self, script: Sequence[str], timeout: float) -> None:
         """One process on each host."""

@@ -1,4 +1,4 @@
-"""``merak edge``: train the edge's half of a model, as a YAML file says."""
+"""``merak edge``: train the edge's half of a model, as a YAML file says; or plan, or measure leakage, before."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,28 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from merak_like.cli.halves import half_source
 
 if TYPE_CHECKING:
+    from merak_like.split.means import Means
     from merak_like.split.messages import Task
+
+
+class Machines(BaseModel):
+    """What there is, for ``plan`` and for the forecast that ``train`` ends with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    uplink: str
+    """Bits a second from the edge to the host: ``20 Mbit``."""
+    downlink: str
+    latency: float = Field(default=0.01, ge=0)
+    """Seconds one way."""
+    edge: str = "this"
+    """A preset of hardware, a JSON file of figures, or ``this`` machine, measured."""
+    edge_flops: str | None = None
+    """Instead of ``edge``: what its matrix products reach, such as ``50 Gflops``."""
+    edge_memory: str | None = None
+    """Bytes the edge may use, such as ``4 GB``; None: what the hardware has."""
+    host: str = "a100-80gb"
+    """As ``edge``."""
 
 
 class Setting(BaseModel):
@@ -51,22 +73,43 @@ class Setting(BaseModel):
     skip: str = "none"
     patience: float = 300.0
     device: str = "cpu"
+    machines: Machines | None = None
 
 
 def run(
-    action: Annotated[str, typer.Argument(help="train or leakage.")],
+    action: Annotated[str, typer.Argument(help="train, plan or leakage.")],
     file: Annotated[Path, typer.Argument(help="edge.yaml; see docs/split.md.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the edge's own weights here, as safetensors.")
     ] = None,
+    rank: Annotated[
+        list[int] | None, typer.Option("--rank", help="plan: widths of a narrower cut to try besides; may be repeated.")
+    ] = None,
+    codec: Annotated[
+        list[str] | None, typer.Option("--codec", help="plan: codecs to try, instead of the usual; may be repeated.")
+    ] = None,
 ) -> None:
     """Train with a host: data, labels and the edge's layers stay here. Prints one JSON line a step.
 
-    ``leakage`` needs no host: it measures how many tokens a decoder finds again in what would be sent.
+    ``plan`` and ``leakage`` need no host. ``plan`` ranks cuts, ranks, codecs and numbers of micro-batches for the
+    ``machines`` of the file; ``leakage`` measures how many tokens a decoder finds again in what would be sent.
     """
     if action not in ACTIONS:
         raise ValueError(f"no action {action!r}: there are {', '.join(ACTIONS)}")
-    ACTIONS[action](load(file), out)
+    if action != "plan" and (rank or codec):
+        raise ValueError(f"--rank and --codec are for plan: write them into the file's cut and codec to {action}")
+    if action != "train" and out is not None:
+        raise ValueError(f"merak edge {action} writes no weights: leave --out away")
+    ACTIONS[action](load(file), Options(out, tuple(rank or ()), tuple(codec or ())))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says besides the file."""
+
+    out: Path | None = None
+    ranks: tuple[int, ...] = ()
+    codecs: tuple[str, ...] = ()
 
 
 def load(file: Path) -> Setting:
@@ -101,12 +144,16 @@ def batches(spec: str) -> Callable[[int], Any]:
     return found
 
 
-def _train(setting: Setting, out: Path | None) -> None:
+def _train(setting: Setting, options: Options) -> None:
     from merak_like.split.edge import Edge
+    from merak_like.split.forecast import forecast
     from merak_like.split.tls import Keys
+    from merak_like.split.told import beside
 
     data, task = batches(setting.data), task_of(setting)
-    batch, _ = _batch(data(0))
+    if setting.cut == "auto":
+        raise ValueError("the cut is to be chosen: run `merak edge plan`, and write the one you take into the file")
+    batch, ids = _batch(data(0))
     source = half_source(setting.model, task=setting.hf_task, weights=setting.weights)
     keys = Keys(setting.keys, setting.name) if setting.keys is not None else None
     with Edge(
@@ -114,10 +161,12 @@ def _train(setting: Setting, out: Path | None) -> None:
         patience=setting.patience, device=setting.device,
     ) as edge:  # fmt: skip
         began = time.monotonic()
+        lines = list[dict[str, Any]]()
 
         def told(step: int, result: Any) -> None:
             facts = {"step": step, "loss": result.loss, "seconds": round(time.monotonic() - began, 3)}
-            print(json.dumps({**facts, "sent": edge.bytes["sent"], "received": edge.bytes["received"]}), flush=True)
+            lines.append({**facts, "sent": edge.bytes["sent"], "received": edge.bytes["received"]})
+            print(json.dumps(lines[-1]), flush=True)
 
         edge.train(
             lambda step: _batch(data(step))[0],
@@ -125,8 +174,11 @@ def _train(setting: Setting, out: Path | None) -> None:
             samples=(lambda step: _batch(data(step))[1]),
             on_step=told,
         )
-        if out is not None:
-            _write(edge.state_dict(), out)
+        if options.out is not None:
+            _write(edge.state_dict(), options.out)
+    if len(lines) > 1:
+        told_before = forecast(source, task, batch, _means(setting.machines), samples=ids is not None)
+        typer.echo(beside(told_before, lines), err=True)
 
 
 def task_of(setting: Setting) -> Task:
@@ -142,11 +194,46 @@ def task_of(setting: Setting) -> Task:
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def _leakage(setting: Setting, out: Path | None) -> None:
+def _plan(setting: Setting, options: Options) -> None:
+    from merak_like.split.choose import CODECS, Asked, choose
+    from merak_like.split.cut import Cut
+    from merak_like.split.told import table
+
+    if (means := _means(setting.machines)) is None:
+        raise ValueError("nothing to plan for: give the file `machines: {uplink: 20 Mbit, downlink: 100 Mbit}`")
+    batch, ids = _batch(batches(setting.data)(0))
+    source = half_source(setting.model, task=setting.hf_task, weights=setting.weights)
+    tail = setting.cut == "auto" or Cut.parse(setting.cut).back is not None
+    asked = Asked(tail=tail, ranks=options.ranks, codecs=options.codecs or CODECS, samples=ids is not None)
+    typer.echo(table(choose(source, task_of(setting), batch, means, asked), means))
+
+
+def _means(machines: Machines | None) -> Means | None:
+    """Two machines and a line; None where the file names none. Raises ValueError for a figure that is none."""
+    if machines is None:
+        return None
+    from merak_like.cli.files import named_hardware
+    from merak_like.split.means import Means, amount, line, machine
+
+    edge = named_hardware(machines.edge)
+    if machines.edge_flops is not None:
+        flops = amount(machines.edge_flops, "flops")
+        edge = machine(
+            f"{machines.edge_flops} (given)",
+            flops,
+            edge.memory_bytes,
+            bandwidth=edge.memory_bandwidth,
+            launch=edge.launch_seconds,
+        )
+    if machines.edge_memory is not None:
+        edge = replace(edge, memory_bytes=int(amount(machines.edge_memory, "B")), usable_memory=1.0)
+    up, down = line(machines.uplink, machines.latency), line(machines.downlink, machines.latency)
+    return Means(edge, named_hardware(machines.host), up, down)
+
+
+def _leakage(setting: Setting, options: Options) -> None:
     from merak_like.split.leakage import leakage
 
-    if out is not None:
-        raise ValueError("merak edge leakage writes no weights: leave --out away")
     data = batches(setting.data)
     source = half_source(setting.model, task=setting.hf_task, weights=setting.weights)
     count = max(8, min(setting.steps, 64))
@@ -164,4 +251,4 @@ def _write(state: dict[str, Any], path: Path) -> None:
     save_file({name: t.cpu().contiguous().clone() for name, t in state.items()}, path)
 
 
-ACTIONS: dict[str, Callable[[Setting, Path | None], None]] = {"train": _train, "leakage": _leakage}
+ACTIONS: dict[str, Callable[[Setting, Options], None]] = {"train": _train, "plan": _plan, "leakage": _leakage}

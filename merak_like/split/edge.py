@@ -23,13 +23,12 @@ from merak_like.runtime.batches import rows, split
 from merak_like.runtime.links import NoLinks
 from merak_like.runtime.optimizer import StepResult
 from merak_like.split import checkpoint
+from merak_like.split.ahead import Ahead
 from merak_like.split.connection import Connection, Lost, Told, Waits
 from merak_like.split.dialler import Dialler
-from merak_like.split.exchange import Exchange
 from merak_like.split.half import Source, build_half
-from merak_like.split.halves import LABELS
-from merak_like.split.messages import Begin, Done, Hello, Task, Welcome, parse
-from merak_like.split.outline import lengths_of, outline
+from merak_like.split.messages import Done, Hello, Task, Welcome, parse
+from merak_like.split.outline import LEAST_ID, beginning, outline
 from merak_like.split.tls import Keys
 from merak_like.split.training import Training, optimizer_of
 from merak_like.split.wire import CHUNK, Key, Kind
@@ -68,7 +67,7 @@ class Edge:
         self.task, self.example, self.folder, self.patience = task, example, Path(folder), patience
         self.device = torch.device(device)
         self._word = _Word()
-        self.exchange = Exchange(
+        self.exchange = Ahead(
             {"up": task.codec, "down": task.back_codec}, task.seed, self.device, frozen=task.frozen_edge
         )
         made = build_half(
@@ -158,6 +157,7 @@ class Edge:
             self._leave(say=True)
         self._dialler.close()
         self.training.close()
+        self.exchange.close()
 
     def __enter__(self) -> Edge:
         return self
@@ -208,11 +208,7 @@ class Edge:
         self.training.made.model.train(training)
         half = self.training.made.programs.at(parts[0])
         self.training.made.model.train(mode)
-        labels = None if half.halves.tailed else batch[LABELS].tolist()
-        begin = Begin(
-            outline=outline(batch), digest=half.halves.digest, training=training,
-            lengths=lengths_of(batch), labels=labels, samples=tuple(ids),
-        )  # fmt: skip
+        begin = beginning(batch, half.halves, ids, training=training)
         counts = [rows(part) for part in parts]
         per_part = [tuple(ids[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(len(parts))]
         connection.expect(Key(Kind.BEGIN, step))
@@ -222,6 +218,7 @@ class Edge:
 
         def wait() -> None:
             self._done = parse(Done, connection.receive(Key(Kind.DONE, step)))
+            self.exchange.settle()
 
         self._word.wait = wait
         result = do(batch)
@@ -295,6 +292,6 @@ class Edge:
         draft.rename(self.folder / "session.json")
 
     def _disguised(self, sample: int) -> int:
-        """An id that is the same at every visit and says nothing of the sample."""
-        digest = hashlib.blake2b(str(int(sample)).encode(), key=self._secret, digest_size=6).digest()
-        return int.from_bytes(digest, "little")
+        """An id that is the same at every visit and says nothing of the sample, nor by its digits."""
+        digest = hashlib.blake2b(str(int(sample)).encode(), key=self._secret, digest_size=8).digest()
+        return LEAST_ID + int.from_bytes(digest, "little") % (9 * LEAST_ID)

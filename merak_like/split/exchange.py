@@ -30,6 +30,11 @@ KINDS: Mapping[tuple[Link, Way], Kind] = {
 }  # fmt: skip
 
 
+def coded(spec: Spec, *, frozen: bool) -> bool:
+    """Whether a value goes through the link's codec, or as it is: see ``Exchange``."""
+    return spec.dtype.is_floating_point and (spec.requires_grad or frozen)
+
+
 class Channel(Protocol):
     """How messages get to the other end and come from there."""
 
@@ -39,6 +44,10 @@ class Channel(Protocol):
 
     def receive(self, key: Key) -> bytes:
         """Wait for a message."""
+        ...
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End it; whoever waits is told the error."""
         ...
 
 
@@ -141,8 +150,7 @@ class Exchange:
 
     def _codec(self, link: Link, place: int, spec: Spec) -> Codec:
         """By place, not by name: traces of other shapes name the same value otherwise."""
-        plain = not spec.dtype.is_floating_point or not (spec.requires_grad or self.frozen)
-        if plain:
+        if not coded(spec, frozen=self.frozen):
             return codec("identity")
         return self._codecs.setdefault((link, place), codec(self._texts[link]))
 

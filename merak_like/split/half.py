@@ -86,7 +86,7 @@ def build_half(
     micro = to_device(split(example, task.micro_batches)[0], torch.device("cpu"))
     probe = narrow(model, micro, cut, source, skip=task.skip, side=side)
     if task.frozen_edge:
-        _freeze_head(model, micro, cut, source)
+        freeze_head(model, micro, cut, source)
     if adapt is not None:
         first = HalfPrograms(side, model, cut, exchange, torch.device("cpu"), source.loss_fn).at(micro).halves
         adapt(model, first.params(1))
@@ -139,7 +139,7 @@ def _habits(model: nn.Module) -> tuple[Initialiser | None, LossWeight | None]:
     return hf.initialiser(model), hf.loss_weight(model)
 
 
-def _freeze_head(model: nn.Module, micro: Any, cut: Cut, source: Source) -> None:
+def freeze_head(model: nn.Module, micro: Any, cut: Cut, source: Source) -> None:
     """The edge's head is not trained; its tail is."""
     from merak_like.partitioner.tracer import trace
     from merak_like.split.halves import halve

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -103,10 +103,16 @@ class Begin(Message):
 class Done(Message):
     """Host to edge: the step is applied, once and for all."""
 
+    SIZE: ClassVar[int] = 96
+    """Bytes of its body, whatever the numbers: a step's bytes are known before it."""
     loss: float | None = None
     """Of a cut without a tail."""
     queued: float = 0.0
     """Seconds this step waited for its turn on the host."""
+
+    def body(self) -> bytes:
+        """As it travels: JSON, and blanks behind it."""
+        return super().body().ljust(self.SIZE)
 
 
 class Failed(Message):

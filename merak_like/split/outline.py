@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merak_like.split.halves import LABELS, MASK
+from merak_like.split.halves import LABELS, MASK, Halves
+from merak_like.split.messages import Begin
 from merak_like.split.wire import WireError
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+LEAST_ID = 10**14
+"""Ids of samples have fifteen digits, all of them: a step's bytes are known before it."""
 MOST_ELEMENTS = 2**24
 MOST_LEAVES = 64
 MOST_DIMENSIONS = 8
@@ -35,6 +38,15 @@ def outline(batch: Any) -> Any:
     if batch is None or isinstance(batch, bool | int | float | str):
         return {"v": batch}
     raise ValueError(f"a batch with a {type(batch).__name__} cannot be outlined: use tensors, numbers and None")
+
+
+def beginning(batch: Any, halves: Halves, samples: Sequence[int] = (), *, training: bool = True) -> Begin:
+    """What an edge says of a batch before its micro-batches follow; labels only where it has no tail."""
+    labels = None if halves.tailed else batch[LABELS].tolist()
+    return Begin(
+        outline=outline(batch), digest=halves.digest, training=training, lengths=lengths_of(batch), labels=labels,
+        samples=tuple(samples),
+    )  # fmt: skip
 
 
 def blank(said: Any, mask: Tensor | None = None, labels: Tensor | None = None) -> Any:

@@ -1,0 +1,150 @@
+"""How long is a step over a slow uplink? Two network namespaces, the edge's end of the cable held to 20 Mbit/s by `tc`.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.split.line         (as root)
+
+Prints a table. A step should take little more than the longer of its computing and its sending.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.lab import ADDRESS, Hosts, missing, two_hosts
+from merak_like.partitioner.this_machine import this_machine
+from merak_like.split import keys
+from merak_like.split.edge import Edge
+from merak_like.split.forecast import forecast
+from merak_like.split.half import Source
+from merak_like.split.host import Host
+from merak_like.split.means import Means, line
+from merak_like.split.messages import OptimizerText, Task
+from merak_like.split.tls import Keys
+
+RATE = 20e6
+BATCH, TOKENS, LAYERS, MICRO_BATCHES, STEPS = 64, 64, 3, 16, 6
+PORT = 7750
+CUT = "bert.encoder.layer.0:bert.pooler.dense"
+ROWS = ((128, "identity", 8), (128, "identity", 1), (256, "identity", 8), (256, "aqsgd(4)|int8", 8))
+"""Width of the model, codec, micro-batches under way at once."""
+
+
+def model(width: int) -> torch.nn.Module:
+    """A BERT without dropout."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=1000, hidden_size=width, num_hidden_layers=LAYERS, num_attention_heads=4,
+        intermediate_size=4 * width, max_position_embeddings=TOKENS, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, num_labels=2,  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def main() -> None:
+    """Print the table."""
+    if why := missing():
+        raise SystemExit(f"no lab here: {why}")
+    print(
+        "| width | codec | under way | bytes up | bytes / rate | step, no limit | step at 20 Mbit/s | "
+        "over the longer | predicted |\n| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    )
+    for row in ROWS:
+        with two_hosts() as hosts, tempfile.TemporaryDirectory() as folder:
+            found = run(hosts, Path(folder), row)
+        longer = max(found["sending"], found["free"])
+        print(
+            f"| {row[0]} | `{row[1].replace('|', chr(92) + '|')}` | {row[2]} | {found['bytes']:,} | "
+            f"{found['sending']:.2f} s | {found['free']:.2f} s | {found['held']:.2f} s | "
+            f"{found['held'] / longer - 1:+.0%} | {found['predicted']:.2f} s |",
+            flush=True,
+        )
+
+
+def run(hosts: Hosts, folder: Path, row: tuple[int, str, int]) -> dict[str, float]:
+    """One row: an edge and a host over mutual TLS, first without a limit, then with."""
+    keys.init(folder / "keys")
+    keys.issue(folder / "keys", "host", hosts=[ADDRESS.format(2)])
+    keys.issue(folder / "keys", "ann")
+    start: Callable[[int, str], Any] = lambda at, what: subprocess.Popen(  # noqa: E731
+        ["ip", "netns", "exec", hosts.names[at], sys.executable, "-m", "benchmarks.split.line", what, str(folder),
+         json.dumps(row)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with start(1, "host") as host, start(0, "edge") as edge:
+        try:
+            found: dict[str, float] = json.loads(edge.stdout.readline())
+            hosts.shape_one(0, RATE, burst="32kb")
+            edge.stdin.write("go on\n")
+            edge.stdin.flush()
+            found |= json.loads(edge.stdout.readline())
+            edge.wait(60)
+        finally:
+            edge.kill()
+            host.kill()
+    return found
+
+
+def play_host(folder: Path, row: tuple[int, str, int]) -> None:
+    """Serve until killed."""
+    there = Host(Source(partial(model, row[0])), CUT, listen=f"{ADDRESS.format(2)}:{PORT}", folder=folder / "host",
+                 keys=Keys(folder / "keys", "host"))  # fmt: skip
+    there.run()
+
+
+def play_edge(folder: Path, row: tuple[int, str, int]) -> None:
+    """Train without a limit, say how long a step took, wait for a line, and go on with it."""
+    width, codec, window = row
+    ids = torch.randint(1, 1000, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
+    task = Task(cut=CUT, codec=codec, micro_batches=MICRO_BATCHES, window=window, checkpoint_every=1000,
+                optimizer=OptimizerText(lr=1e-4))  # fmt: skip
+    source = Source(partial(model, width))
+    here = this_machine()
+    told = forecast(source, task, batch, Means(here, here, line("20 Mbit"), line("10 Gbit")), samples=True)
+    with Edge(source, task, batch, connect=f"{ADDRESS.format(2)}:{PORT}", folder=folder / "edge",
+              keys=Keys(folder / "keys", "ann")) as edge:  # fmt: skip
+        free, _ = steps(edge, batch)
+        say({"free": free, "predicted": told.seconds})
+        sys.stdin.readline()
+        held, sent = steps(edge, batch)
+        assert sent == told.sent
+        say({"held": held, "bytes": sent, "sending": 8 * sent / RATE})
+
+
+def steps(edge: Edge, batch: Any) -> tuple[float, int]:
+    """Seconds of the fastest step, for other processes of the machine only add; bytes that it sends."""
+    seconds, sent = list[float](), 0
+    for _ in range(2 + STEPS):
+        before, began = edge.bytes["sent"], time.monotonic()
+        edge.step(batch, samples=range(BATCH))
+        seconds.append(time.monotonic() - began)
+        sent = edge.bytes["sent"] - before
+    return min(seconds[2:]), sent
+
+
+def say(found: dict[str, float]) -> None:
+    """To the process that started this one."""
+    print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    else:
+        {"host": play_host, "edge": play_edge}[sys.argv[1]](Path(sys.argv[2]), tuple(json.loads(sys.argv[3])))
