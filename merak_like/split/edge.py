@@ -105,7 +105,8 @@ class Edge:
         """
         result = self._through(batch, samples, self.training.run)
         self._host_step = self.training.step
-        self.training.save_if_due({"session": self.session})
+        if self._done.save if self._done.save is not None else self.training.due:
+            self.save()
         return result
 
     def train(
