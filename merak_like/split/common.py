@@ -5,7 +5,8 @@ A round of clients i with gradients g_i of the mean loss of n_i items each:
     g = sum_i (n_i / n) g_i        rate = clients^alpha * lr
 
 The rate is SplitLr of SGLR (Pal et al. 2021, "Server-side local gradient averaging and learning rate acceleration for
-scalable split learning"). With one client that is its own step, to the last bit. Buffers such as running means are put together alike.
+scalable split learning"). With one client that is its own step, to the last bit. Buffers such as running means are put
+together alike.
 """
 
 from __future__ import annotations

@@ -23,8 +23,9 @@ from merak_like.runtime.optimizer import Slot, StepResult, Update
 from merak_like.split import checkpoint
 from merak_like.split.checkpoint import State
 from merak_like.split.common import Common, Part
-from merak_like.split.groups import GroupText, Place, due, saves
+from merak_like.split.groups import GroupText, Place, chosen, due, saves
 from merak_like.split.half import Brief, Made
+from merak_like.split.pooled import Pooled
 from merak_like.split.rounds import Busy, Meeting, Rounds
 from merak_like.split.session import Refused, Session
 from merak_like.split.turn import Turn
@@ -129,7 +130,21 @@ class Group:
             assert self.common is not None
             self._at_work[session.owner] = session, meeting
             session.training.put_buffers(self.common.buffers)
+            self._blend(session, meeting)
             yield saves(self.text, self.rounds.at, meeting.who)
+
+    def _blend(self, session: Session, meeting: Meeting) -> None:
+        """Let a session's gradients at the cut be the mean of those that are chosen in this round."""
+        exchange, member = session.training.exchange, session.owner
+        if not isinstance(exchange, Pooled):
+            return
+        who = chosen(self.text, self.rounds.at, meeting.who)
+
+        def blend(micro_batch: int, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            with self.turn.away():
+                return self.rounds.pool(meeting, member, who, micro_batch, values)
+
+        exchange.blend = blend if member in who else None
 
     @contextmanager
     def look(self, session: Session) -> Iterator[None]:

@@ -35,6 +35,7 @@ from merak_like.split.limits import Ledger, Limits, NoRoom, memory_of, weights_o
 from merak_like.split.messages import Hello, Task
 from merak_like.split.narrow import narrow, same
 from merak_like.split.outline import blank
+from merak_like.split.pooled import Pooled
 from merak_like.split.rounds import Busy
 from merak_like.split.session import Refused, Session
 from merak_like.split.training import Training
@@ -87,6 +88,12 @@ class Registry:
             raise Refused(
                 f"group {group.name} keeps a checkpoint every {group.text.checkpoint_every} rounds, edges with it: say "
                 f"checkpoint_every: {group.text.checkpoint_every}, not {task.checkpoint_every}"
+            )
+        others = {session.task.micro_batches for session in group.live.values() if session.owner != owner}
+        if group.text.phi and others - {task.micro_batches}:
+            raise Refused(
+                f"the clients of group {group.name} share gradients at the cut (phi), micro-batch by micro-batch: say "
+                f"micro_batches: {others.pop()}, not {task.micro_batches}"
             )
         return group
 
@@ -152,6 +159,7 @@ class Registry:
             self.ledger.reserve(id_, needs)
             # One rank lets others compute while it waits for its edge; several would lose step.
             kind, away = (Exchange, self.turn.away) if self.crew.world.alone else (Enduring, nullcontext)
+            kind = Pooled if group is not None and group.text.phi else kind
             exchange = kind(
                 {"up": task.codec, "down": task.back_codec}, task.seed, self.device, away, self.limits.most,
                 task.frozen_edge,

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from merak_like.split.common import Part
 from merak_like.split.groups import GroupText, Place, after, expected
+from merak_like.split.pooled import mean
 
 
 class Busy(RuntimeError):
@@ -27,8 +30,9 @@ class Meeting:
     who: tuple[str, ...]
     seated: set[str] = field(default_factory=set)
     given: dict[str, Part] = field(default_factory=dict)
-    at_cut: dict[tuple[int, str], object] = field(default_factory=dict)
-    """What some bring before their gradients of the weights are there, by micro-batch."""
+    at_cut: dict[int, dict[str, Mapping[str, Tensor]]] = field(default_factory=dict)
+    """Gradients at the cut that some bring before those of the weights are there, by micro-batch and member."""
+    means: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
     left: set[str] = field(default_factory=set)
     applied: bool = False
     over: bool = False
@@ -126,6 +130,23 @@ class Rounds:
                 if not meeting.applied:
                     meeting.given.pop(member, None)
                 raise
+
+    def pool(
+        self, meeting: Meeting, member: str, who: tuple[str, ...], micro_batch: int, values: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """The mean of what these members bring for a micro-batch. Raises Busy where somebody stays away."""
+        with self.change:
+            brought = meeting.at_cut.setdefault(micro_batch, {})
+            brought[member] = values
+            if set(brought) == set(who) and micro_batch not in meeting.means:
+                try:
+                    meeting.means[micro_batch] = mean([brought[name] for name in who])
+                except ValueError as error:
+                    self.fail(str(error))
+                    raise
+            self.change.notify_all()
+            self.wait(lambda: micro_batch in meeting.means, member, meeting)
+            return meeting.means[micro_batch]
 
     def wait(
         self, ready: Callable[[], bool], member: str, meeting: Meeting | None = None,
