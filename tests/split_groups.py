@@ -71,10 +71,17 @@ class Ward:
     """A group and its edges; the host is here, or elsewhere at a port."""
 
     def __init__(
-        self, folder: Path, certificates: Path, group: GroupText, *, port: int = 0, even: bool = False
+        self,
+        folder: Path,
+        certificates: Path,
+        group: GroupText,
+        *,
+        port: int = 0,
+        even: bool = False,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         self.folder, self.certificates, self.group, self.even = folder, certificates, group, even
-        whole = made()[0] if port else model()
+        whole = model().to(torch.float32 if port else dtype)
         self.source = Source(lambda: copy.deepcopy(whole))
         self.host, self.port = None, port
         self.edges: dict[str, Edge] = {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from merak_like.split.groups import Place, after, chosen, due, expected, group_of, saves
+from merak_like.split.host import Host
 from tests import split_groups as groups
 from tests.split_groups import Ward
 from tests.split_process import Nursery
@@ -103,3 +106,126 @@ def test_a_host_that_crashes_changes_nothing(
     assert restarted
     assert calm.keys() == shaken.keys()
     assert all(torch.equal(calm[name], shaken[name]) for name in calm)
+
+
+def test_a_killed_edge_takes_the_group_back(certificates: Path, tmp_path: Path):
+    """Ann's edge is lost at step 5 and starts from its checkpoint of step 3: bob, at 5 too, goes back with it."""
+    group = groups.text("sequential", "ann", "bob", checkpoint_every=3)
+    kept: list[dict[str, Tensor]] = []
+    for lost in (False, True):
+        folder = tmp_path / str(lost)
+        with Ward(folder, certificates, group, dtype=torch.float32) as ward:
+            for name in group.members:
+                ward.edge(name, codec="aqsgd(4)|int8", checkpoint_every=3)
+            ward.train(ann=5, bob=5)
+            if lost:
+                ward.edges["ann"].close()
+                assert ward.edge("ann", codec="aqsgd(4)|int8", checkpoint_every=3).step_number == 3
+            losses = ward.train(ann=6, bob=6)
+            assert list(losses["bob"]) == ([3, 4, 5] if lost else [5])
+            kept.append(ward.kept())
+    assert kept[0].keys() == kept[1].keys()
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+
+
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_who_is_missing_is_named(mode: str, certificates: Path, tmp_path: Path):
+    """Nothing is changed meanwhile, and when bob is there after all it goes on."""
+    group = groups.text(mode, "bob", "ann", wait=0.5)
+    with Ward(tmp_path, certificates, group) as ward:
+        ann = ward.edge("ann", patience=1.0)
+        with pytest.raises(ValueError, match="group ward waits for bob"):
+            ann.step(groups.batch_of("ann", 0))
+        assert ann.step_number == 0
+        ann.patience = 60.0
+        ward.edge("bob")
+        ward.train(ann=1, bob=1)
+        assert groups.furthest(ward.weights, groups.alone(group, 2 if mode == "sequential" else 1)[1]) < 1e-10
+
+
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_a_group_that_skips_goes_on_without_and_takes_back(mode: str, certificates: Path, tmp_path: Path):
+    group = groups.text(mode, "bob", "ann", wait=0.5, lost="skip", alpha=0.5 if mode == "parallel" else 0)
+    alone = group.model_copy(update={"members": ("ann",)})
+    with Ward(tmp_path, certificates, group) as ward:
+        ward.edge("ann")
+        ward.train(ann=2)
+        assert groups.furthest(ward.weights, groups.alone(alone, 2)[1]) < 1e-10
+        assert ward.host is not None
+        rounds = ward.host.registry.groups["ward"].rounds
+        assert rounds.away == {"bob"}
+        rounds.text = rounds.text.model_copy(update={"wait": 30.0})  # from here on nobody is passed over
+        bob = ward.edge("bob")
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(bob.step, groups.batch_of("bob", 0))
+            with rounds.change:
+                assert rounds.change.wait_for(lambda: not rounds.away, 30)
+            if mode == "parallel":
+                ward.train(ann=3)
+            first.result()
+        assert rounds.at.updates == 3
+
+
+def test_numbers_that_are_not_finite_or_too_large_reach_no_shared_weight(certificates: Path, tmp_path: Path):
+    group = groups.text("sequential", "ann", most_norm=1e-9)
+    with Ward(tmp_path, certificates, group) as ward:
+        edge = ward.edge("ann")
+        with pytest.raises(FloatingPointError, match="above 1e-09, the most that group ward takes"):
+            edge.step(groups.batch_of("ann", 0))
+        before = ward.weights
+        sick = edge.training.made.model.get_parameter("token.weight")
+        with torch.no_grad():
+            kept, sick[:] = sick.clone(), float("nan")
+        with pytest.raises(FloatingPointError, match="not finite"):
+            edge.step(groups.batch_of("ann", 0))
+        with torch.no_grad():
+            sick.copy_(kept)
+        assert groups.furthest(ward.weights, before) == 0.0
+
+
+def test_who_may_join_is_the_operators_word(certificates: Path, tmp_path: Path):
+    with Ward(tmp_path, certificates, groups.text("parallel", "ann")) as ward:
+        with pytest.raises(ValueError, match="There is no such group"):
+            ward.edge("bob").step(groups.batch_of("bob", 0))
+        with pytest.raises(ValueError, match="There is no such group"):
+            ward.edge("ann", group="wards", folder="other").step(groups.batch_of("ann", 0))
+        with pytest.raises(ValueError, match="say checkpoint_every: 2, not 7"):
+            ward.edge("ann", checkpoint_every=7, folder="third").step(groups.batch_of("ann", 0))
+        ann = ward.edge("ann")
+        ann.step(groups.batch_of("ann", 0))
+        stolen = ward.edge("bob", folder="stolen")
+        stolen.session = ann.session
+        with pytest.raises(ValueError, match="There is no such group"):
+            stolen.step(groups.batch_of("bob", 0))
+
+
+def test_a_group_is_refused_where_it_cannot_be(tmp_path: Path):
+    text = groups.text("parallel", "ann")
+    with pytest.raises(ValueError, match="by their certificates"):
+        Host(groups.Source(groups.model), groups.CUT, listen="127.0.0.1:0", folder=tmp_path, groups={"ward": text})
+    for entry, said in (
+        ({"mode": "sequential", "members": ["a"], "phi": 0.5}, "phi means nothing in a sequential group"),
+        ({"mode": "parallel", "members": ["a", "a"]}, "named twice"),
+        ({"mode": "parallel", "members": ["a"], "alpa": 1}, "ward.alpa"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            group_of(entry, "groups.yaml: ward")
+
+
+def test_turns_rounds_and_checkpoints_are_a_pure_function():
+    text = groups.text("sequential", "a", "b", "c", turn=2, checkpoint_every=2)
+    at, order, kept = Place(), "", list[int]()
+    for update in range(12):
+        who = expected(text, at)
+        now = after(text, at, who)
+        order += who[0].upper() if saves(text, at, who) else who[0]
+        kept += [update + 1] if due(text, at, now) else []
+        at = now
+    assert order == "aabbccaAbBcC"
+    assert kept == [12]
+    assert expected(text, Place(member=1), {"b"}) == ("c",)
+    assert after(text, Place(member=2), ("a",)).round == 1  # c was passed over
+    parallel = groups.text("parallel", "a", "b", "c", phi=0.67, checkpoint_every=3)
+    drawn = {chosen(parallel, Place(updates=i), ("a", "b", "c")) for i in range(20)}
+    assert drawn == {("a", "b"), ("a", "c"), ("b", "c")}
+    assert [saves(parallel, Place(i, i), ("a",)) for i in range(4)] == [False, False, True, False]

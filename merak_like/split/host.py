@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -242,6 +243,8 @@ class Host:
         )  # fmt: skip
         code, after = next(((c, a) for kind, c, a in table if isinstance(error, kind)), ("internal", 0.0))
         self.metrics.add("merak_refused_total", label=f'why="{code}"')
+        if code == "internal":
+            traceback.print_exception(error)
         told = str(error)[:2000] if code != "internal" else "the host failed; its log says why"
         with suppress(Lost, Told, WireError):
             connection.send(Key(Kind.ERROR), Failed(code=code, message=told or REFUSED, after=after).body())  # type: ignore[arg-type]

@@ -179,6 +179,8 @@ class Registry:
                 raise
         except BaseException:
             self.ledger.release(id_)
+            if group is not None and group.common is None:
+                self.ledger.release(f"group {group.name}")
             raise
         self.live[id_] = session
         return session

@@ -105,7 +105,7 @@ class Rounds:
             else:
                 self.change.wait_for(lambda: meeting.over or self.broken is not None, self.text.wait)
             if self.broken is not None:
-                raise Busy(f"group {self.name} goes on from its checkpoint: {self.broken}")
+                raise Busy(f"group {self.name} is out of step until its host is started again: {self.broken}")
 
     def _may(self, member: str) -> bool:
         meeting = self.meeting
@@ -175,7 +175,7 @@ class Rounds:
     def hold(self, meeting: Meeting) -> None:
         """Raises Busy where a meeting is no more."""
         if self.broken is not None:
-            raise Busy(f"group {self.name} goes on from its checkpoint: {self.broken}")
+            raise Busy(f"group {self.name} is out of step until its host is started again: {self.broken}")
         if meeting.failed:
             raise Busy(meeting.failed)
         if self._stopping() and not meeting.applied:

@@ -52,7 +52,8 @@ class Session:
         self.training, self.turn, self.crew, self.group = training, turn, crew, group
         self.training.exchange.keep_log = True
         self.used = time.monotonic()
-        self.largest = self._largest(self.program(blank(hello.example)))
+        first = _split(blank(hello.example), hello.task.micro_batches)[0]
+        self.largest = self._largest(training.made.programs.at(first))
         self.last: tuple[int, list[tuple[Key, bytes]], Done] | None = None
         """The last step, what was said in it, and its end."""
         self._lock = threading.Lock()
@@ -193,12 +194,12 @@ class Session:
         if self.training.made.programs.cut.back is not None and begin.labels is not None:
             raise WireError("labels came for a cut with a tail on the edge: they have no place here")
         batch = batch_of(begin)
-        parts = _parts(batch, self.task.micro_batches)
+        parts = _split(batch, self.task.micro_batches)
         mode = self.training.made.model.training
         with self.turn.held():
             self.training.made.model.train(begin.training)
             try:
-                half = self.program(batch)
+                half = self.training.made.programs.at(parts[0])
             finally:
                 self.training.made.model.train(mode)
             if half.halves.digest != begin.digest:
@@ -210,30 +211,26 @@ class Session:
                 raise WireError(
                     "the batch is larger than the one the session was opened with: open it with the largest"
                 )
-            self._try(batch, training=begin.training)
-            samples = _samples(begin.samples, parts)
+            self._try(parts, training=begin.training)
+            samples = _samples(begin.samples, [rows(part) for part in parts])
             self.training.exchange.begin(connection, self.training.step, samples, training=begin.training)
             before = len(self.turn.waited)
             with self.crew.together("step", session=self.id, begin=begin.model_dump(mode="json")):
                 result = do(batch)
         return result, sum(list(self.turn.waited)[before:])
 
-    def _try(self, batch: Any, *, training: bool) -> None:
+    def _try(self, parts: Sequence[Any], *, training: bool) -> None:
         """Raises ValueError for a batch that an engine would refuse, before any rank has begun."""
         model, made = self.training.made.model, self.training.made
         mode = model.training
         model.train(training)
         try:
-            for part in split(batch, self.task.micro_batches):
+            for part in parts:
                 made.programs.at(part)
                 if not made.weigh(part):
                     raise WireError("a micro-batch has no item to learn from: every label is ignored")
         finally:
             model.train(mode)
-
-    def program(self, batch: Any) -> Half:
-        """The program of the batch's first micro-batch."""
-        return self.training.made.programs.at(split(batch, self.task.micro_batches)[0])
 
     def _largest(self, half: Half) -> int:
         halves, exchange = half.halves, self.training.exchange
@@ -252,9 +249,9 @@ def batch_of(begin: Begin) -> Any:
     return blank(begin.outline, mask, None if begin.labels is None else _labels(begin.labels))
 
 
-def _parts(batch: Any, count: int) -> list[int]:
+def _split(batch: Any, count: int) -> list[Any]:
     try:
-        return [rows(part) for part in split(batch, count)]
+        return split(batch, count)
     except ValueError as error:
         raise WireError(str(error)) from None
 
