@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -75,6 +75,7 @@ def arm(fault: str, at: int) -> None:
     from merak_like.split import checkpoint
     from merak_like.split.connection import Connection
     from merak_like.split.elsewhere import Arrives, Leaves
+    from merak_like.split.group import Group
     from merak_like.split.registry import Registry
     from merak_like.split.session import Session
     from merak_like.split.training import Training
@@ -102,6 +103,8 @@ def arm(fault: str, at: int) -> None:
         "down backward": lambda: after(Leaves, "backward", in_step),
         "up backward": lambda: after(Arrives, "backward", in_step),
         "stepped": lambda: after(Training, "run", lambda self, *_: self.step == at + 1),
+        "applied": lambda: after(Group, "_apply", lambda _self, _parts, place: place.updates == at),
+        "group saved": lambda: after(Group, "save", lambda _, place=None: place is not None and place.updates > at),
         "saved": lambda: after(Training, "save_if_due", lambda self, *_: self.step == at + 1),
     }  # fmt: skip
     if fault == "half written":
@@ -118,13 +121,20 @@ def arm(fault: str, at: int) -> None:
 
 
 def host(say: Callable[[dict[str, Any]], None], folder: str, port: int = 0, fault: str = "", at: int = 0,
-         model: str = "tests.split_models:tiny", cut: str = "layers.0:layers.3") -> None:  # fmt: skip
+         model: str = "tests.split_models:tiny", cut: str = "layers.0:layers.3", keys: str = "",
+         groups: Mapping[str, Any] | None = None) -> None:  # fmt: skip
     """A host on loopback; says its port; ends on SIGTERM."""
+    from merak_like.split.groups import group_of
     from merak_like.split.half import Source
     from merak_like.split.host import Host
+    from merak_like.split.tls import Keys
 
     arm(fault, at)
-    served = Host(Source(lambda: made(model)), cut, listen=f"127.0.0.1:{port}", folder=folder)
+    served = Host(
+        Source(lambda: made(model)), cut, listen=f"127.0.0.1:{port}", folder=folder,
+        keys=Keys(Path(keys), "host") if keys else None,
+        groups={name: group_of(entry, name) for name, entry in (groups or {}).items()},
+    )  # fmt: skip
     signal.signal(signal.SIGTERM, lambda *_: served.drain())
     served.run(lambda it: say({"port": it.port}))
 

@@ -45,6 +45,14 @@ def test_first_visit_is_whole_and_later_ones_are_changes():
     assert held(near) == held(far)
 
 
+def test_a_first_visit_in_double_precision_is_within_the_limit():
+    """Its 8 bytes an element and a head in front were one head more than a chain allowed."""
+    near, far = codec("aqsgd(4)|int8"), codec("aqsgd(4)|int8")
+    x = values(0, 4, 6, 8).double()
+    context = Context(samples=(7, 8, 9, 10), limit=x.numel())
+    assert torch.allclose(far.decode(near.encode(x, context), context), x, atol=0.05)
+
+
 def test_known_and_new_samples_travel_in_one_frame():
     near, far = pair()
     x = values(0, 3, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import resource
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -136,6 +137,19 @@ def test_the_model_is_left_as_it_was(fails: bool) -> None:
     model.fails = False
     model(torch.ones(2, WIDTH)).sum().backward()  # neither the cache nor a patch kept a fake tensor
     assert model.count == 1
+
+
+def test_threads_take_turns() -> None:
+    """Two traces at once saw each other's functions: a host and an edge in one process failed at random."""
+    models = [MLP(depth=depth) for depth in (4, 6, 4, 8)]
+    example = {"x": torch.ones(3, WIDTH)}
+
+    def traced(i: int) -> Any:
+        return seen(trace(models[i], example, square))
+
+    expected = [traced(i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(traced, range(4))) == expected
 
 
 def test_hooks_are_left_as_they_were() -> None:

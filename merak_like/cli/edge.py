@@ -71,6 +71,8 @@ class Setting(BaseModel):
     checkpoint_every: int = 50
     frozen_edge: bool = False
     skip: str = "none"
+    group: str | None = None
+    """The group of the host's operator that this edge trains with."""
     patience: float = 300.0
     device: str = "cpu"
     machines: Machines | None = None
@@ -187,7 +189,7 @@ def task_of(setting: Setting) -> Task:
 
     try:
         names = ("cut", "codec", "back_codec", "micro_batches", "window", "max_grad_norm", "seed", "checkpoint_every",
-                 "frozen_edge", "skip")  # fmt: skip
+                 "frozen_edge", "skip", "group")  # fmt: skip
         return Task(optimizer=OptimizerText(**setting.optimizer), **{name: getattr(setting, name) for name in names})
     except ValidationError as error:
         first = error.errors()[0]

@@ -20,6 +20,9 @@ def run(
     cut: Annotated[str, typer.Option("--cut", help="FRONT[@RANK][:BACK], module paths; see docs/split.md.")],
     listen: Annotated[str, typer.Option("--listen", help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:7750",
     state: Annotated[Path, typer.Option("--state", help="Folder of sessions and the audit log.")] = Path("host"),
+    groups: Annotated[
+        Path | None, typer.Option("--groups", help="YAML of clients that train one half together; see docs/split.md.")
+    ] = None,
     keys: Annotated[Path | None, typer.Option("--keys", help="Folder of `merak keys`.")] = None,
     name: Annotated[str, typer.Option("--name", help="This host's certificate in that folder.")] = "host",
     insecure: Annotated[bool, typer.Option("--insecure", help="Everything in the clear, for anyone.")] = False,
@@ -41,6 +44,7 @@ def run(
     from merak_like.split.connection import Waits
     from merak_like.split.crew import Crew
     from merak_like.split.cut import Cut
+    from merak_like.split.groups import read_groups
     from merak_like.split.helper import Helper
     from merak_like.split.host import Host
     from merak_like.split.limits import Limits
@@ -59,6 +63,7 @@ def run(
     host = Host(
         source, cut, crew=crew, listen=listen, folder=state,
         keys=Keys(keys, name) if keys is not None else None, insecure=insecure, status=status, device=world.device,
+        groups=read_groups(groups) if groups is not None else None,
         limits=Limits(
             memory=int(memory * 2**30), sessions=sessions, sessions_per_client=sessions_per_client, rate=rate,
             waits=waits,

@@ -76,12 +76,11 @@ def leak_loss(x: Tensor, z: Tensor) -> Tensor:
     Differentiable (Szekely et al. 2007, sec. 2). A low value alone proves nothing: a decoder may still find the sample.
     """
     a, b = (_centred(t.flatten(1)) for t in (x, z))
-    across = (a * b).mean()
-    return (across.clamp(min=0) / ((a * a).mean() * (b * b).mean()).sqrt().clamp(min=1e-12)).clamp(min=1e-12).sqrt()
+    both = ((a * a).mean() * (b * b).mean()).sqrt()
+    return ((a * b).mean() / both.clamp(min=1e-12)).clamp(min=1e-12).sqrt()  # at 0 a root has no gradient
 
 
 def _centred(x: Tensor) -> Tensor:
     """Distances between samples with the means of rows and columns taken away."""
-    square = (x.unsqueeze(1) - x.unsqueeze(0)).square().sum(-1)
-    apart = (square + 1e-12).sqrt()  # at 0 a root has no gradient
+    apart = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")  # with a gradient of 0 at 0
     return apart - apart.mean(0, keepdim=True) - apart.mean(1, keepdim=True) + apart.mean()

@@ -103,8 +103,9 @@ class Edge:
         (nothing is changed), Lost when no host answers for long, ValueError for what the host refuses.
         """
         result = self._through(batch, samples, self.training.run)
-        self._host_step = self.training.step
-        self.training.save_if_due({"session": self.session})
+        self._host_step, told = self.training.step, self._done.save
+        if self.training.due if told is None else told:
+            self.save()
         return result
 
     def train(
@@ -261,10 +262,9 @@ class Edge:
             connection.close()
 
     def _count(self, connection: Connection) -> None:
-        self.bytes.update(connection.bytes)
-        self.bytes.update(connection.by_kind)
-        connection.bytes.clear()
-        connection.by_kind.clear()
+        for counted in (connection.bytes, connection.by_kind):
+            self.bytes.update(counted)
+            counted.clear()
 
     # --- what outlives the process ----------------------------------------------------------------------------------
 
@@ -274,7 +274,7 @@ class Edge:
         if not path.is_file():
             return
         known = json.loads(path.read_text(encoding="utf-8"))
-        if known["task"] != self.task.model_dump(mode="json"):
+        if Task.model_validate(known["task"], strict=False) != self.task:
             raise ValueError(f"{path} belongs to another task: take another folder, or the task it was begun with")
         self.session, self._secret = known["session"], bytes.fromhex(known["secret"])
         steps = checkpoint.whole(self.folder)

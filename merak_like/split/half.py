@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -70,11 +70,13 @@ def build_half(
     side: Side, source: Source, task: Task, example: Any, exchange: Exchange, *, links: Links,
     optimizer: OptimizerFactory | None, device: torch.device, crew: Crew | None = None,
     adapt: Callable[[nn.Module, Iterable[str]], None] | None = None,
+    shared: Mapping[str, nn.Parameter] | None = None, learn: Callable[[Sequence[Slot]], Update] | None = None,
 ) -> Made:  # fmt: skip
     """Build one side of a task.
 
     ``example`` is a batch as steps will see it. ``adapt(model, names)`` may change the half's modules before it is
-    traced. ``crew`` are the ranks of a host; each builds its part.
+    traced. ``crew`` are the ranks of a host; each builds its part. ``shared`` are parameters, by first names, that this
+    half has in common with others; ``learn`` makes another end of a step than an optimizer's.
 
     Raises ValueError for a model that cannot be cut so, and for weights that are not there.
     """
@@ -96,6 +98,8 @@ def build_half(
     own = [stage for stage in half.holds if programs.stage_rank[stage] == world.rank]
     keep = tuple(dict.fromkeys(name for stage in own for name in half.holds[stage]))
     ties = half.traced.graph.ties
+    if shared is not None:
+        _adopt(model, shared, {alias: names[0] for names in ties for alias in names})
     initialise, counted = _habits(model)
     parameters = fill(
         model, keep, ties, device, seed=task.seed, initialise=initialise, weights=source.weights, given=False
@@ -115,7 +119,8 @@ def build_half(
     engine = Engine(
         plan=plan, model=model, parameters=trainable, programs=programs,  # type: ignore[arg-type]
         links=links, reducer=Reducer(trainable, dict.fromkeys(trainable), watch, readers),
-        update=Update(slots, learner, max_grad_norm=task.max_grad_norm, guard=_Brief()), prepare=lambda batch: batch,
+        update=learn(slots) if learn else Update(slots, learner, max_grad_norm=task.max_grad_norm, guard=Brief()),
+        prepare=lambda batch: batch,
         world=world, groups=replace(crew.groups, made=()), watch=watch,
         loss_weight=weigh,
         seed=task.seed if side == "edge" else ~task.seed, save=save_safetensors,
@@ -123,12 +128,26 @@ def build_half(
     return Made(engine, model, programs, keep, tuple(trainable), probe, weigh)
 
 
-class _Brief(Guard):
+class Brief(Guard):
     """Does not run the forward again to see where a number came up: the other side has said its part once."""
 
     def passes(self, loss: float, norm: float, step: int, blame: Callable[[], str]) -> bool:
         """As the guard, without blame."""
         return super().passes(loss, norm, step, lambda: "in this half's own layers or gradients")
+
+
+def _adopt(model: nn.Module, shared: Mapping[str, nn.Parameter], first: Mapping[str, str]) -> None:
+    """Let the model's parameters be these numbers, not copies of them; each model has gradients of its own."""
+    made: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            name = f"{path}.{key}" if path else key
+            name = first.get(name, name)
+            if parameter is None or name not in shared:
+                continue
+            if name not in made:
+                made[name] = nn.Parameter(shared[name].detach(), requires_grad=parameter.requires_grad)
+            module._parameters[key] = made[name]
 
 
 def _habits(model: nn.Module) -> tuple[Initialiser | None, LossWeight | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Helper:
             try:
                 self._do[order.pop("do")](**order)
             except Exception as error:
+                traceback.print_exception(error)  # rank 0 hears one line of it at most
                 if error is not self.crew.agreed and not isinstance(error, FloatingPointError):
                     raise
                 # else rank 0 knows, and tells the edge

@@ -7,9 +7,11 @@ a thread for each connection   opens its session, runs its engine's steps when i
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
+import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -22,11 +24,14 @@ from merak_like.runtime.initialize import World
 from merak_like.split.connection import Connection, Lost, Told
 from merak_like.split.crew import Crew
 from merak_like.split.cut import Cut
+from merak_like.split.group import Group
+from merak_like.split.groups import GroupText
 from merak_like.split.half import Source
 from merak_like.split.limits import Limits, NoRoom
 from merak_like.split.messages import Failed, Hello, Welcome, parse
 from merak_like.split.metrics import Audit, Metrics
 from merak_like.split.registry import Registry
+from merak_like.split.rounds import Busy
 from merak_like.split.session import Refused
 from merak_like.split.status import serve_status
 from merak_like.split.tls import REFUSED, Keys, address, identity, require_safe
@@ -40,12 +45,14 @@ class Host:
     def __init__(
         self, source: Source, cut: str, *, listen: str, folder: str | Path, keys: Keys | None = None,
         insecure: bool = False, limits: Limits | None = None, status: str | None = None,
-        device: torch.device | str = "cpu", crew: Crew | None = None,
+        device: torch.device | str = "cpu", crew: Crew | None = None, groups: Mapping[str, GroupText] | None = None,
     ) -> None:  # fmt: skip
         """``folder`` keeps sessions and the audit log. ``status`` is HOST:PORT for /healthz and /metrics.
+        ``groups`` are those of clients that train one half together, by name.
         ``crew`` are the ranks that share the cloud's half, of which this is the first; the others run ``Helper``.
 
-        Raises ValueError for a cut that is none, and for an address beyond this machine without keys.
+        Raises ValueError for a cut that is none, for an address beyond this machine without keys, and for groups that
+        cannot be.
         """
         self.limits, self.keys = limits or Limits(), keys
         self.address = address(listen)
@@ -56,13 +63,14 @@ class Host:
         self.metrics, self.audit = Metrics(), Audit(self.folder / "audit.jsonl")
         self.turn = Turn(torch.device(device))
         self.crew = crew or Crew(World(0, 1, self.turn.device, timedelta(seconds=600)))
+        self.draining = threading.Event()
         self.registry = Registry(
-            source, place, self.folder / "sessions", self.limits, self.turn, self.turn.device, self.crew
-        )
+            source, place, self.folder / "sessions", self.limits, self.turn, self.turn.device, self.crew,
+            self._groups(groups or {}),
+        )  # fmt: skip
         self.port = 0
         """The port in use, once it listens."""
         self.status_port = 0
-        self.draining = threading.Event()
         self._status = status
         self._open: Counter[str] = Counter()
         self._now: set[Connection] = set()
@@ -71,6 +79,23 @@ class Host:
         self._listening = threading.Event()
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
+
+    def _groups(self, texts: Mapping[str, GroupText]) -> dict[str, Group]:
+        if texts and self.keys is None:
+            raise ValueError("a group knows its members by their certificates: give the host keys (`merak keys init`)")
+        if texts and not self.crew.world.alone:
+            raise ValueError(f"a group's half is on one rank, this host has {self.crew.world.size}: serve it with one")
+        for name, text in texts.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+                raise ValueError(f"a group's name is letters, digits, _ and -, found {name!r}")
+            if text.wait > self.limits.waits.step:
+                raise ValueError(
+                    f"group {name} waits {text.wait:.0f} s, but edges wait {self.limits.waits.step:.0f} s for an answer"
+                )
+        return {
+            name: Group(name, text, self.folder / "groups" / name, self.turn, self.audit.note, self.draining.is_set)
+            for name, text in texts.items()
+        }
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -213,11 +238,13 @@ class Host:
     def _tell(self, connection: Connection, error: Exception) -> None:
         """Say why, as far as it is the client's business."""
         table: tuple[tuple[type[Exception], str, float], ...] = (
-            (NoRoom, "busy", 10.0), (Refused, "refused", 0.0), (WireError, "bad", 0.0), (ValueError, "bad", 0.0),
-            (FloatingPointError, "not-finite", 0.0),
+            (NoRoom, "busy", 10.0), (Busy, "busy", 0.2), (Refused, "refused", 0.0), (WireError, "bad", 0.0),
+            (ValueError, "bad", 0.0), (FloatingPointError, "not-finite", 0.0),
         )  # fmt: skip
         code, after = next(((c, a) for kind, c, a in table if isinstance(error, kind)), ("internal", 0.0))
         self.metrics.add("merak_refused_total", label=f'why="{code}"')
+        if code == "internal":
+            traceback.print_exception(error)
         told = str(error)[:2000] if code != "internal" else "the host failed; its log says why"
         with suppress(Lost, Told, WireError):
             connection.send(Key(Kind.ERROR), Failed(code=code, message=told or REFUSED, after=after).body())  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from merak_like.runtime.batches import rows
 from merak_like.runtime.codecs import Context, codec
 from merak_like.runtime.codecs.loopback import Loopback
 from merak_like.runtime.links import NoLinks
+from merak_like.split.binarised import leak_loss
 from merak_like.split.exchange import Exchange
 from merak_like.split.half import Made, Source, build_half
 from merak_like.split.halves import LABELS
@@ -179,10 +180,4 @@ def _embedded(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def distance_correlation(x: Tensor, y: Tensor) -> float:
     """Of the rows of two tables."""
-    centred: list[Tensor] = []
-    for table in (x.flatten(1).double(), y.flatten(1).double()):
-        d = torch.cdist(table, table)
-        centred.append(d - d.mean(0, keepdim=True) - d.mean(1, keepdim=True) + d.mean())
-    a, b = centred
-    both = (a.square().mean() * b.square().mean()).sqrt()
-    return float(((a * b).mean().clamp(min=0) / both).sqrt()) if both > 0 else 0.0
+    return float(leak_loss(x.detach().double(), y.detach().double()))

@@ -61,15 +61,20 @@ class Ledger:
         return sum(self._held.values())
 
 
-def memory_of(halves: Halves, task: Task) -> int:
-    """Bytes of a session: weights, gradients and two moments, and the activations of the micro-batches under way.
+def weights_of(halves: Halves) -> int:
+    """Bytes of the parameters and buffers of the cloud's half."""
+    return sum(halves.trace.graph.parameter(name).nbytes for name in halves.params(1))
 
+
+def memory_of(halves: Halves, task: Task, *, copies: int = 4) -> int:
+    """Bytes of a session: ``copies`` of the weights, and the activations of the micro-batches under way.
+
+    A half of one's own has weights, gradients and two moments; one that shares its weights has gradients alone.
     Activations are those the trace says the backward needs; the answers of the last step are kept as well.
     """
     graph = halves.trace.graph
-    weights = sum(graph.parameter(name).nbytes for name in halves.params(1))
     saved = sum(op.saved_bytes for op in graph.ops[halves.starts[1] : halves.starts[2]])
     values = graph.values
     across = sum(values[spec.name].nbytes for spec in (*halves.sent, *halves.returned))
     live = min(task.window + 1, task.micro_batches)
-    return 4 * weights + live * saved + 4 * task.micro_batches * across
+    return copies * weights_of(halves) + live * saved + 4 * task.micro_batches * across

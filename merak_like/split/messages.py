@@ -56,6 +56,9 @@ class Task(Message):
     frozen_edge: bool = False
     """Whether the edge's head is not trained: then no gradient comes back to it."""
     skip: Literal["none", "surrogate"] = "none"
+    group: Word | None = None
+    """The group whose cloud half is trained together; None: a half of one's own. There the host's operator says how the
+    cloud's half learns, and ``optimizer`` and ``max_grad_norm`` are the edge's alone."""
 
 
 class Hello(Message):
@@ -109,6 +112,8 @@ class Done(Message):
     """Of a cut without a tail."""
     queued: float = 0.0
     """Seconds this step waited for its turn on the host."""
+    save: bool | None = None
+    """In a group: whether the edge must keep a checkpoint of this step, as the host does. None: when it is due."""
 
     def body(self) -> bytes:
         """As it travels: JSON, and blanks behind it."""

@@ -1,6 +1,7 @@
 """All sessions of a host, in memory and on disk: opening, finding and giving them back.
 
 folder/<session>/step-N/     a client's checkpoints; any host that has the folder can go on with them
+groups/<group>/step-N/       a group's, with all its sessions
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import re
 import secrets
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +20,41 @@ import torch
 
 from merak_like.partitioner.tracer import trace
 from merak_like.runtime.batches import split
+from merak_like.runtime.links import NoLinks
 from merak_like.split import checkpoint
+from merak_like.split.checkpoint import State
 from merak_like.split.crew import Crew
 from merak_like.split.cut import Cut
 from merak_like.split.enduring import Enduring
 from merak_like.split.exchange import Exchange
-from merak_like.split.half import Source
+from merak_like.split.group import Group
+from merak_like.split.half import Made, Source, build_half
 from merak_like.split.halves import halve
 from merak_like.split.helper import build_together
-from merak_like.split.limits import Ledger, Limits, NoRoom, memory_of
+from merak_like.split.limits import Ledger, Limits, NoRoom, memory_of, weights_of
 from merak_like.split.messages import Hello, Task
 from merak_like.split.narrow import narrow, same
 from merak_like.split.outline import blank
+from merak_like.split.pooled import Pooled
+from merak_like.split.rounds import Busy
 from merak_like.split.session import Refused, Session
 from merak_like.split.training import Training
 from merak_like.split.turn import Turn
 
 UNKNOWN = "There is no such session."
 """For a session of nobody and for one of somebody else alike."""
+NO_GROUP = "There is no such group."
+"""For a group that is none and for one that this client may not join alike."""
 
 
 class Registry:
     """Sessions by id."""
 
     def __init__(
-        self, source: Source, cut: Cut, folder: Path, limits: Limits, turn: Turn, device: torch.device, crew: Crew
-    ) -> None:
+        self, source: Source, cut: Cut, folder: Path, limits: Limits, turn: Turn, device: torch.device, crew: Crew,
+        groups: Mapping[str, Group],
+    ) -> None:  # fmt: skip
+        self.groups = groups
         self.source, self.cut, self.folder, self.limits = source, cut, folder, limits
         self.turn, self.device, self.crew = turn, device, crew
         self.ledger = Ledger(limits.memory)
@@ -56,19 +68,43 @@ class Registry:
         """
         if str(self.cut) != hello.task.cut:
             raise Refused(f"this host serves the cut {self.cut}, not {hello.task.cut}")
+        group = None if hello.task.group is None else self._group(hello.task, owner)
         with self._lock:
             if hello.session is None:
-                return self._new(hello, owner)
-            session = self.live.get(hello.session) or self._from_disk(hello, owner)
+                return self._new(hello, owner, group)
+            known = self.live.get(hello.session)
+            session = known or self._from_disk(hello, owner, group)
         if session.owner != owner:
             raise Refused(UNKNOWN)
         if session.task != hello.task or session.example != hello.example:
             raise Refused("the session was opened with another task or batch: begin a new session for this one")
         return session
 
-    def _new(self, hello: Hello, owner: str) -> Session:
+    def _group(self, task: Task, owner: str) -> Group:
+        group = self.groups.get(task.group or "")
+        if group is None or owner not in group.text.members:
+            raise Refused(NO_GROUP)
+        if task.checkpoint_every != group.text.checkpoint_every:
+            raise Refused(
+                f"group {group.name} keeps a checkpoint every {group.text.checkpoint_every} rounds, edges with it: say "
+                f"checkpoint_every: {group.text.checkpoint_every}, not {task.checkpoint_every}"
+            )
+        others = {session.task.micro_batches for session in group.live.values() if session.owner != owner}
+        if group.text.phi and others - {task.micro_batches}:
+            raise Refused(
+                f"the clients of group {group.name} share gradients at the cut (phi), micro-batch by micro-batch: say "
+                f"micro_batches: {others.pop()}, not {task.micro_batches}"
+            )
+        return group
+
+    def _new(self, hello: Hello, owner: str, group: Group | None) -> Session:
         if hello.step:
             raise Refused("a new session begins at step 0: name the session to go on with")
+        if group is not None:  # a member that begins anew has one place, as before
+            for session in [s for s in group.live.values() if s.owner == owner]:
+                if session.busy:
+                    raise Busy(f"the session of {owner} before this one is at work in group {group.name}: try again")
+                self.drop(session.id)
         self.make_room()
         mine = sum(session.owner == owner for session in self.live.values())
         if mine >= self.limits.sessions_per_client or len(self.live) >= self.limits.sessions:
@@ -77,18 +113,17 @@ class Registry:
                 f"{self.limits.sessions} of this host are open"
             )
         id_ = secrets.token_hex(16)
-        session = self._build(id_, hello, owner)
-        session.training.save(session.facts())
+        session = self._build(id_, hello, owner, group)
+        if group is not None:
+            group.join(session)
+        else:
+            session.training.save(session.facts())
         return session
 
-    def _from_disk(self, hello: Hello, owner: str) -> Session:
+    def _from_disk(self, hello: Hello, owner: str, group: Group | None) -> Session:
         assert hello.session is not None
-        folder = self.folder / hello.session
-        steps = checkpoint.whole(folder) if re.fullmatch(r"[0-9a-f]{32}", hello.session) else []
-        if not steps:
-            raise Refused(UNKNOWN)
-        state = checkpoint.load(folder, steps[-1])
-        if state.facts.get("owner") != owner:
+        state = self._saved(hello.session) if group is None else group.known(hello.session)
+        if state is None or state.facts.get("owner") != owner:
             raise Refused(UNKNOWN)
         saved = Hello(
             task=Task.model_validate(state.facts["task"], strict=False), example=state.facts["example"],
@@ -97,28 +132,46 @@ class Registry:
         self.make_room()
         if len(self.live) >= self.limits.sessions:
             raise NoRoom(f"{len(self.live)} of {self.limits.sessions} sessions of this host are open")
-        session = self._build(hello.session, saved, owner)
-        with self.turn.held():
-            session.training.restore(state)
+        session = self._build(hello.session, saved, owner, group)
+        try:
+            if group is not None:
+                group.join(session)
+            else:
+                with self.turn.held():
+                    session.training.restore(state)
+        except BaseException:  # a half that is not where its client left it must not stay
+            self.drop(session.id)
+            raise
         return session
 
-    def _build(self, id_: str, hello: Hello, owner: str) -> Session:
+    def _saved(self, id_: str) -> State | None:
+        folder = self.folder / id_
+        steps = checkpoint.whole(folder) if re.fullmatch(r"[0-9a-f]{32}", id_) else []
+        return checkpoint.load(folder, steps[-1]) if steps else None
+
+    def _build(self, id_: str, hello: Hello, owner: str, group: Group | None) -> Session:
         task, example = hello.task, blank(hello.example)
         try:
-            with self.turn.held():  # it traces: two threads cannot at once
-                needs = self._needs(hello, example)
+            with self.turn.held():
+                once, needs = self._needs(hello, example, group)
+            if group is not None and group.common is None:
+                self.ledger.reserve(f"group {group.name}", once)
             self.ledger.reserve(id_, needs)
             # One rank lets others compute while it waits for its edge; several would lose step.
             kind, away = (Exchange, self.turn.away) if self.crew.world.alone else (Enduring, nullcontext)
+            kind = Pooled if group is not None and group.text.phi else kind
             exchange = kind(
                 {"up": task.codec, "down": task.back_codec}, task.seed, self.device, away, self.limits.most,
                 task.frozen_edge,
             )  # fmt: skip
             order = {"session": id_, "task": task.model_dump(mode="json"), "example": hello.example}
             with self.turn.held(), self.crew.together("open", **order):
-                made = build_together(self.source, task, example, exchange, self.device, self.crew)
+                if group is None:
+                    made = build_together(self.source, task, example, exchange, self.device, self.crew)
+                else:
+                    made = self._shared(task, example, exchange, owner, group)
             training = Training(made, exchange, task.optimizer, self.folder / id_, task.checkpoint_every, self.crew)
-            session = Session(id_, owner, hello, training, self.turn, self.crew)
+            session = Session(id_, owner, hello, training, self.turn, self.crew, group)
             try:
                 self._accept(session, same(made.probe, hello.probe))
             except Refused:
@@ -126,9 +179,23 @@ class Registry:
                 raise
         except BaseException:
             self.ledger.release(id_)
+            if group is not None and group.common is None:
+                self.ledger.release(f"group {group.name}")
             raise
         self.live[id_] = session
         return session
+
+    def _shared(self, task: Task, example: Any, exchange: Exchange, owner: str, group: Group) -> Made:
+        """A half whose weights are the group's."""
+        build = partial(build_half, "host", self.source, example=example, links=NoLinks(), optimizer=None,
+                        device=self.device, crew=self.crew)  # fmt: skip
+        seeded = task.model_copy(update={"seed": group.text.seed, "frozen_edge": False})
+        common = group.begin(lambda: build(task=seeded, exchange=Exchange({}, 0, self.device)))
+        made = build(task=task, exchange=exchange, shared=common.weights, learn=group.learner(owner))
+        if set(made.trained) != set(common.trained):
+            odd = sorted(set(made.trained) ^ set(common.trained))[:3]
+            raise Refused(f"this session would train other weights than group {group.name}: {odd}; is skip the same?")
+        return made
 
     def _accept(self, session: Session, alike: bool) -> None:
         if not alike:
@@ -142,16 +209,22 @@ class Registry:
                 "use smaller micro-batches"
             )
 
-    def _needs(self, hello: Hello, example: Any) -> int:
-        """Bytes of a session, from a trace without weights; refuses another model or cut before any are made."""
+    def _needs(self, hello: Hello, example: Any, group: Group | None) -> tuple[int, int]:
+        """Bytes of a group and of a session, from a trace without weights.
+
+        Refuses another model or cut before any weights are made.
+        """
+        copies = 4 if group is None else 1
         model = self.source.build().to("meta") if self.source.weights is not None else self.source.build()
         model.train()
         micro = split(example, hello.task.micro_batches)[0]
         if self.cut.rank is not None and self.source.weights is None:
             narrow(model, micro, self.cut, self.source, skip=hello.task.skip, side="host")
         elif self.cut.rank is not None:
-            return sum(p.nbytes for p in model.parameters()) * 4  # an upper bound: the changed layer has fewer
-        return memory_of(halve(trace(model, micro, self.source.loss_fn), self.cut), hello.task)
+            whole = sum(p.nbytes for p in model.parameters())  # an upper bound: the changed layer has fewer
+            return whole * 3, whole * copies
+        halves = halve(trace(model, micro, self.source.loss_fn), self.cut)
+        return 3 * weights_of(halves), memory_of(halves, hello.task, copies=copies)
 
     def make_room(self) -> None:
         """Write sessions that nobody has used for long to disk and give their memory back."""
@@ -161,9 +234,18 @@ class Registry:
 
     def put_away(self, id_: str) -> None:
         """Write one session to disk and give its memory back."""
-        session = self.live.pop(id_)
-        if session.training.step not in session.training.saved():
+        session = self.live[id_]
+        if session.group is not None:
+            session.group.rest(session)
+        elif session.training.step not in session.training.saved():
             session.training.save(session.facts())
+        self.drop(id_)
+
+    def drop(self, id_: str) -> None:
+        """Let go of a session as it is in memory."""
+        session = self.live.pop(id_)
+        if session.group is not None:
+            session.group.live.pop(id_, None)
         session.close()
         self.ledger.release(id_)
 
@@ -172,4 +254,6 @@ class Registry:
         with self._lock:
             for id_ in list(self.live) if self.crew.broken is None else ():
                 self.put_away(id_)
+            for group in self.groups.values():
+                group.close()
         self.crew.close()

@@ -10,14 +10,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from merak_like.runtime.batches import rows, split
 from merak_like.runtime.links import Spec
 from merak_like.runtime.optimizer import StepResult
+from merak_like.split import checkpoint
+from merak_like.split.checkpoint import State
 from merak_like.split.connection import Connection
 from merak_like.split.crew import Crew
 from merak_like.split.exchange import Link, Way
@@ -26,9 +28,13 @@ from merak_like.split.messages import Begin, Done, Hello, parse
 from merak_like.split.metrics import Metrics
 from merak_like.split.outline import blank, mask_of, width_of
 from merak_like.split.programs import Half
+from merak_like.split.rounds import Busy
 from merak_like.split.training import Training
 from merak_like.split.turn import Turn
 from merak_like.split.wire import Key, Kind, WireError
+
+if TYPE_CHECKING:
+    from merak_like.split.group import Group
 
 
 class Refused(ValueError):
@@ -38,13 +44,17 @@ class Refused(ValueError):
 class Session:
     """One client's half. A step is done by one connection at a time."""
 
-    def __init__(self, id_: str, owner: str, hello: Hello, training: Training, turn: Turn, crew: Crew) -> None:
+    def __init__(
+        self, id_: str, owner: str, hello: Hello, training: Training, turn: Turn, crew: Crew,
+        group: Group | None = None,
+    ) -> None:  # fmt: skip
         self.id, self.owner, self.task, self.example = id_, owner, hello.task, hello.example
-        self.training, self.turn, self.crew = training, turn, crew
+        self.training, self.turn, self.crew, self.group = training, turn, crew, group
         self.training.exchange.keep_log = True
         self.used = time.monotonic()
-        self.largest = self._largest(self.program(blank(hello.example)))
-        self._log: tuple[int, list[tuple[Key, bytes]], Done] | None = None
+        first = _split(blank(hello.example), hello.task.micro_batches)[0]
+        self.largest = self._largest(training.made.programs.at(first))
+        self.last: tuple[int, list[tuple[Key, bytes]], Done] | None = None
         """The last step, what was said in it, and its end."""
         self._lock = threading.Lock()
         self._connection: Connection | None = None
@@ -60,7 +70,7 @@ class Session:
         if before is not None:
             before.close()
         if not self._lock.acquire(timeout=30):
-            raise Refused("the session is still at work for a connection before: try again")
+            raise Busy("the session is still at work for a connection before: try again")
         # Before the edge hears that it is welcome: its first micro-batch may come at once.
         connection.micro_batches = self.task.micro_batches
         connection.assembler.largest = self.largest
@@ -71,21 +81,63 @@ class Session:
             self.used = time.monotonic()
             self._lock.release()
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Without a connection: the one it has is ended, and none can take its place. Raises Busy."""
+        if self._connection is not None:
+            self._connection.close()
+        if not self._lock.acquire(timeout=30):
+            raise Busy("another session of the group is still at work: try again")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def agree(self, at: int, saved: tuple[int, ...]) -> int:
         """Find the step to go on with, for an edge at step ``at`` with these checkpoints. Raises Refused."""
         step = self.training.step
-        if at == step or (at + 1 == step and self._log is not None and self._log[0] == at):
+        if at == step or (at + 1 == step and self.last is not None and self.last[0] == at):
             return step
+        if self.group is not None:
+            if step not in saved:  # else the edge goes back by itself
+                self.group.go_back(self, at, saved)
+            return self.training.step
         common = self.training.saved() & {at, *saved}
         if not common:
             raise Refused(
                 f"the host is at step {step} and has checkpoints of {sorted(self.training.saved())}, the edge is at "
                 f"{at} and has {sorted(saved)}: there is no step to go on with; begin a new session"
             )
-        self._log = None
+        self.last = None
         with self.turn.held():
             self.training.go_to(max(common))
         return self.training.step
+
+    def state(self) -> State:
+        """What a group's checkpoint keeps of this session: its step, its codecs, what it said last."""
+        last = self.last and {
+            "step": self.last[0], "keys": [list(key) for key, _ in self.last[1]], "done": self.last[2].model_dump(),
+        }  # fmt: skip
+        said = {
+            f"said/{i}": torch.frombuffer(bytearray(body), dtype=torch.uint8)
+            for i, (_, body) in enumerate(self.last[1] if self.last else ())
+        }
+        codecs = {name: t.clone() for name, t in self.training.settled().items()}
+        return State(
+            {**said, **checkpoint.under("codec/", codecs)}, {**self.facts(), "step": self.training.step, "last": last}
+        )
+
+    def resume(self, state: State | None) -> None:
+        """Be where a group's checkpoint knows this session; None: it had not begun."""
+        self.last, self.training.engine.steps = None, 0
+        self.training.exchange.load_state_dict({} if state is None else checkpoint.of("codec/", state.tensors))
+        if state is None:
+            return
+        self.training.engine.steps = int(state.facts["step"])
+        if (last := state.facts["last"]) is not None:
+            bodies = [state.tensors[f"said/{i}"].numpy().tobytes() for i in range(len(last["keys"]))]
+            keys = [Key(Kind(kind), step, micro_batch) for kind, step, micro_batch in last["keys"]]
+            self.last = (last["step"], list(zip(keys, bodies, strict=True)), Done.model_validate(last["done"]))
 
     @property
     def busy(self) -> bool:
@@ -108,38 +160,47 @@ class Session:
             connection.send(Key(Kind.DONE, key.step), done.body())
 
     def _step(self, step: int, begin: Begin, connection: Connection) -> Done:
-        if self._log is not None and self._log[0] == step and self.training.step == step + 1:
-            for key, body in self._log[1]:
+        if self.last is not None and self.last[0] == step and self.training.step == step + 1:
+            for key, body in self.last[1]:
                 connection.send(key, body)
-            return self._log[2]
+            return self.last[2]
         if step != self.training.step:
             raise WireError(f"step {step} begins, but this session is at step {self.training.step}")
+        if self.group is None:
+            done = self._do(step, begin, connection, None)
+            self.training.save_if_due(self.facts())
+            return done
+        with self.group.step(self, lambda: not connection.closed) as save:
+            return self._do(step, begin, connection, save)
+
+    def _do(self, step: int, begin: Begin, connection: Connection, save: bool | None) -> Done:
         result, queued = self._run(begin, connection, self.training.run)
-        done = Done(loss=result.loss if self.training.made.programs.cut.back is None else None, queued=queued)
-        self._log = (step, self.training.exchange.log, done)
-        self.training.save_if_due(self.facts())
+        loss = result.loss if self.training.made.programs.cut.back is None else None
+        done = Done(loss=loss, queued=queued, save=save)
+        self.last = (step, self.training.exchange.log, done)
         return done
 
     def _look(self, key: Key, begin: Begin, connection: Connection) -> Done:
         if key.step != self.training.step:
             raise WireError(f"an evaluation at step {key.step}, but this session is at step {self.training.step}")
-        log, self.training.exchange.keep_log = self._log, False
+        log, self.training.exchange.keep_log = self.last, False
         try:
-            result, queued = self._run(begin, connection, self.training.evaluate)
+            with self.group.look(self) if self.group is not None else nullcontext():
+                result, queued = self._run(begin, connection, self.training.evaluate)
         finally:
-            self._log, self.training.exchange.keep_log = log, True
+            self.last, self.training.exchange.keep_log = log, True
         return Done(loss=result.loss if self.training.made.programs.cut.back is None else None, queued=queued)
 
     def _run(self, begin: Begin, connection: Connection, do: Callable[[Any], StepResult]) -> tuple[StepResult, float]:
         if self.training.made.programs.cut.back is not None and begin.labels is not None:
             raise WireError("labels came for a cut with a tail on the edge: they have no place here")
         batch = batch_of(begin)
-        parts = _parts(batch, self.task.micro_batches)
+        parts = _split(batch, self.task.micro_batches)
         mode = self.training.made.model.training
         with self.turn.held():
             self.training.made.model.train(begin.training)
             try:
-                half = self.program(batch)
+                half = self.training.made.programs.at(parts[0])
             finally:
                 self.training.made.model.train(mode)
             if half.halves.digest != begin.digest:
@@ -151,30 +212,26 @@ class Session:
                 raise WireError(
                     "the batch is larger than the one the session was opened with: open it with the largest"
                 )
-            self._try(batch, training=begin.training)
-            samples = _samples(begin.samples, parts)
+            self._try(parts, training=begin.training)
+            samples = _samples(begin.samples, [rows(part) for part in parts])
             self.training.exchange.begin(connection, self.training.step, samples, training=begin.training)
             before = len(self.turn.waited)
             with self.crew.together("step", session=self.id, begin=begin.model_dump(mode="json")):
                 result = do(batch)
         return result, sum(list(self.turn.waited)[before:])
 
-    def _try(self, batch: Any, *, training: bool) -> None:
+    def _try(self, parts: Sequence[Any], *, training: bool) -> None:
         """Raises ValueError for a batch that an engine would refuse, before any rank has begun."""
         model, made = self.training.made.model, self.training.made
         mode = model.training
         model.train(training)
         try:
-            for part in split(batch, self.task.micro_batches):
+            for part in parts:
                 made.programs.at(part)
                 if not made.weigh(part):
                     raise WireError("a micro-batch has no item to learn from: every label is ignored")
         finally:
             model.train(mode)
-
-    def program(self, batch: Any) -> Half:
-        """The program of the batch's first micro-batch."""
-        return self.training.made.programs.at(split(batch, self.task.micro_batches)[0])
 
     def _largest(self, half: Half) -> int:
         halves, exchange = half.halves, self.training.exchange
@@ -193,9 +250,9 @@ def batch_of(begin: Begin) -> Any:
     return blank(begin.outline, mask, None if begin.labels is None else _labels(begin.labels))
 
 
-def _parts(batch: Any, count: int) -> list[int]:
+def _split(batch: Any, count: int) -> list[Any]:
     try:
-        return [rows(part) for part in split(batch, count)]
+        return split(batch, count)
     except ValueError as error:
         raise WireError(str(error)) from None
 

@@ -59,6 +59,8 @@ class Training:
         self.scale = 1.0
         """Of the learning rate."""
         self._saved: set[int] | None = None
+        self._before: Mapping[str, Tensor] | None = None
+        """What the codecs remembered when the step under way began."""
 
     @property
     def engine(self) -> Any:
@@ -85,7 +87,7 @@ class Training:
 
     @contextmanager
     def _all_or_nothing(self, *, always: bool = False) -> Iterator[None]:
-        codecs = {name: t.clone() for name, t in self.exchange.state_dict().items()}
+        codecs = self._before = {name: t.clone() for name, t in self.exchange.state_dict().items()}
         buffers = {name: t.clone() for name, t in self._buffers().items()}
         through = False
         try:
@@ -97,10 +99,24 @@ class Training:
                 own = self._buffers()
                 for name, before in buffers.items():
                     own[name].copy_(before)
+            self._before = None
 
     def _buffers(self) -> dict[str, Tensor]:
         own = set(self.made.own)
         return {name: b for name, b in self.made.model.named_buffers() if name in own and not b.is_meta}
+
+    def put_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Take a group's buffers for this half's own."""
+        for name, own in self._buffers().items():
+            own.copy_(buffers[name])
+
+    def settled(self) -> Mapping[str, Tensor]:
+        """What the codecs remember, without what a step under way has changed."""
+        return self.exchange.state_dict() if self._before is None else self._before
+
+    def buffers(self) -> Mapping[str, Tensor]:
+        """This half's own buffers."""
+        return self._buffers()
 
     def _tensors(self) -> dict[str, Tensor]:
         own = set(self.made.own)
@@ -163,8 +179,13 @@ class Training:
 
     def save_if_due(self, facts: Mapping[str, Any]) -> None:
         """Write a checkpoint where the step is a multiple of ``every``."""
-        if self.step % self.every == 0:
+        if self.due:
             self.save(facts)
+
+    @property
+    def due(self) -> bool:
+        """Whether this is a step to keep."""
+        return self.step % self.every == 0
 
     def saved(self) -> set[int]:
         """Steps with a whole checkpoint, read once."""

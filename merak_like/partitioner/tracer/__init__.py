@@ -6,6 +6,7 @@ call it saw can be folded back into one node (to execute).
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ from merak_like.partitioner.tracer.shadow import Question, questions
 from merak_like.partitioner.tracer.writer import Writer
 
 __all__ = ["LossFn", "Trace", "TraceError", "trace"]
+
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ def trace(
     that the model spells out become the one kernel that computes the same, up to rounding (see ``kernels``). The model
     may be on the meta device and is left exactly as it was.
 
+    Threads take turns: a trace replaces functions of torch for a while, which are the process's and not the thread's.
+
     Raises TraceError (a ValueError) for whatever cannot be recorded faithfully.
     """
     if torch.is_inference_mode_enabled():
@@ -94,17 +99,18 @@ def trace(
     def attempt() -> Trace:
         return surely(lambda: _with_choices(model, example, loss_fn, choices, where))
 
-    with as_in_a_real_run() as asked:
-        try:
+    with _ONE_AT_A_TIME:
+        with as_in_a_real_run() as asked:
+            try:
+                return attempt()
+            except TraceError as error:
+                if not asked():
+                    raise
+                first = error
+        try:  # what the model checks in a real run cannot be known here: take the way it keeps for fake tensors
             return attempt()
-        except TraceError as error:
-            if not asked():
-                raise
-            first = error
-    try:  # what the model checks in a real run cannot be known here: take the way it keeps for fake tensors
-        return attempt()
-    except TraceError:
-        raise first from None
+        except TraceError:
+            raise first from None
 
 
 def _with_choices(

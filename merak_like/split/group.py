@@ -1,0 +1,240 @@
+"""A group on its host: shared weights, the sessions that train them, and one checkpoint of all of it.
+
+folder/<group>/step-N/     the N-th checkpoint: weights, optimizer, whose turn it is; of each session its step, what its
+                           codecs remember and what was said to its edge last
+
+So after a crash an edge that did or did not hear of its last step goes on all the same. An edge that was restarted from
+an older checkpoint takes the whole group back with it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from threading import Lock
+
+from torch import Tensor
+
+from merak_like.runtime.finite import Guard
+from merak_like.runtime.optimizer import Slot, StepResult, Update
+from merak_like.split import checkpoint
+from merak_like.split.checkpoint import State
+from merak_like.split.common import Common, Part
+from merak_like.split.groups import GroupText, Place, chosen, due, saves
+from merak_like.split.half import Brief, Made
+from merak_like.split.pooled import Pooled
+from merak_like.split.rounds import Busy, Meeting, Rounds
+from merak_like.split.session import Refused, Session
+from merak_like.split.turn import Turn
+
+KEEP = 6
+
+
+class Contributes(Update):
+    """An update that changes nothing here: the gradients go to whoever puts them together."""
+
+    def __init__(
+        self, slots: Sequence[Slot], *, max_grad_norm: float | None, guard: Guard,
+        give: Callable[[Mapping[str, Tensor], StepResult], None],
+    ) -> None:  # fmt: skip
+        super().__init__(slots, None, max_grad_norm=max_grad_norm, guard=guard)
+        self._give = give
+
+    def apply(self, found: StepResult, step: int, blame: Callable[[], str]) -> StepResult:
+        """Refuse what is not finite, clip, and give."""
+        result = super().apply(found, step, blame)
+        self._give({slot.name: slot.target.grad for slot in self.slots if slot.target.grad is not None}, result)
+        return result
+
+
+class Group:
+    """One group of a host."""
+
+    def __init__(
+        self, name: str, text: GroupText, folder: Path, turn: Turn, note: Callable[..., None],
+        stopping: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        self.name, self.text, self.folder, self.turn = name, text, folder, turn
+        self.rounds = Rounds(name, text, self._apply, self._end, note, stopping)
+        self.common: Common | None = None
+        self.live: dict[str, Session] = {}
+        self.resting: dict[str, State] = {}
+        """Sessions by id that are not in memory, as a checkpoint knows them."""
+        self._note = note
+        self._at_work: dict[str, tuple[Session, Meeting]] = {}
+        """By member."""
+        self._going_back = Lock()
+        self._dirty = False
+
+    # --- sessions -----------------------------------------------------------------------------------------------------
+
+    def begin(self, build: Callable[[], Made]) -> Common:
+        """The shared weights: of a checkpoint where there is one, else as a half has them when it is built."""
+        if self.common is None:
+            common = Common(build(), self.text)
+            found = checkpoint.whole(self.folder)
+            self.common = common
+            if found:
+                self._take_up(checkpoint.load(self.folder, found[-1]))
+        return self.common
+
+    def learner(self, member: str) -> Callable[[Sequence[Slot]], Update]:
+        """Makes the end of a member's step."""
+
+        def give(gradients: Mapping[str, Tensor], result: StepResult) -> None:
+            if result.grad_norm > self.text.most_norm:
+                raise FloatingPointError(
+                    f"the gradient norm {result.grad_norm:g} is above {self.text.most_norm:g}, the most that group "
+                    f"{self.name} takes"
+                )
+            session, meeting = self._at_work[member]
+            with self.turn.away():
+                self.rounds.give(meeting, member, Part(gradients, session.training.buffers(), result.tokens))
+
+        return lambda slots: Contributes(slots, max_grad_norm=self.text.max_grad_norm, guard=Brief(), give=give)
+
+    def known(self, session: str) -> State | None:
+        """A session that is not in memory, of this group's newest checkpoint."""
+        if self.common is None and not self.resting and (found := checkpoint.whole(self.folder)):
+            self._rest(checkpoint.load(self.folder, found[-1]))
+        return self.resting.get(session)
+
+    def join(self, session: Session) -> None:
+        """A session is in memory from now on; a new one is kept at once, for its edge may name it after a crash."""
+        with self.rounds.change:
+            before = [s for s in self.live.values() if s.owner == session.owner]
+            for id_ in [i for i, state in self.resting.items() if state.facts["owner"] == session.owner]:
+                state = self.resting.pop(id_)
+                if id_ == session.id:
+                    session.resume(state)
+            for one in before:
+                self.live.pop(one.id)
+            self.live[session.id] = session
+            if session.training.step == 0 and session.last is None:
+                self.rounds.change.wait_for(lambda: not self.rounds.meeting.applied, self.text.wait)
+                self.save()
+
+    def rest(self, session: Session) -> None:
+        """A session leaves memory; the group knows of it."""
+        with self.rounds.change:
+            self.resting[session.id] = session.state()
+            self.live.pop(session.id, None)
+
+    @contextmanager
+    def step(self, session: Session, there: Callable[[], bool]) -> Iterator[bool]:
+        """A step of a session is inside; whether its edge must keep what it has after it."""
+        with self.rounds.seat(session.owner, there) as meeting:
+            assert self.common is not None
+            self._at_work[session.owner] = session, meeting
+            session.training.put_buffers(self.common.buffers)
+            self._blend(session, meeting)
+            yield saves(self.text, self.rounds.at, meeting.who)
+
+    def _blend(self, session: Session, meeting: Meeting) -> None:
+        """Let a session's gradients at the cut be the mean of those that are chosen in this round."""
+        exchange, member = session.training.exchange, session.owner
+        if not isinstance(exchange, Pooled):
+            return
+        who = chosen(self.text, self.rounds.at, meeting.who)
+
+        def blend(micro_batch: int, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            with self.turn.away():
+                return self.rounds.pool(meeting, member, who, micro_batch, values)
+
+        exchange.blend = blend if member in who else None
+
+    @contextmanager
+    def look(self, session: Session) -> Iterator[None]:
+        """An evaluation of a session is inside."""
+        with self.rounds.look():
+            assert self.common is not None
+            session.training.put_buffers(self.common.buffers)
+            yield
+
+    # --- rounds -------------------------------------------------------------------------------------------------------
+
+    def _apply(self, parts: tuple[Part, ...], at: Place) -> None:
+        assert self.common is not None
+        self.common.learn(parts, at.updates)
+
+    def _end(self, before: Place, now: Place) -> None:
+        self._dirty = True
+        if due(self.text, before, now):
+            self.save(now)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save(self, at: Place | None = None) -> None:
+        """Write a checkpoint; between two updates, whatever the sessions are at."""
+        assert self.common is not None
+        common = self.common.state()
+        sessions = {**self.resting, **{id_: session.state() for id_, session in self.live.items()}}
+        tensors = dict(common.tensors)
+        for id_, state in sessions.items():
+            tensors |= checkpoint.under(f"session/{id_}/", state.tensors)
+        facts = {
+            **common.facts, "group": self.text.model_dump(mode="json"), "place": asdict(at or self.rounds.at),
+            "away": sorted(self.rounds.away), "sessions": {id_: dict(state.facts) for id_, state in sessions.items()},
+        }  # fmt: skip
+        number = (checkpoint.steps(self.folder) or [0])[-1] + 1
+        checkpoint.save(self.folder, number, State(tensors, facts), keep=KEEP)
+        self._dirty = False
+
+    def close(self) -> None:
+        """Keep what was not kept yet."""
+        with self.rounds.change:
+            if self.common is not None and self._dirty and self.rounds.broken is None:
+                self.save()
+
+    def go_back(self, session: Session, at: int, saved: tuple[int, ...]) -> None:
+        """Take the group to its newest checkpoint that an edge at step ``at``, with these checkpoints, can go on from.
+
+        Raises Refused where there is none, Busy where others are still at work.
+        """
+        if not self._going_back.acquire(blocking=False):
+            raise Busy(f"group {self.name} is going back for somebody else: try again")
+        try:
+            for number in reversed(checkpoint.whole(self.folder)):
+                state = checkpoint.load(self.folder, number)
+                mine = state.facts["sessions"].get(session.id)
+                if mine is not None and (mine["step"] in {at, *saved} or (mine["last"] and mine["step"] == at + 1)):
+                    break
+            else:
+                raise Refused(
+                    f"the edge is at step {at} and has checkpoints of {sorted(saved)}; group {self.name} has none that "
+                    "fits: begin a new session"
+                )
+            self.rounds.fail(f"group {self.name} goes back to an earlier update")
+            with ExitStack() as stack:
+                for other in [s for s in self.live.values() if s is not session]:
+                    stack.enter_context(other.alone())
+                with self.turn.held():
+                    self._take_up(state)
+            for later in checkpoint.steps(self.folder):
+                if later > number:
+                    shutil.rmtree(self.folder / f"step-{later}", ignore_errors=True)
+            self._note("went back", group=self.name, update=self.rounds.at.updates, member=session.owner)
+        finally:
+            self._going_back.release()
+
+    def _take_up(self, state: State) -> None:
+        assert self.common is not None
+        self.common.restore(state)
+        self._rest(state)
+        for id_, session in self.live.items():
+            session.resume(self.resting.pop(id_, None))
+        self._dirty = False
+
+    def _rest(self, state: State) -> None:
+        """Know a checkpoint's sessions and place."""
+        self.resting = {
+            id_: State(checkpoint.of(f"session/{id_}/", state.tensors), facts)
+            for id_, facts in state.facts["sessions"].items()
+        }
+        self.rounds.away = set(state.facts["away"]) & set(self.text.members)
+        place = Place(**state.facts["place"])
+        fits = place.member < len(self.text.members)
+        self.rounds.go_to(place if fits else Place(place.updates, place.round))

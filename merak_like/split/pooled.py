@@ -1,0 +1,42 @@
+"""Cut-layer gradients that clients of a round have in common (SplitAvg of SGLR; see ``common`` for the source).
+
+Of C clients in a round, phi * C are drawn. Each of them gets, for each place of a micro-batch, the mean of what all of
+them would get; the others get their own. It mixes gradients of unrelated samples, so all must have the same shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from merak_like.runtime.links import Spec
+from merak_like.split.exchange import Exchange, Link, Way
+
+Blend = Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""From a micro-batch and its gradients to those that go back."""
+
+
+class Pooled(Exchange):
+    """An exchange whose gradients at the cut may be others' too."""
+
+    blend: Blend | None = None
+
+    def put(self, link: Link, way: Way, micro_batch: int, values: Mapping[str, Tensor], specs: Sequence[Spec]) -> None:
+        """Send, blended where it is the edge's gradient."""
+        if self.blend is not None and link == "up" and way == "backward":
+            values = self.blend(micro_batch, values)
+        super().put(link, way, micro_batch, values, specs)
+
+
+def mean(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Place by place. Raises ValueError for gradients of different shapes."""
+    for name in found[0]:
+        shapes = sorted({tuple(each[name].shape) for each in found if name in each})
+        if len(shapes) != 1 or any(name not in each for each in found):
+            raise ValueError(
+                f"phi takes the mean of gradients of one shape, the clients of this round have {shapes}: give all "
+                "the same batch size and length, or use alpha alone"
+            )
+    return {name: torch.stack([each[name] for each in found]).mean(0) for name in found[0]}

@@ -1,0 +1,231 @@
+"""Clients of a group train one cloud half: the numbers are those of one process that trains the same, and a step is
+applied once, whatever is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+from torch import Tensor
+
+from merak_like.split.groups import Place, after, chosen, due, expected, group_of, saves
+from merak_like.split.host import Host
+from tests import split_groups as groups
+from tests.split_groups import Ward
+from tests.split_process import Nursery
+
+pytest.importorskip("cryptography")
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return groups.made_keys(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as made:
+        yield made
+
+
+def test_in_turns_is_one_process_that_trains_in_that_order(certificates: Path, tmp_path: Path):
+    """Two steps of ann, two of bob, and again: the shared layers, Adam's moments and the running means go from one to
+    the other."""
+    group = groups.text("sequential", "ann", "bob", turn=2)
+    with Ward(tmp_path, certificates, group) as ward:
+        for name in group.members:
+            ward.edge(name)
+        losses = ward.train(ann=4, bob=4)
+        expected_losses, expected = groups.alone(group, 8)
+        assert groups.furthest(ward.weights, expected) < 1e-10
+        for name in group.members:
+            assert list(losses[name]) == [0, 1, 2, 3]
+            assert list(losses[name].values()) == pytest.approx(list(expected_losses[name].values()), abs=1e-10)
+
+
+@pytest.mark.parametrize(("alpha", "phi"), [(0.0, 0.0), (0.5, 0.67)])
+def test_in_parallel_is_one_process_with_the_same_formulas(
+    alpha: float, phi: float, certificates: Path, tmp_path: Path
+):
+    """Three clients at once, two of which get one gradient at the cut; without ``phi`` their batches differ in size."""
+    group = groups.text("parallel", "ann", "bob", "eve", alpha=alpha, phi=phi)
+    even = phi > 0
+    with Ward(tmp_path, certificates, group, even=even) as ward:
+        for name in group.members:
+            ward.edge(name)
+        losses = ward.train(ann=3, bob=3, eve=3)
+        expected_losses, expected = groups.alone(group, 3, even=even)
+        assert groups.furthest(ward.weights, expected) < 1e-10
+        for name in group.members:
+            assert list(losses[name].values()) == pytest.approx(list(expected_losses[name].values()), abs=1e-10)
+
+
+CRASHES = ("begun", "stepped", "applied", "group saved")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+@pytest.mark.parametrize("place", CRASHES)
+def test_a_host_that_crashes_changes_nothing(
+    mode: str, place: str, certificates: Path, nursery: Nursery, tmp_path: Path
+):
+    """Killed with SIGKILL in the middle of a round, and started again: to the last bit what a calm run gives."""
+    group = groups.text(mode, "ann", "bob")
+    options = {"keys": str(certificates), "groups": {"ward": group.model_dump(mode="json")}, "cut": groups.CUT,
+               "model": "tests.split_groups:made"}  # fmt: skip
+
+    def run(folder: Path, fault: str) -> dict[str, Tensor]:
+        host = nursery.start("host", folder=str(folder / "host"), fault=fault, at=3, **options)
+        with Ward(folder, certificates, group, port=host["port"]) as ward:
+            for name in group.members:
+                ward.edge(name, codec="aqsgd(4)|int8")
+            if fault:
+                watcher = Thread(target=again, args=(host, folder))
+                watcher.start()
+            ward.train(ann=6, bob=6)
+            if fault:
+                watcher.join(60)
+                host = restarted[-1]
+            os.kill(host["pid"], signal.SIGTERM)
+            assert nursery.wait(host["pid"])["status"] == 0
+            return ward.kept()
+
+    restarted: list[dict[str, int]] = []
+
+    def again(host: dict[str, int], folder: Path) -> None:
+        assert nursery.wait(host["pid"])["status"] == -signal.SIGKILL
+        restarted.append(nursery.start("host", folder=str(folder / "host"), port=host["port"], **options))
+
+    calm, shaken = run(tmp_path / "calm", ""), run(tmp_path / "shaken", place)
+    assert restarted
+    assert calm.keys() == shaken.keys()
+    assert all(torch.equal(calm[name], shaken[name]) for name in calm)
+
+
+def test_a_killed_edge_takes_the_group_back(certificates: Path, tmp_path: Path):
+    """Ann's edge is lost at step 5 and starts from its checkpoint of step 3: bob, at 5 too, goes back with it."""
+    group = groups.text("sequential", "ann", "bob", checkpoint_every=3)
+    kept: list[dict[str, Tensor]] = []
+    for lost in (False, True):
+        folder = tmp_path / str(lost)
+        with Ward(folder, certificates, group, dtype=torch.float32) as ward:
+            for name in group.members:
+                ward.edge(name, codec="aqsgd(4)|int8", checkpoint_every=3)
+            ward.train(ann=5, bob=5)
+            if lost:
+                ward.edges["ann"].close()
+                assert ward.edge("ann", codec="aqsgd(4)|int8", checkpoint_every=3).step_number == 3
+            losses = ward.train(ann=6, bob=6)
+            assert list(losses["bob"]) == ([3, 4, 5] if lost else [5])
+            kept.append(ward.kept())
+    assert kept[0].keys() == kept[1].keys()
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+
+
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_who_is_missing_is_named(mode: str, certificates: Path, tmp_path: Path):
+    """Nothing is changed meanwhile, and when bob is there after all it goes on."""
+    group = groups.text(mode, "bob", "ann", wait=0.5)
+    with Ward(tmp_path, certificates, group) as ward:
+        ann = ward.edge("ann", patience=1.0)
+        with pytest.raises(ValueError, match="group ward waits for bob"):
+            ann.step(groups.batch_of("ann", 0))
+        assert ann.step_number == 0
+        ann.patience = 60.0
+        ward.edge("bob")
+        ward.train(ann=1, bob=1)
+        assert groups.furthest(ward.weights, groups.alone(group, 2 if mode == "sequential" else 1)[1]) < 1e-10
+
+
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_a_group_that_skips_goes_on_without_and_takes_back(mode: str, certificates: Path, tmp_path: Path):
+    group = groups.text(mode, "bob", "ann", wait=0.5, lost="skip", alpha=0.5 if mode == "parallel" else 0)
+    alone = group.model_copy(update={"members": ("ann",)})
+    with Ward(tmp_path, certificates, group) as ward:
+        ward.edge("ann")
+        ward.train(ann=2)
+        assert groups.furthest(ward.weights, groups.alone(alone, 2)[1]) < 1e-10
+        assert ward.host is not None
+        rounds = ward.host.registry.groups["ward"].rounds
+        assert rounds.away == {"bob"}
+        rounds.text = rounds.text.model_copy(update={"wait": 30.0})  # from here on nobody is passed over
+        bob = ward.edge("bob")
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(bob.step, groups.batch_of("bob", 0))
+            with rounds.change:
+                assert rounds.change.wait_for(lambda: not rounds.away, 30)
+            if mode == "parallel":
+                ward.train(ann=3)
+            first.result()
+        assert rounds.at.updates == 3
+
+
+def test_numbers_that_are_not_finite_or_too_large_reach_no_shared_weight(certificates: Path, tmp_path: Path):
+    group = groups.text("sequential", "ann", most_norm=1e-9)
+    with Ward(tmp_path, certificates, group) as ward:
+        edge = ward.edge("ann")
+        with pytest.raises(FloatingPointError, match="above 1e-09, the most that group ward takes"):
+            edge.step(groups.batch_of("ann", 0))
+        before = ward.weights
+        sick = edge.training.made.model.get_parameter("token.weight")
+        with torch.no_grad():
+            kept, sick[:] = sick.clone(), float("nan")
+        with pytest.raises(FloatingPointError, match="not finite"):
+            edge.step(groups.batch_of("ann", 0))
+        with torch.no_grad():
+            sick.copy_(kept)
+        assert groups.furthest(ward.weights, before) == 0.0
+
+
+def test_who_may_join_is_the_operators_word(certificates: Path, tmp_path: Path):
+    with Ward(tmp_path, certificates, groups.text("parallel", "ann")) as ward:
+        with pytest.raises(ValueError, match="There is no such group"):
+            ward.edge("bob").step(groups.batch_of("bob", 0))
+        with pytest.raises(ValueError, match="There is no such group"):
+            ward.edge("ann", group="wards", folder="other").step(groups.batch_of("ann", 0))
+        with pytest.raises(ValueError, match="say checkpoint_every: 2, not 7"):
+            ward.edge("ann", checkpoint_every=7, folder="third").step(groups.batch_of("ann", 0))
+        ann = ward.edge("ann")
+        ann.step(groups.batch_of("ann", 0))
+        stolen = ward.edge("bob", folder="stolen")
+        stolen.session = ann.session
+        with pytest.raises(ValueError, match="There is no such group"):
+            stolen.step(groups.batch_of("bob", 0))
+
+
+def test_a_group_is_refused_where_it_cannot_be(tmp_path: Path):
+    text = groups.text("parallel", "ann")
+    with pytest.raises(ValueError, match="by their certificates"):
+        Host(groups.Source(groups.model), groups.CUT, listen="127.0.0.1:0", folder=tmp_path, groups={"ward": text})
+    for entry, said in (
+        ({"mode": "sequential", "members": ["a"], "phi": 0.5}, "phi means nothing in a sequential group"),
+        ({"mode": "parallel", "members": ["a", "a"]}, "named twice"),
+        ({"mode": "parallel", "members": ["a"], "alpa": 1}, "ward.alpa"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            group_of(entry, "groups.yaml: ward")
+
+
+def test_turns_rounds_and_checkpoints_are_a_pure_function():
+    text = groups.text("sequential", "a", "b", "c", turn=2, checkpoint_every=2)
+    at, order, kept = Place(), "", list[int]()
+    for update in range(12):
+        who = expected(text, at)
+        now = after(text, at, who)
+        order += who[0].upper() if saves(text, at, who) else who[0]
+        kept += [update + 1] if due(text, at, now) else []
+        at = now
+    assert order == "aabbccaAbBcC"
+    assert kept == [12]
+    assert expected(text, Place(member=1), {"b"}) == ("c",)
+    assert after(text, Place(member=2), ("a",)).round == 1  # c was passed over
+    parallel = groups.text("parallel", "a", "b", "c", phi=0.67, checkpoint_every=3)
+    drawn = {chosen(parallel, Place(updates=i), ("a", "b", "c")) for i in range(20)}
+    assert drawn == {("a", "b"), ("a", "c"), ("b", "c")}
+    assert [saves(parallel, Place(i, i), ("a",)) for i in range(4)] == [False, False, True, False]
