@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from merak_like.split.groups import Place, after, chosen, due, expected, group_of, saves
+from merak_like.split.groups import Place, after, chosen, due, expected, group_of, read_groups, saves
 from merak_like.split.host import Host
 from tests import split_groups as groups
+from tests.commands import refused
 from tests.split_groups import Ward
 from tests.split_process import Nursery
 
@@ -210,6 +211,21 @@ def test_a_group_is_refused_where_it_cannot_be(tmp_path: Path):
     ):
         with pytest.raises(ValueError, match=said):
             group_of(entry, "groups.yaml: ward")
+
+
+def test_mistakes_in_groups_yaml_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "groups.yaml"
+    file.write_text("ward: {mode: sequential, members: [ann, bob], optimizer: {name: adamw, lr: 2.0e-5}, wait: 60}")
+    ward = read_groups(file)["ward"]
+    assert ward.members == ("ann", "bob")
+    assert ward.optimizer.lr == 2e-5
+    serve = ["serve", "--model", "tests.split_models:calm", "--cut", groups.CUT, "--state", str(tmp_path / "host")]
+    serve += ["--listen", "127.0.0.1:0", "--groups", str(file)]
+    assert "give the host keys" in refused(capsys, *serve)
+    file.write_text("ward: {mode: paralel, members: [ann]}")
+    assert f"{file}: ward.mode" in refused(capsys, *serve)
+    file.write_text("- ward")
+    assert "groups by name" in refused(capsys, *serve)
 
 
 def test_turns_rounds_and_checkpoints_are_a_pure_function():

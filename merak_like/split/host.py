@@ -57,16 +57,18 @@ class Host:
         self.limits, self.keys = limits or Limits(), keys
         self.address = address(listen)
         require_safe(self.address[0], keys, insecure)
-        place = Cut.parse(cut)
+        place, here = Cut.parse(cut), torch.device(device)
+        self.crew = crew or Crew(World(0, 1, here, timedelta(seconds=600)))
+        self._check(groups or {})
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics, self.audit = Metrics(), Audit(self.folder / "audit.jsonl")
-        self.turn = Turn(torch.device(device))
-        self.crew = crew or Crew(World(0, 1, self.turn.device, timedelta(seconds=600)))
+        self.turn = Turn(here)
         self.draining = threading.Event()
         self.registry = Registry(
             source, place, self.folder / "sessions", self.limits, self.turn, self.turn.device, self.crew,
-            self._groups(groups or {}),
+            {name: Group(name, text, self.folder / "groups" / name, self.turn, self.audit.note, self.draining.is_set)
+             for name, text in (groups or {}).items()},
         )  # fmt: skip
         self.port = 0
         """The port in use, once it listens."""
@@ -80,22 +82,18 @@ class Host:
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
 
-    def _groups(self, texts: Mapping[str, GroupText]) -> dict[str, Group]:
-        if texts and self.keys is None:
+    def _check(self, groups: Mapping[str, GroupText]) -> None:
+        if groups and self.keys is None:
             raise ValueError("a group knows its members by their certificates: give the host keys (`merak keys init`)")
-        if texts and not self.crew.world.alone:
+        if groups and not self.crew.world.alone:
             raise ValueError(f"a group's half is on one rank, this host has {self.crew.world.size}: serve it with one")
-        for name, text in texts.items():
+        for name, text in groups.items():
             if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
                 raise ValueError(f"a group's name is letters, digits, _ and -, found {name!r}")
             if text.wait > self.limits.waits.step:
                 raise ValueError(
                     f"group {name} waits {text.wait:.0f} s, but edges wait {self.limits.waits.step:.0f} s for an answer"
                 )
-        return {
-            name: Group(name, text, self.folder / "groups" / name, self.turn, self.audit.note, self.draining.is_set)
-            for name, text in texts.items()
-        }
 
     # --- life ---------------------------------------------------------------------------------------------------------
 

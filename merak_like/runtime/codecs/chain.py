@@ -46,8 +46,7 @@ class Chain(Codec):
         reader = Reader(side)
         steps: list[tuple[Codec, bytes, Layout]] = []
         for codec in self.codecs:
-            # 8 bytes an element, and the head and the names of samples that a body of bytes may have in front
-            into = reader.layout(8 * context.limit + 64 * (len(context.samples) + 1)) if steps else layout
+            into = reader.layout(context.limit_bytes) if steps else layout
             steps.append((codec, reader.take(reader.number("a side's length"), "a side"), into))
         reader.end("the sides")
         for codec, own, into in reversed(steps):

@@ -57,6 +57,11 @@ class Context:
     """Where the receiver wants the tensor."""
 
     @property
+    def limit_bytes(self) -> int:
+        """Most elements of a body of bytes: 8 an element, and what a codec writes in front of them and of samples."""
+        return 8 * self.limit + 64 * (len(self.samples) + 1)
+
+    @property
     def answers(self) -> bool:
         """Whether this is the gradient of what the same codec carried forward."""
         return self.direction == "backward" and self.paired and self.training
@@ -202,7 +207,7 @@ class Codec(ABC):
     def _unblob(self, reader: Reader, context: Context) -> Tensor:
         layout = reader.layout(context.limit)
         side = reader.take(reader.number("the side's length"), "the side")
-        packed = reader.layout(8 * context.limit)  # in bytes, a body of uint8 is as large as 8 bytes an element
+        packed = reader.layout(context.limit_bytes)
         data = reader.rest()
         if len(data) != packed.nbytes:
             raise ValueError(f"the frame is malformed: {len(data)} bytes for a body of {packed}")
