@@ -50,15 +50,12 @@ class Host:
         self.limits, self.keys = limits or Limits(), keys
         self.address = address(listen)
         require_safe(self.address[0], keys, insecure)
-        place = Cut.parse(cut)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics, self.audit = Metrics(), Audit(self.folder / "audit.jsonl")
         self.turn = Turn(torch.device(device))
         self.crew = crew or Crew(World(0, 1, self.turn.device, timedelta(seconds=600)))
-        self.registry = Registry(
-            source, place, self.folder / "sessions", self.limits, self.turn, self.turn.device, self.crew
-        )
+        self.registry = self._sessions(source, cut)
         self.port = 0
         """The port in use, once it listens."""
         self.status_port = 0
@@ -188,15 +185,7 @@ class Host:
         facts: dict[str, Any] = {"owner": owner, "peer": peer}
         end = "closed"
         try:
-            hello = parse(Hello, connection.receive(Key(Kind.HELLO), self.limits.waits.hello))
-            session = self.registry.open(hello, owner)
-            facts["session"] = session.id
-            with session.taken_over(connection):
-                step = session.agree(hello.step, hello.saved)
-                self.audit.note("opened", step=step, **facts)
-                welcome = Welcome(session=session.id, step=step, largest=session.largest)
-                connection.send(Key(Kind.WELCOME), welcome.body())
-                session.serve(connection, self.draining.is_set, self.metrics)
+            self._converse(connection, owner, facts)
             connection.send(Key(Kind.BYE), b"")
             connection.flush(5.0)
             end = "drained"
@@ -209,6 +198,24 @@ class Host:
             self._tell(connection, error)
         finally:
             self.audit.note("ended", why=end, **{w: connection.bytes[w] for w in ("sent", "received")}, **facts)
+
+    def _sessions(self, source: Source, cut: str) -> Registry:
+        """What is behind the door; another kind of host has other sessions."""
+        return Registry(
+            source, Cut.parse(cut), self.folder / "sessions", self.limits, self.turn, self.turn.device, self.crew
+        )
+
+    def _converse(self, connection: Connection, owner: str, facts: dict[str, Any]) -> None:
+        """A session, from its opening until this connection's part in it is over."""
+        hello = parse(Hello, connection.receive(Key(Kind.HELLO), self.limits.waits.hello))
+        session = self.registry.open(hello, owner)
+        facts["session"] = session.id
+        with session.taken_over(connection):
+            step = session.agree(hello.step, hello.saved)
+            self.audit.note("opened", step=step, **facts)
+            welcome = Welcome(session=session.id, step=step, largest=session.largest)
+            connection.send(Key(Kind.WELCOME), welcome.body())
+            session.serve(connection, self.draining.is_set, self.metrics)
 
     def _tell(self, connection: Connection, error: Exception) -> None:
         """Say why, as far as it is the client's business."""
