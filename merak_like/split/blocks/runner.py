@@ -60,9 +60,9 @@ class Runner:
 
         self.source, self.device = source, device
         self.cached = Cached(source.build()).eval()
-        self.blocks = blocks_of(self.cached)
+        self._probe = recorded(self.cached, PROBE)
+        self.blocks = blocks_of(self._probe, self.cached)
         self.dtype = next(self.cached.parameters()).dtype
-        self.ties = recorded(self.cached, PROBE).graph.ties
         self._traces: dict[Shape, Trace] = {}
         self._spans: dict[tuple[Shape, int, int], Span] = {}
 
@@ -70,9 +70,9 @@ class Runner:
         """Read or make the weights of these parts; all else stays without memory."""
         from merak_like import hf
 
-        names = {n for first, stop in parts for n in names_of(self.cached, first, stop)}
+        names = {n for first, stop in parts for n in names_of(self._probe, self.cached, first, stop)}
         inner = {n.removeprefix("model.") for n in names}
-        ties = [tuple(n.removeprefix("model.") for n in names) for names in self.ties]
+        ties = [tuple(n.removeprefix("model.") for n in names) for names in self._probe.graph.ties]
         model = self.cached.model
         fill(
             model, inner, ties, self.device, seed=0, initialise=hf.initialiser(model), weights=self.source.weights,
@@ -84,7 +84,7 @@ class Runner:
         """A fingerprint of a block's weights, by their bytes."""
         state = self.cached.state_dict(keep_vars=True)
         digest = blake2b(digest_size=16)
-        for name in sorted(set(names_of(self.cached, block + 1, block + 2)) & set(state)):
+        for name in sorted(set(names_of(self._probe, self.cached, block + 1, block + 2)) & set(state)):
             digest.update(name.encode())
             digest.update(to_bytes(state[name].detach()))
         return digest.hexdigest()

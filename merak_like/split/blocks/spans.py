@@ -75,9 +75,11 @@ def recorded(cached: nn.Module, shape: Shape, device: torch.device | None = None
         raise ValueError(f"{_name(cached)} cannot be run with a cache of keys and values alone: {error}") from None
 
 
-def blocks_of(cached: nn.Module) -> Blocks:
-    """Look at a model. Raises ValueError for one whose blocks cannot be told apart, or pass on something else."""
-    found = recorded(cached, PROBE)
+def blocks_of(found: Trace, cached: nn.Module) -> Blocks:
+    """Look at a trace of ``PROBE``.
+
+    Raises ValueError for a model whose blocks cannot be told apart, or pass on something else.
+    """
     starts = borders(found, cached)
     across = [c for c in crossings(found.graph, starts) if c.source < len(starts) - 2]
     public, known = set(found.inputs) - {SECRET}, sources(found.graph)
@@ -131,15 +133,15 @@ def _room(found: Trace, block: int) -> Room:
     return Room(keys.shape[1], keys.shape[3], values.shape[3], getattr(torch, keys.dtype))
 
 
-def names_of(cached: nn.Module, first: int, stop: int) -> tuple[str, ...]:
+def names_of(found: Trace, cached: nn.Module, first: int, stop: int) -> tuple[str, ...]:
     """First names of the parameters and buffers of parts ``first <= i < stop``.
 
     Part 0 is the head, part i + 1 is block i, and the last part is the tail.
     """
-    found = recorded(cached, PROBE)
-    starts = borders(found, cached)
-    held = held_by(residents(found.graph), starts[first], starts[stop])
-    return tuple(dict.fromkeys([*held, *span(found, cached, first, stop).rebuilt.buffers]))
+    its = ends(found, cached, first, stop)
+    held = held_by(residents(found.graph), its.starts[its.mine], its.starts[its.mine + 1])
+    code = value_code(found, cached, its.rebuilt, its.starts[its.mine])
+    return tuple(dict.fromkeys([*held, *code.buffers]))
 
 
 class Ends(NamedTuple):
