@@ -46,6 +46,7 @@ class Settings:
     """Of the chooser's sums."""
     mask: float = 1e-4
     """Weight of the masks' L1 term."""
+    mask_rate: float = 0.05
     sparse: float = 0.0
     """Weight of the L1 term on features; with a codec such as ``topk(0.1)`` fewer of them are sent."""
     codec: str = "identity"
@@ -79,12 +80,14 @@ def contrastive(features: Tensor, classes: Tensor, temperature: float) -> Tensor
 class Masked:
     """A server's model whose weights each client sees through a mask of its own, all ones at first."""
 
-    def __init__(self, model: nn.Module, clients: int, rate: float, strength: float) -> None:
+    def __init__(self, model: nn.Module, clients: int, rate: float, mask_rate: float, strength: float) -> None:
         self.model, self.strength = model, strength
         self.optimizer = torch.optim.Adam(model.parameters(), rate)
-        self.masks = [{n: torch.ones_like(p, requires_grad=True) for n, p in model.named_parameters()} for _ in range(clients)]
-        self._rates = rate
-        self._learners = [torch.optim.Adam(mask.values(), rate) for mask in self.masks]
+        self.masks = [
+            {name: torch.ones_like(p, requires_grad=True) for name, p in model.named_parameters()}
+            for _ in range(clients)
+        ]
+        self._learners = [torch.optim.Adam(mask.values(), mask_rate) for mask in self.masks]
 
     def __call__(self, client: int, features: Tensor) -> Tensor:
         """What the server says of a client's features."""
@@ -100,14 +103,14 @@ class Masked:
         learner = self._learners[client]
         for each in (self.optimizer, learner):
             each.zero_grad()
-        loss.backward()
+        (loss + self.strength * sum(mask.sum() for mask in self.masks[client].values())).backward()
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.optimizer.step()
         learner.step()
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 mask = self.masks[client][name]
-                mask.copy_(F.relu(mask - self.strength))  # the proximal step of the L1 term: zeros are zeros
+                mask.clamp_(min=0.0)  # what the L1 term has brought to zero stays there until it is of use
                 p.copy_(torch.where(mask > 0, p, before[name]))
         return float(loss.detach())
 
@@ -150,13 +153,14 @@ class AdaSplit:
         self.edges = [
             Edge(m, p, torch.optim.Adam([*m.parameters(), *p.parameters()], its.edge_rate)) for m, p in edges
         ]
-        self.server = Masked(server, len(edges), its.server_rate, its.mask)
+        self.server = Masked(server, len(edges), its.server_rate, its.mask_rate, its.mask)
         self.chooser = Chooser(len(edges), its.decay)
         self.bytes: Counter[str] = Counter()
         """"up" and "down", of frames; nothing is ever added to "down"."""
         self.edge_flops = 0
         """Of all edges, forward and backward."""
         self._codecs = [(codec(its.codec), codec(its.codec), codec("identity"), codec("identity")) for _ in edges]
+        self._flops: dict[tuple[int, tuple[int, ...]], int] = {}
         self._steps = 0
 
     def fit(
@@ -180,9 +184,14 @@ class AdaSplit:
         self._steps += 1
 
     def _local(self, client: int, batch: Batch) -> Tensor:
-        with FlopCounterMode(display=False) as counter:
+        kind = client, tuple(batch[0].shape)
+        if kind in self._flops:
             features = self.edges[client].learn(batch, self.settings)
-        self.edge_flops += counter.get_total_flops()
+        else:  # counting is slow, and a shape's operations are always as many
+            with FlopCounterMode(display=False) as counter:
+                features = self.edges[client].learn(batch, self.settings)
+            self._flops[kind] = counter.get_total_flops()
+        self.edge_flops += self._flops[kind]
         return features
 
     def _send(self, client: int, features: Tensor, classes: Tensor) -> float:
@@ -201,10 +210,12 @@ class AdaSplit:
         """Classes' scores of a client's samples, through its own edge and mask."""
         model, server = self.edges[client].model, self.server.model
         modes = model.training, server.training
-        model.eval(), server.eval()
+        model.eval()
+        server.eval()
         with torch.no_grad():
             said = self.server(client, model(samples))
-        model.train(modes[0]), server.train(modes[1])
+        model.train(modes[0])
+        server.train(modes[1])
         return said
 
 
