@@ -66,7 +66,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         def started(model: nn.Module, first: int, stop: int, **more: Any) -> BlockHost:
             folder = tmp_path / f"{time.monotonic_ns()}"
             host = BlockHost(source_of(model), first, stop, listen="127.0.0.1:0", folder=folder, **more)
-            return stack.enter_context(host)
+            stack.enter_context(host)
+            return host
 
         yield started
 
@@ -86,7 +87,9 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
 
         def started(model: nn.Module, first: int, stop: int) -> BlockHost:
             folder = tmp_path_factory.mktemp("host")
-            return stack.enter_context(BlockHost(source_of(model), first, stop, listen="127.0.0.1:0", folder=folder))
+            host = BlockHost(source_of(model), first, stop, listen="127.0.0.1:0", folder=folder)
+            stack.enter_context(host)
+            return host
 
         made: dict[str, Fleet] = {}
 
@@ -217,7 +220,10 @@ def test_admission_reserves_before_it_allocates_and_says_what_would_fit(start: S
             pass
     assert its.ledger.held == 0
     two = ask.model_copy(update={"pads": (0, 0)})
-    with pytest.raises(ValueError, match=r"take 98304 bytes, 49152 are left: 1 x 64 tokens would fit"), its.opened(two, "x"):
+    with (
+        pytest.raises(ValueError, match=r"take 98304 bytes, 49152 are left: 1 x 64 tokens would fit"),
+        its.opened(two, "x"),
+    ):
         pass
     with generator(model, host) as remote:
         remote.patience = 0.5
@@ -230,7 +236,7 @@ def test_admission_reserves_before_it_allocates_and_says_what_would_fit(start: S
 def test_a_host_with_other_weights_is_not_taken(start: Start):
     model = split_models.gpt2()[0].eval()
     other = copy.deepcopy(model)
-    torch.nn.init.normal_(other.transformer.h[1].attn.c_proj.weight)  # type: ignore[union-attr,arg-type]
+    torch.nn.init.normal_(other.get_parameter("transformer.h.1.attn.c_proj.weight"))
     good, bad = start(model, 0, 4), start(other, 0, 4)
     prompts = prompts_of(5)
 
@@ -248,8 +254,9 @@ def test_what_is_refused(start: Start):
     host = start(model, 0, 2)
     with pytest.raises(ValueError, match="blocks 2:5 of a model with 4"):
         start(model, 2, 5)
+    config = transformers.BloomConfig(n_layer=1, hidden_size=8, n_head=2)
     with pytest.raises(ValueError, match="takes no position_ids"):
-        Generator(Source(lambda: transformers.BloomForCausalLM(transformers.BloomConfig(n_layer=1, hidden_size=8, n_head=2))))
+        Generator(Source(lambda: transformers.BloomForCausalLM(config)))
     with pytest.raises(ValueError, match="blocks 3:1 of 4"):
         generator(model, host, blocks=(3, 1))
     with generator(model, host) as remote:
@@ -308,7 +315,8 @@ def test_other_families(kind: str):
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
              "intermediate_size": 48, "vocab_size": 100, "head_dim": 8, "max_position_embeddings": 64,
              "n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4, "ffn_dim": 48, "word_embed_proj_dim": 32,
-             "n_positions": 64, "num_local_experts": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+             "n_positions": 64, "num_local_experts": 4, "pad_token_id": 0, "bos_token_id": 1,
+             "eos_token_id": 2}  # fmt: skip
     config = transformers.CONFIG_MAPPING[kind]()
     config = type(config)(**{k: v for k, v in sizes.items() if hasattr(config, k)})
     torch.manual_seed(0)
@@ -325,15 +333,15 @@ def test_other_families(kind: str):
 @pytest.mark.ranks
 def test_as_people_type_it(tmp_path: Path):
     """Two `merak serve --generate` from one checkpoint, and `merak generate` that dials both."""
-    model = split_models.gpt2()[0].eval()
+    model: Any = split_models.gpt2()[0].eval()
     model.save_pretrained(tmp_path / "model")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     merak = [sys.executable, "-m", "merak_like.cli"]
     with ExitStack() as stack:
         hosts = [
             stack.enter_context(subprocess.Popen(
-                [*merak, "serve", "--model", "model", "--generate", span, "--listen", "127.0.0.1:0", "--state", span[0]],
-                cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True,
+                [*merak, "serve", "--model", "model", "--generate", span, "--listen", "127.0.0.1:0",
+                 "--state", span[0]], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True,
             ))
             for span in ("0:2", "2:4")
         ]  # fmt: skip

@@ -58,7 +58,7 @@ def adasplit(epochs: int = 15) -> Lines:
         torch.manual_seed(seed)
         edges, host = [edge() for _ in PAIRS], server()
         learners = [torch.optim.Adam(model.parameters(), 1e-3) for model in (*edges, host)]
-        sent, flops, known = Counter[str](), 0, dict[int, int]()
+        sent, flops = Counter[str](), 0
         for epoch in range(epochs):
             turns = batches(seed, epoch)
             for step in range(max(map(len, turns))):
@@ -68,7 +68,8 @@ def adasplit(epochs: int = 15) -> Lines:
                         frame = codec("identity").encode(z.detach(), Context(step=step))
                         arrived = codec("identity").decode(frame, Context(step=step)).requires_grad_()
                         sent["up"] += frame.numel()
-                        sent["up"] += codec("identity").encode(classes.to(torch.int16), Context(step=step)).numel()
+                        told = codec("identity").encode(classes.to(torch.int16), Context(step=step))
+                        sent["up"] += told.numel()
                     own = counter.get_total_flops()
                     F.cross_entropy(host(arrived), classes).backward()
                     back = codec("identity").encode(arrived.grad, Context(step=step, direction="backward"))  # type: ignore[arg-type]
@@ -101,7 +102,7 @@ def adasplit(epochs: int = 15) -> Lines:
 
 
 def generate(tokens: int = 48) -> Lines:
-    """GPT-2-like text: all here with a cache, through two hosts on loopback, and what sending the weights would take."""
+    """Text of a small GPT-2: all here with a cache, through two hosts on loopback, and if weights were sent."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -115,15 +116,15 @@ def generate(tokens: int = 48) -> Lines:
     source, prompt = Source(lambda: copy.deepcopy(model)), [list(range(5, 37))]
     blocks = sum(p.nbytes for p in model.transformer.h.parameters())
 
-    def timed(made: Generator) -> tuple[float, list[int], Counter[str]]:
+    def timed(made: Generator) -> tuple[float, list[int], Counter[str], float]:
         made.generate(prompt, max_new_tokens=tokens)  # traces
         made.bytes.clear()
-        rates, said = [], []
+        rates, said, busy = [], [], time.process_time()
         for _ in range(3):
             began = time.perf_counter()
             said = made.generate(prompt, max_new_tokens=tokens)[0]
             rates.append(tokens / (time.perf_counter() - began))
-        return sorted(rates)[1], said, made.bytes
+        return sorted(rates)[1], said, made.bytes, (time.process_time() - busy) / 3 / tokens
 
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -135,16 +136,21 @@ def generate(tokens: int = 48) -> Lines:
             stack.enter_context(Generator(source, connect=connect))
             for connect in ([], [f"127.0.0.1:{host.port}" for host in hosts])
         )
-        (fast, said, _), (remote, also, sent) = timed(here), timed(there)
+        (fast, said, _, least), (remote, also, sent, busy) = timed(here), timed(there)
     with torch.no_grad():
-        theirs = model.generate(torch.tensor(prompt), max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
+        theirs = model.generate(
+            torch.tensor(prompt), max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
     each = sum(sent.values()) / 3 / (tokens + len(prompt[0]) - 1)
     where = f"GPT-2, 8 blocks of 512, {tokens} tokens, 2 hosts, one process"
+    equal, over = f"{said == theirs[0].tolist()} {also == said}", f"{UPLINK / 1e6:.0f} Mbit/s"
     return [
-        [where, "tokens equal to transformers': here, through hosts", "all", f"{said == theirs[0].tolist()} {also == said}"],
+        [where, "tokens equal to transformers': here, through hosts", "all", equal],
         [where, "tokens a second: here, through hosts", "", f"{fast:.1f} {remote:.1f}"],
+        [where, "CPU milliseconds of a token: here, client and hosts together", "",
+         f"{1e3 * least:.1f} {1e3 * busy:.1f}"],
         [where, "bytes of a token, both ways, both hosts", "", f"{each:,.0f}"],
-        [where, f"tokens a second if each needs the blocks' {blocks / 1e6:.0f} MB over {UPLINK / 1e6:.0f} Mbit/s (reckoned)",
+        [where, f"tokens a second if each needs the blocks' {blocks / 1e6:.0f} MB over {over} (reckoned)",
          "", f"{UPLINK / 8 / blocks:.2f}"],
         [where, f"tokens a second of those {each / 1e3:.0f} kB over the same link (reckoned, no latency)",
          "", f"{1 / (1 / remote + 8 * each / UPLINK):.1f}"],

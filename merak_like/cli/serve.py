@@ -19,7 +19,8 @@ def run(
     model: Annotated[str, typer.Option("--model", help="Folder with config.json and safetensors, or module:function.")],
     cut: Annotated[str, typer.Option("--cut", help="FRONT[@RANK][:BACK], module paths; see docs/split.md.")] = "",
     generate: Annotated[
-        str, typer.Option("--generate", help="FIRST:STOP, blocks to generate with, instead of --cut; see docs/split.md.")
+        str,
+        typer.Option("--generate", help="FIRST:STOP, blocks to generate with, instead of --cut; see docs/split.md."),
     ] = "",
     listen: Annotated[str, typer.Option("--listen", help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:7750",
     state: Annotated[Path, typer.Option("--state", help="Folder of sessions and the audit log.")] = Path("host"),

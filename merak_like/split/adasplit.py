@@ -150,9 +150,7 @@ class AdaSplit:
     ) -> None:
         """``edges`` are (layers before the cut, projector) for each client; they share nothing."""
         self.settings = its = settings or Settings()
-        self.edges = [
-            Edge(m, p, torch.optim.Adam([*m.parameters(), *p.parameters()], its.edge_rate)) for m, p in edges
-        ]
+        self.edges = [Edge(m, p, torch.optim.Adam([*m.parameters(), *p.parameters()], its.edge_rate)) for m, p in edges]
         self.server = Masked(server, len(edges), its.server_rate, its.mask_rate, its.mask)
         self.chooser = Chooser(len(edges), its.decay)
         self.bytes: Counter[str] = Counter()

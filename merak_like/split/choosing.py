@@ -17,7 +17,9 @@ class Chooser:
     def __init__(self, clients: int, decay: float = 0.87) -> None:
         """Raises ValueError for no clients, and for a decay that does not forget or forgets all."""
         if clients < 1 or not 0 < decay < 1:
-            raise ValueError(f"{clients} clients and a decay of {decay}: give at least one, and a number between 0 and 1")
+            raise ValueError(
+                f"{clients} clients and a decay of {decay}: give at least one, and a number between 0 and 1"
+            )
         self.decay = decay
         self.visits = [0] * clients
         """How often each was heard."""

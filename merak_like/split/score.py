@@ -25,7 +25,10 @@ class Spent:
 
     @property
     def c3_score(self) -> float:
-        """accuracy * exp(-(bytes / most bytes + flops / most flops) / temperature). Raises ValueError without budgets."""
+        """accuracy * exp(-(bytes / most bytes + flops / most flops) / temperature).
+
+        Raises ValueError without budgets.
+        """
         if min(self.most_bytes, self.most_flops, self.temperature) <= 0:
             raise ValueError(f"budgets and temperature are above 0, found {self}")
         spent = self.wire_bytes / self.most_bytes + self.client_flops / self.most_flops

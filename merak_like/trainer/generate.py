@@ -49,4 +49,3 @@ def generate(
         if all(done):
             break
     return texts
-

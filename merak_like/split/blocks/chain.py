@@ -4,7 +4,8 @@
            ◄─ values ───
            ── values ──► host 1     blocks 4:8
            ◄─ values ───
-What was sent to a host is kept here. Who takes its place is sent all of it again, and then has the same keys and values.
+
+What was sent to a host is kept here. Who takes its place is sent all of it again, and so has the same keys and values.
 """
 
 from __future__ import annotations
@@ -134,7 +135,10 @@ class Chain:
     # --- all hosts ----------------------------------------------------------------------------------------------------
 
     def _found(self, first: int, stop: int, history: Sequence[tuple[Tensor, ...]]) -> list[Hop]:
-        """Hosts for these blocks that have seen what was sent to them before. Raises Lost, or ValueError at the start."""
+        """Hosts for these blocks that have seen what was sent for them before.
+
+        Raises Lost after ``patience`` without, ValueError or PermissionError for what hosts refuse.
+        """
         end, pause, given = time.monotonic() + self.patience, 0.05, _whole(history)
         while True:
             offers, hops, at = self._looked(), list[Hop](), -1
@@ -143,7 +147,9 @@ class Chain:
                     at = leg.host
                     hops.append(self._open(leg))
                 for start, behind in chunks(len(self.ask.pads), given[0].shape[1]) if given else ():
-                    known = by_place(self._ends(Leg(-1, first, stop), start, behind - start)[0], [x[:, start:behind] for x in given])
+                    known = by_place(
+                        self._ends(Leg(-1, first, stop), start, behind - start)[0], [x[:, start:behind] for x in given]
+                    )
                     for hop in hops:
                         at = hop.leg.host
                         known |= self._through(hop, start, known, behind - start)
@@ -190,7 +196,9 @@ class Chain:
 
     def _told(self, first: int, stop: int, error: Exception) -> str:
         hosts = "; ".join(f"{self._name(host)}: {why}" for host, why in self._why.items())
-        return f"no hosts for blocks {first}:{stop} in {self.patience:.0f} s: {error}" + (f" ({hosts})" if hosts else "")
+        return f"no hosts for blocks {first}:{stop} in {self.patience:.0f} s: {error}" + (
+            f" ({hosts})" if hosts else ""
+        )
 
     def _name(self, host: int) -> str:
         return "{}:{}".format(*self.dialler.hosts[host])

@@ -1,7 +1,7 @@
 """Text from a causal language model whose blocks are hosted elsewhere: the client.
 
-It has the model's ends, embedding and head, chooses every token, and keeps what it sent: a host that is lost costs time,
-never a token.
+It has the model's ends, embedding and head, chooses every token, and keeps what it sent: a host that is lost costs
+time, never a token.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Generator:
         self.first, self.stop, self.patience = first, stop, patience
         self._ends = [(0, first + 1), (stop + 1, count + 2)] if first < stop else [(0, count + 2)]
         self.runner.load(self._ends)
-        self._codecs = {"codec": codec, "back_codec": back_codec}
+        self._codecs = codec, back_codec
         self._dialler = Dialler(connect, keys, insecure, waits or Waits(), 8 * CHUNK) if connect else None
         self._prints: dict[int, str] = {}
         self.bytes: Counter[str] = Counter()
@@ -110,7 +110,9 @@ class Generator:
         """Sessions on the hosts for some texts; None where all blocks are here."""
         if self._dialler is None:
             return None
-        ask = Ask(digest=self.runner.blocks.digest, pads=tuple(pads), length=length, **self._codecs)
+        there, back = self._codecs
+        digest = self.runner.blocks.digest
+        ask = Ask(digest=digest, pads=tuple(pads), length=length, codec=there, back_codec=back)
         return Chain(
             self.runner, self._dialler, (self.first, self.stop), ask, patience=self.patience, prints=self._prints
         )

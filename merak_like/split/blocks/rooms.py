@@ -24,7 +24,7 @@ from merak_like.split.limits import Ledger, Limits, NoRoom
 from merak_like.split.messages import parse
 from merak_like.split.session import Refused
 from merak_like.split.turn import Turn
-from merak_like.split.wire import Key, WireError
+from merak_like.split.wire import WireError
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,9 @@ class Rooms:
             )
         self.ledger.reserve(id_, needs)
 
-    def serve(self, session: Session, connection: Connection, stop: Callable[[], bool], told: Callable[[int], None]) -> None:
+    def serve(
+        self, session: Session, connection: Connection, stop: Callable[[], bool], told: Callable[[int], None]
+    ) -> None:
         """Run passes until the connection ends, nobody asks for long, or ``stop`` says so between two."""
         ask = session.ask
         exchange = Exchange(
@@ -147,9 +149,7 @@ class Rooms:
         shape = shape_of(len(ask.pads), asked.start, asked.tokens, ask.length)
         its = runner.ends(shape, ask.first + 1, ask.stop + 1)
         came = exchange.take("up", "forward", 0, real(its.sent, asked.tokens))
-        made = runner.run(
-            (ask.first + 1, ask.stop + 1), session.caches, ask.pads, ask.length, asked.start, came
-        )
+        made = runner.run((ask.first + 1, ask.stop + 1), session.caches, ask.pads, ask.length, asked.start, came)
         connection.ended()  # before the answer, which the next pass may follow at once
         back = real(its.returned, asked.tokens)
         exchange.put("down", "forward", 0, {spec.name: made[spec.name] for spec in back}, back)

@@ -22,7 +22,9 @@ def route(first: int, stop: int, offers: Mapping[int, tuple[int, int]]) -> list[
     legs: list[Leg] = []
     at = first
     while at < stop:
-        reach = {host: min(its_stop, stop) for host, (its_first, its_stop) in offers.items() if its_first <= at < its_stop}
+        reach = {
+            host: min(its_stop, stop) for host, (its_first, its_stop) in offers.items() if its_first <= at < its_stop
+        }
         if not reach:
             ahead = [its_first for its_first, _ in offers.values() if its_first > at]
             raise ValueError(f"nobody has blocks {at}:{min([*ahead, stop])}")

@@ -41,7 +41,7 @@ class BlockHost(Host):
         return Rooms(Runner(source, self.turn.device), *self._span, self.limits, self.turn)
 
     def _converse(self, connection: Connection, owner: str, facts: dict[str, Any]) -> None:
-        rooms: Rooms = self.registry
+        rooms: Any = self.registry
         ask = parse(Ask, connection.receive(Key(Kind.HELLO), self.limits.waits.hello))
         if not ask.pads:
             connection.send(Key(Kind.WELCOME), rooms.offer().body())

@@ -93,7 +93,10 @@ def blocks_of(found: Trace, cached: nn.Module) -> Blocks:
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     values = found.graph.values
-    live = [sum(values[c.value].nbytes for c in travelling if c.source < i <= max(c.targets)) for i in range(1, len(starts) - 1)]
+    live = [
+        sum(values[c.value].nbytes for c in travelling if c.source < i <= max(c.targets))
+        for i in range(1, len(starts) - 1)
+    ]
     rooms = tuple(_room(found, i) for i in range(len(starts) - 3))
     return Blocks(len(rooms), rooms, digest, max(live) // (PROBE.batch * PROBE.tokens))
 
