@@ -37,7 +37,7 @@ QUICK = ("memory_llama", "codecs")
 
 @pytest.mark.parametrize("row", QUICK)
 def test_a_row_runs_on_a_cpu(row: str):
-    said = run(str(FOLDER / "rows.py"), row, "--dry-run")
+    said = run(str(FOLDER / "questions.py"), row, "--dry-run")
     assert said.returncode == 0, said.stderr
     lines = json.loads(said.stdout.splitlines()[-1])["lines"]
     assert lines
@@ -58,11 +58,12 @@ def test_every_row_runs_on_a_cpu():
 
 def test_the_models_of_the_full_run_have_the_sizes_that_are_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    import rows  # type: ignore[import-not-found]
+    import questions  # type: ignore[import-not-found]
 
     counts = {
-        name: sum(p.numel() for p in rows.model_of(rows.FULL, name, "meta").parameters()) for name in rows.FULL.models
+        name: sum(p.numel() for p in questions.model_of(questions.FULL, name, "meta").parameters())
+        for name in questions.FULL.models
     }
     assert counts["GPT-2 XL"] == 1_557_611_200
     assert 1.0e9 < counts["Llama 1B"] < 1.3e9
-    assert next(rows.model_of(rows.FULL, "Llama 1B", "meta").parameters()).dtype == torch.bfloat16
+    assert next(questions.model_of(questions.FULL, "Llama 1B", "meta").parameters()).dtype == torch.bfloat16

@@ -22,7 +22,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
-import rows  # noqa: E402
+import questions  # noqa: E402
 
 PAGE, RESULTS = HERE / "README.md", HERE / "results.json"
 LIMIT = 450.0
@@ -31,7 +31,7 @@ LIMIT = 450.0
 
 def alone(name: str, dry: bool, limit: float) -> dict[str, Any]:
     """A row in a process of its own: what it found, or why it found nothing."""
-    words = [sys.executable, str(HERE / "rows.py"), name, *(["--dry-run"] if dry else [])]
+    words = [sys.executable, str(HERE / "questions.py"), name, *(["--dry-run"] if dry else [])]
     try:
         run = subprocess.run(words, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -56,7 +56,7 @@ def table(data: dict[str, Any]) -> str:
     """A line for each number beside its bar."""
     lines = ["| question | what | bar | found |", "|---|---|---:|---:|"]
     for name, found in data["rows"].items():
-        title = rows.ROWS[name].title
+        title = questions.ROWS[name].title
         if "failed" in found:
             lines.append(f"| {title} | not measured: {found['failed']} | | |")
         lines += ["| " + " | ".join([title, *line]) + " |" for line in found.get("lines", ())]
@@ -76,7 +76,7 @@ def setting() -> dict[str, str]:
 def main() -> int:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", choices=[[], *rows.ROWS], default=[])
+    parser.add_argument("rows", nargs="*", choices=[[], *questions.ROWS], default=[])
     parser.add_argument("--dry-run", action="store_true")
     asked = parser.parse_args()
     import torch
@@ -84,7 +84,7 @@ def main() -> int:
     if not asked.dry_run and not torch.cuda.is_available():
         print("there is no CUDA device here: run this on a machine with one GPU, or look at it with --dry-run")
         return 0
-    found = measure(asked.rows or list(rows.ROWS), asked.dry_run)
+    found = measure(asked.rows or list(questions.ROWS), asked.dry_run)
     data: dict[str, Any] = {"setting": setting(), "rows": found}
     if asked.dry_run:
         print(table(data))

@@ -55,6 +55,16 @@ class _Layer:
         return self.width, 0
 
 
+class _Layers(transformers.Cache):
+    """All of them."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.layers[layer_idx].get_mask_sizes(query_length)  # pyright: ignore[reportReturnType]
+
+
 class Cached(nn.Module):
     """``forward(input_ids, position_ids, attention_mask, last)`` -> ``{"logits": (batch, 1, words)}``.
 
@@ -81,7 +91,7 @@ class Cached(nn.Module):
         layers: Any = [_Layer(slot, attention_mask.shape[-1]) for slot in self.slots]  # pyright: ignore[reportArgumentType]
         found = self.model(
             input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask,
-            past_key_values=transformers.Cache(layers=layers), use_cache=True,
+            past_key_values=_Layers(layers=layers), use_cache=True,
             **({"logits_to_keep": last} if self.short else {}),
         )  # fmt: skip
         return {"logits": found.logits if self.short else found.logits[:, last]}
