@@ -65,6 +65,7 @@ class Runner:
         self.dtype = next(self.cached.parameters()).dtype
         self._traces: dict[Shape, Trace] = {}
         self._spans: dict[tuple[Shape, int, int], Span] = {}
+        self._ends: dict[tuple[Shape, int, int], Ends] = {}
 
     def load(self, parts: Sequence[tuple[int, int]]) -> None:
         """Read or make the weights of these parts; all else stays without memory."""
@@ -78,7 +79,7 @@ class Runner:
             model, inner, ties, self.device, seed=0, initialise=hf.initialiser(model), weights=self.source.weights,
             given=False,
         )  # fmt: skip
-        self._traces, self._spans = {}, {}
+        self._traces, self._spans, self._ends = {}, {}, {}
 
     def print_of(self, block: int) -> str:
         """A fingerprint of a block's weights, by their bytes."""
@@ -91,7 +92,11 @@ class Runner:
 
     def ends(self, shape: Shape, first: int, stop: int) -> Ends:
         """What crosses the ends of some parts, in passes of a shape."""
-        return ends(self._trace(shape), self.cached, first, stop)
+        found = self._trace(shape)
+        key = (shape, first, stop)
+        if key not in self._ends:
+            self._ends[key] = ends(found, self.cached, first, stop)
+        return self._ends[key]
 
     def run(
         self, parts: tuple[int, int], caches: Caches, pads: Sequence[int], length: int, start: int,
@@ -123,6 +128,7 @@ class Runner:
             if len(self._traces) >= KEPT:
                 old = next(iter(self._traces))
                 self._spans = {key: one for key, one in self._spans.items() if key[0] != old}
+                self._ends = {key: one for key, one in self._ends.items() if key[0] != old}
                 del self._traces[old]
             self._traces[shape] = recorded(self.cached, shape, self.device)
         return self._traces[shape]
