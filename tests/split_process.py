@@ -139,6 +139,32 @@ def host(say: Callable[[dict[str, Any]], None], folder: str, port: int = 0, faul
     served.run(lambda it: say({"port": it.port}))
 
 
+def blocks(say: Callable[[dict[str, Any]], None], folder: str, first: int, stop: int, fault: str = "", at: int = 0,
+           model: str = "tests.split_models:gpt2") -> None:  # fmt: skip
+    """A host of blocks on loopback, which may die before it answers a pass; says its port; ends on SIGTERM."""
+    from merak_like.split.blocks.rooms import Rooms
+    from merak_like.split.blocks.runner import Runner
+    from merak_like.split.blocks.serving import BlockHost
+    from merak_like.split.half import Source
+
+    passes = {"computed": (Runner, "run"), "answered": (Rooms, "_pass")}
+    if fault:
+        kind, name = passes[fault]
+        own, count = getattr(kind, name), [0]
+
+        def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            made = own(self, *args, **kwargs)
+            count[0] += 1
+            if count[0] == at:
+                die()
+            return made
+
+        setattr(kind, name, counted)
+    served = BlockHost(Source(lambda: made(model)), first, stop, listen="127.0.0.1:0", folder=folder)
+    signal.signal(signal.SIGTERM, lambda *_: served.drain())
+    served.run(lambda it: say({"port": it.port}))
+
+
 def edge(say: Callable[[dict[str, Any]], None], folder: str, ports: list[int], steps: int, task: dict[str, Any],
          fault: str = "", at: int = 0, model: str = "tests.split_models:tiny") -> None:  # fmt: skip
     """An edge that trains; says the losses it saw."""
@@ -191,7 +217,7 @@ def main() -> None:
                 signal.alarm(LONGEST)
                 say = partial(_say, writing)
                 try:
-                    {"host": host, "edge": edge}[command["role"]](say, **command["arguments"])
+                    {"host": host, "edge": edge, "blocks": blocks}[command["role"]](say, **command["arguments"])
                 except BaseException as error:
                     import traceback
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+import edges  # noqa: E402
 import small  # noqa: E402
 
 Lines = list[list[str]]
@@ -337,6 +338,8 @@ ROWS = {
     "powers": Row("powers", small.powers),
     "binarised": Row("BinaryLinear, `sign`", small.binarised),
     "superposed": Row("`c3sl`", small.superposed),
+    "adasplit": Row("AdaSplit", edges.adasplit),
+    "generate": Row("text through hosts", edges.generate),
 }
 
 if __name__ == "__main__":

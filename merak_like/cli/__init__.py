@@ -30,6 +30,7 @@ COMMANDS = {
     "perplexity": "merak_like.cli.perplexity",
     "doctor": "merak_like.cli.doctor",
     "serve": "merak_like.cli.serve",
+    "generate": "merak_like.cli.generate",
     "edge": "merak_like.cli.edge",
     "keys": "merak_like.cli.keys",
 }

@@ -1,11 +1,11 @@
-"""``merak serve``: host the cloud's half of a model."""
+"""``merak serve``: host the cloud's half of a model, or blocks of one that generates."""
 
 from __future__ import annotations
 
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 def run(
     model: Annotated[str, typer.Option("--model", help="Folder with config.json and safetensors, or module:function.")],
-    cut: Annotated[str, typer.Option("--cut", help="FRONT[@RANK][:BACK], module paths; see docs/split.md.")],
+    cut: Annotated[str, typer.Option("--cut", help="FRONT[@RANK][:BACK], module paths; see docs/split.md.")] = "",
+    generate: Annotated[
+        str,
+        typer.Option("--generate", help="FIRST:STOP, blocks to generate with, instead of --cut; see docs/split.md."),
+    ] = "",
     listen: Annotated[str, typer.Option("--listen", help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:7750",
     state: Annotated[Path, typer.Option("--state", help="Folder of sessions and the audit log.")] = Path("host"),
     groups: Annotated[
@@ -37,8 +41,11 @@ def run(
 ) -> None:
     """Listen for edges and train the cloud's half of each one's session. SIGTERM ends steps and saves sessions.
 
-    Under torchrun the half is a pipeline over all ranks; the first one listens.
+    Under torchrun the half is a pipeline over all ranks; the first one listens. With --generate, listen for `merak
+    generate` instead and run these blocks of a causal language model; --memory is then for keys and values.
     """
+    if bool(cut) == bool(generate):
+        raise ValueError("give either --cut, to train with edges, or --generate, to run blocks for those that generate")
     from merak_like.partitioner.mesh import Mesh
     from merak_like.runtime.initialize import join, world_size
     from merak_like.split.connection import Waits
@@ -53,6 +60,22 @@ def run(
 
     source, waits = half_source(model, task=task, weights=weights), Waits()
     ranks = world_size()
+    limits = Limits(
+        memory=int(memory * 2**30), sessions=sessions, sessions_per_client=sessions_per_client, rate=rate, waits=waits
+    )
+    common: dict[str, Any] = {
+        "listen": listen, "folder": state, "keys": Keys(keys, name) if keys is not None else None,
+        "insecure": insecure, "status": status, "limits": limits,
+    }  # fmt: skip
+    if generate:
+        from merak_like.cli.generate import span
+        from merak_like.split.blocks.serving import BlockHost
+
+        if ranks > 1:
+            raise ValueError(f"--generate runs on one rank, not {ranks}: start a host for some blocks on each")
+        _until_drained(BlockHost(source, *span(generate, "--generate"), device=device, **common))
+        typer.echo("drained")
+        return
     world = join(Mesh(pp=ranks), timeout=2 * waits.step + 120, device=None if device == "cuda" else device)
     crew = Crew(world, stage_rank("host", Cut.parse(cut), ranks))
     if world.rank:
@@ -60,19 +83,15 @@ def run(
             signal.signal(number, signal.SIG_IGN)  # the first rank says when it is over
         Helper(source, crew, world.device).run()
         return
-    host = Host(
-        source, cut, crew=crew, listen=listen, folder=state,
-        keys=Keys(keys, name) if keys is not None else None, insecure=insecure, status=status, device=world.device,
-        groups=read_groups(groups) if groups is not None else None,
-        limits=Limits(
-            memory=int(memory * 2**30), sessions=sessions, sessions_per_client=sessions_per_client, rate=rate,
-            waits=waits,
-        ),
-    )  # fmt: skip
+    known = read_groups(groups) if groups is not None else None
+    _until_drained(Host(source, cut, crew=crew, device=world.device, groups=known, **common))
+    typer.echo("drained: every session is on disk")
+
+
+def _until_drained(host: Host) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: host.drain())
     host.run(_ready)
-    typer.echo("drained: every session is on disk")
 
 
 def _ready(host: Host) -> None:

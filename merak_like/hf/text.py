@@ -28,6 +28,10 @@ class Tokenizer:
         made = self.inner(texts, truncation=True, max_length=most)
         return [{key: made[key][i] for key in made} for i in range(len(texts))]
 
+    def decode(self, tokens: list[int]) -> str:
+        """Token numbers as text, without special tokens."""
+        return self.inner.decode(tokens, skip_special_tokens=True)
+
     def save_pretrained(self, folder: Path) -> None:
         """Write it beside a model."""
         self.inner.save_pretrained(folder)

@@ -32,9 +32,12 @@ class Dialler:
         self._thread = threading.Thread(target=self._loop.run_forever, name="merak-edge", daemon=True)
         self._thread.start()
 
-    def dial(self) -> Connection:
-        """Connect to the present host. Raises Lost, or PermissionError for a host that is not who it should be."""
-        host, port = self.hosts[self._at]
+    def dial(self, at: int | None = None) -> Connection:
+        """Connect to the present host, or to that of a place in the list.
+
+        Raises Lost, or PermissionError for a host that is not who it should be.
+        """
+        host, port = self.hosts[self._at if at is None else at]
 
         async def connect() -> Connection:
             async with asyncio.timeout(self.waits.hello):

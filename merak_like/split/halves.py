@@ -62,16 +62,16 @@ def halve(trace: Trace, cut: Cut) -> Halves:
     starts = cut.starts(graph)
     found = crossings(graph, starts)
     public = _inputs(trace, {MASK} if len(starts) == 4 else {MASK, LABELS})
-    sources = _sources(graph)
+    known = sources(graph)
     _refuse_reading(trace, starts, public, cut)
     _refuse_ties(graph, starts, cut)
     up = [c for c in found if c.source == 0 and 1 in c.targets]
-    rebuilt = [c for c in up if not c.requires_grad and sources[c.value].makes_again(public)]
+    rebuilt = [c for c in up if not c.requires_grad and known[c.value].makes_again(public)]
     sent = [c for c in up if c not in rebuilt]
     for c in sent:
-        if sources[c.value].bare & set(trace.inputs) - public:
+        if known[c.value].bare & set(trace.inputs) - public:
             raise ValueError(
-                f"the cut {cut} would send {c.value}, made of {', '.join(sorted(sources[c.value].bare))} by no layer, "
+                f"the cut {cut} would send {c.value}, made of {', '.join(sorted(known[c.value].bare))} by no layer, "
                 "to the cloud: cut elsewhere, or leave that entry out of the batch"
             )
     if not sent:
@@ -85,7 +85,7 @@ def halve(trace: Trace, cut: Cut) -> Halves:
 
 
 @dataclass(frozen=True)
-class _Sources:
+class Sources:
     """What a value was computed from."""
 
     inputs: frozenset[str]
@@ -95,24 +95,25 @@ class _Sources:
     """Whether nothing trained and nothing random had a part in it."""
 
     def makes_again(self, public: Collection[str]) -> bool:
+        """Whether whoever has these inputs can compute it."""
         return self.pure and self.inputs <= set(public)
 
 
-def _sources(graph: ProxyGraph) -> Mapping[str, _Sources]:
+def sources(graph: ProxyGraph) -> Mapping[str, Sources]:
     """Follow every value to the batch. One that mixes a layer's result with the batch counts as the layer's."""
     parameters = {p.name for p in graph.parameters if not p.buffer}
-    found: dict[str, _Sources] = {}
+    found: dict[str, Sources] = {}
     for op in graph.ops:
         ins = [found[name] for name in op.inputs if name in found]
         if op.kind == "input":
             own = frozenset(value.name for value in op.outputs)
-            made = _Sources(own, own, True)
+            made = Sources(own, own, True)
         else:
             trained = any(graph.canonical[name] in parameters for name in op.params)
             given = [each for each in ins if each.inputs]
             layered = trained or any(not each.bare for each in given)
             bare = frozenset[str]().union(*(each.bare for each in given))
-            made = _Sources(
+            made = Sources(
                 frozenset[str]().union(*(each.inputs for each in ins)),
                 frozenset() if layered else bare,
                 all(each.pure for each in ins) and not trained and not op.random,
@@ -121,7 +122,7 @@ def _sources(graph: ProxyGraph) -> Mapping[str, _Sources]:
         for name in op.mutates:
             if name in found:
                 old = found[name]
-                found[name] = _Sources(old.inputs | made.inputs, old.bare & made.bare, old.pure and made.pure)
+                found[name] = Sources(old.inputs | made.inputs, old.bare & made.bare, old.pure and made.pure)
     return found
 
 

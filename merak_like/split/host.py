@@ -57,7 +57,7 @@ class Host:
         self.limits, self.keys = limits or Limits(), keys
         self.address = address(listen)
         require_safe(self.address[0], keys, insecure)
-        place, here = Cut.parse(cut), torch.device(device)
+        here = torch.device(device)
         self.crew = crew or Crew(World(0, 1, here, timedelta(seconds=600)))
         self._check(groups or {})
         self.folder = Path(folder)
@@ -65,11 +65,7 @@ class Host:
         self.metrics, self.audit = Metrics(), Audit(self.folder / "audit.jsonl")
         self.turn = Turn(here)
         self.draining = threading.Event()
-        self.registry = Registry(
-            source, place, self.folder / "sessions", self.limits, self.turn, self.turn.device, self.crew,
-            {name: Group(name, text, self.folder / "groups" / name, self.turn, self.audit.note, self.draining.is_set)
-             for name, text in (groups or {}).items()},
-        )  # fmt: skip
+        self.registry = self._sessions(source, cut, groups or {})
         self.port = 0
         """The port in use, once it listens."""
         self.status_port = 0
@@ -211,15 +207,7 @@ class Host:
         facts: dict[str, Any] = {"owner": owner, "peer": peer}
         end = "closed"
         try:
-            hello = parse(Hello, connection.receive(Key(Kind.HELLO), self.limits.waits.hello))
-            session = self.registry.open(hello, owner)
-            facts["session"] = session.id
-            with session.taken_over(connection):
-                step = session.agree(hello.step, hello.saved)
-                self.audit.note("opened", step=step, **facts)
-                welcome = Welcome(session=session.id, step=step, largest=session.largest)
-                connection.send(Key(Kind.WELCOME), welcome.body())
-                session.serve(connection, self.draining.is_set, self.metrics)
+            self._converse(connection, owner, facts)
             connection.send(Key(Kind.BYE), b"")
             connection.flush(5.0)
             end = "drained"
@@ -232,6 +220,26 @@ class Host:
             self._tell(connection, error)
         finally:
             self.audit.note("ended", why=end, **{w: connection.bytes[w] for w in ("sent", "received")}, **facts)
+
+    def _sessions(self, source: Source, cut: str, groups: Mapping[str, GroupText]) -> Registry:
+        """What is behind the door; another kind of host has other sessions."""
+        return Registry(
+            source, Cut.parse(cut), self.folder / "sessions", self.limits, self.turn, self.turn.device, self.crew,
+            {name: Group(name, text, self.folder / "groups" / name, self.turn, self.audit.note, self.draining.is_set)
+             for name, text in groups.items()},
+        )  # fmt: skip
+
+    def _converse(self, connection: Connection, owner: str, facts: dict[str, Any]) -> None:
+        """A session, from its opening until this connection's part in it is over."""
+        hello = parse(Hello, connection.receive(Key(Kind.HELLO), self.limits.waits.hello))
+        session = self.registry.open(hello, owner)
+        facts["session"] = session.id
+        with session.taken_over(connection):
+            step = session.agree(hello.step, hello.saved)
+            self.audit.note("opened", step=step, **facts)
+            welcome = Welcome(session=session.id, step=step, largest=session.largest)
+            connection.send(Key(Kind.WELCOME), welcome.body())
+            session.serve(connection, self.draining.is_set, self.metrics)
 
     def _tell(self, connection: Connection, error: Exception) -> None:
         """Say why, as far as it is the client's business."""

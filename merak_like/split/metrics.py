@@ -16,6 +16,7 @@ HELP = {
     "merak_reserved_bytes": "Memory reserved for sessions.",
     "merak_steps_total": "Training steps done.",
     "merak_replays_total": "Steps whose answer was said again.",
+    "merak_tokens_total": "Tokens that went through this host's blocks, of all samples.",
     "merak_bytes_total": "Bytes on the wire, headers included.",
     "merak_refused_total": "Connections and sessions refused.",
     "merak_queue_seconds": "Seconds a computation waited for its turn.",

@@ -14,6 +14,7 @@ from torch import Tensor
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.predict import predict
 from merak_like.trainer.evaluation import enough
+from merak_like.trainer.sampling import Sampling
 
 
 def generate(
@@ -32,7 +33,7 @@ def generate(
     width = max(map(len, texts)) + max_new_tokens
     ends = [len(text) + max_new_tokens for text in texts]
     done = [False] * len(texts)
-    generator = torch.Generator().manual_seed(seed)
+    choose = Sampling(max(0.0, temperature), top_k, seed=seed)
     for _ in range(max_new_tokens):
         ids = torch.tensor([text + [pad] * (width - len(text)) for text in texts])
         full, _ = enough({"input_ids": ids, "labels": ids}, engine.plan.mesh.dp * engine.plan.micro_batches)
@@ -41,20 +42,10 @@ def generate(
             raise ValueError(f"{engine.plan.model} gives no logits, but {sorted(outputs)}: it cannot be asked for text")
         last = torch.tensor([len(text) - 1 for text in texts])
         logits = outputs["logits"][torch.arange(len(texts)), last].float()
-        for row, token in enumerate(_chosen(logits, temperature, top_k, generator)):
+        for row, token in enumerate(choose(logits)):
             if not done[row]:
                 texts[row].append(token)
                 done[row] = token == end or len(texts[row]) == ends[row]
         if all(done):
             break
     return texts
-
-
-def _chosen(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> list[int]:
-    if temperature <= 0:
-        return logits.argmax(-1).tolist()
-    scaled = logits / temperature
-    if top_k is not None and top_k < scaled.shape[-1]:
-        least = scaled.topk(top_k).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < least, -torch.inf)
-    return torch.multinomial(scaled.softmax(-1), 1, generator=generator)[:, 0].tolist()

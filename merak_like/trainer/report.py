@@ -78,6 +78,8 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         ("seconds_per_step", "seconds a step", "{:.3f}"), ("items_per_second", "items a second", "{:,.0f}"),
         ("model_flops_utilisation", "MFU", "{:.1%}"), ("tflops_per_rank", "TFLOP/s of a rank", "{:.3g}"),
         ("peak_memory_bytes", "memory of the fullest rank, GB", "{:.3g}"), ("skipped", "steps left out", "{:.0f}"),
+        ("accuracy", "accuracy", "{:.4f}"), ("wire_bytes", "GB on the wire", "{:.3g}"),
+        ("client_flops", "operations of clients", "{:.3g}"), ("c3_score", "C3-score", "{:.4f}"),
     ):  # fmt: skip
         value = last(name)
         if value is not None:

@@ -1,0 +1,52 @@
+"""Which clients a server hears next: those it does worst on, and those it has not heard for long.
+
+AdaSplit (Chopra et al. 2021, arXiv 2112.01637, sec. 3.2) keeps for each client discounted sums of its losses ``l`` and
+of its visits ``s`` and takes the clients with the largest upper bounds ``l / s + sqrt(2 ln T / s)``, T the discounted
+number of all rounds. A client that was not heard counts with the mean of its last two losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+
+class Chooser:
+    """The discounted upper bounds of some clients."""
+
+    def __init__(self, clients: int, decay: float = 0.87) -> None:
+        """Raises ValueError for no clients, and for a decay that does not forget or forgets all."""
+        if clients < 1 or not 0 < decay < 1:
+            raise ValueError(
+                f"{clients} clients and a decay of {decay}: give at least one, and a number between 0 and 1"
+            )
+        self.decay = decay
+        self.visits = [0] * clients
+        """How often each was heard."""
+        self._losses, self._weights = [0.0] * clients, [0.0] * clients
+        self._last = [(0.0, 0.0)] * clients
+        self._rounds = 0.0
+
+    def bounds(self) -> list[float]:
+        """Of each client; one that was never heard comes before all others."""
+        more = 2 * math.log(max(self._rounds, 1.0))
+        return [
+            math.inf if not visits else loss / weight + math.sqrt(more / weight)
+            for loss, weight, visits in zip(self._losses, self._weights, self.visits, strict=True)
+        ]
+
+    def choose(self, count: int) -> list[int]:
+        """So many clients, the largest bound first; of equal ones the first."""
+        bounds = self.bounds()
+        return sorted(range(len(bounds)), key=lambda client: -bounds[client])[:count]
+
+    def heard(self, losses: Mapping[int, float]) -> None:
+        """One round is over: the losses of the clients that were heard."""
+        self._rounds = self.decay * self._rounds + 1
+        for client, (before, last) in enumerate(self._last):
+            was = client in losses
+            loss = losses[client] if was else (before + last) / 2
+            self.visits[client] += was
+            self._weights[client] = self.decay * self._weights[client] + was
+            self._losses[client] = self.decay * self._losses[client] + loss
+            self._last[client] = (loss, loss) if self.visits[client] == 1 and was else (last, loss)
