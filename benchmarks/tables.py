@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACES = (
     "README.md", "benchmarks/pipeline/README.md", "benchmarks/paced/README.md", "benchmarks/planner/README.md",
     "benchmarks/tensor_parallel/README.md", "benchmarks/split/README.md", "benchmarks/zero/README.md",
-    "benchmarks/overhead/README.md", "benchmarks/scaling/README.md",
+    "benchmarks/overhead/README.md", "benchmarks/scaling/README.md", "benchmarks/whole/README.md",
 )  # fmt: skip
 
 
@@ -78,6 +78,23 @@ def scaling() -> str:
         lines.append("| slope | " + " | ".join(f"{slopes[name]:.2f}" for name in names) + " |")
         blocks.append("\n".join(lines))
     return "\n\n".join([*blocks, _setting(data["setting"])])
+
+
+def whole() -> str:
+    """Every layout of eight paced ranks, as predicted and as measured."""
+    data = json.loads((ROOT / "benchmarks/whole/results.json").read_text())
+    lines = ["| dp x pp x tp | schedule | predicted, s | measured, s | to the best |", "|---|---|---:|---:|---:|"]
+    least = data["best"]["measured"]
+    for row in sorted(data["rows"], key=lambda row: row["measured"]):
+        mark = " (chosen)" if row == data["chosen"] else ""
+        degrees = f"{row['dp']} x {row['pp']} x {row['tp']}"
+        numbers = f"{row['predicted']:.2f} | {row['measured']:.2f} | {row['measured'] / least:.2f}"
+        lines.append(f"| {degrees} | {row['name']}{mark} | {numbers} |")
+    gains = data["merak's rules to ours"].values()
+    lines += ["", f"The choice takes {data['chosen to best']:.3f} of the best step; predictions are off by "
+              f"{data['mean error of the prediction']:.1%} in the mean; on the same degrees Merak's rules take "
+              f"{min(gains):.2f} to {max(gains):.2f} of what the planner's best schedule takes."]  # fmt: skip
+    return "\n".join([*lines, "", _setting(data["setting"])])
 
 
 def paced() -> str:
@@ -220,6 +237,7 @@ def _setting(setting: dict[str, Any]) -> str:
 
 TABLES = {
     "tensor_parallel": tensor_parallel, "zero": zero, "alone": alone, "scaling": scaling,
+    "whole": whole,
     "pipeline": pipeline, "overhead": overhead, "paced": paced,
     "learning": learning, "published": published, "chosen": chosen, "every": every,
 }  # fmt: skip

@@ -61,7 +61,7 @@ def of_layers(layers: int) -> dict[str, float]:
     def plan() -> Any:
         return make_plan(
             traced.graph, Mesh(pp=STAGES), hardware="a100-80gb", batch=MICRO_BATCHES, micro_batches=MICRO_BATCHES,
-            schedule="1f1b",
+            schedule="1f1b", memory_limit=10**15,
         )  # fmt: skip
 
     found["plan"], _ = seconds(plan)
