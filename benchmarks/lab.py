@@ -48,13 +48,13 @@ class Hosts:
             _run("tc", "-n", name, "qdisc", "add", "dev", end, "root", "tbf", "rate", rate, "burst", burst,
                  "latency", "400ms")  # fmt: skip
 
-    def torchrun(self, script: Sequence[str], timeout: float) -> None:
-        """One process on each host."""
+    def torchrun(self, script: Sequence[str], timeout: float, processes: int = 1) -> None:
+        """So many processes on each host."""
         agents = [
             subprocess.Popen(
                 ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
                  f"--node-rank={rank}", f"--master-addr={ADDRESS.format(1)}", f"--master-port={PORT}",
-                 f"--local-addr={ADDRESS.format(rank + 1)}", "--nproc-per-node=1", *script],
+                 f"--local-addr={ADDRESS.format(rank + 1)}", f"--nproc-per-node={processes}", *script],
                 env={**os.environ, "GLOO_SOCKET_IFNAME": end, "OMP_NUM_THREADS": "1"},
             )
             for rank, (name, end) in enumerate(zip(self.names, self.cable, strict=True))

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACES = (
     "README.md", "benchmarks/pipeline/README.md", "benchmarks/paced/README.md", "benchmarks/planner/README.md",
     "benchmarks/tensor_parallel/README.md", "benchmarks/split/README.md", "benchmarks/zero/README.md",
+    "benchmarks/overhead/README.md", "benchmarks/scaling/README.md", "benchmarks/whole/README.md",
 )  # fmt: skip
 
 
@@ -41,6 +42,59 @@ def overhead() -> str:
     for name, row in data["overhead, microseconds"].items():
         lines.append(f"| {name} | {row['per micro-batch']} | {row['per action']} |")
     return "\n".join(lines)
+
+
+def alone() -> str:
+    """What the engine costs where it has nothing to do, before it has begun, and in memory."""
+    data = json.loads((ROOT / "benchmarks/overhead/results.json").read_text())
+    lines = ["| one process, GPT-2 | step, CPU ms | to plain |", "|---|---:|---:|"]
+    lines += [
+        f"| {name} | {row['CPU milliseconds']:.0f} | {row['to plain']:.3f} |" for name, row in data["steps"].items()
+    ]
+    parts = list(data["starts"]["plain"])
+    lines += ["", f"| seconds from the start | {' | '.join(parts)} | in all |", "|---|" + "---:|" * (len(parts) + 1)]
+    for name, row in data["starts"].items():
+        lines.append(f"| {name} | {' | '.join(f'{row[part]:.1f}' for part in parts)} | {sum(row.values()):.1f} |")
+    lines += ["", "| memory after a step, MB | weights | taken in all | to its weights |", "|---|---:|---:|---:|"]
+    places = {"whole model, plain": data["memory"]["whole"]}
+    places |= {f"rank {rank} of a pipeline": row for rank, row in enumerate(data["memory"]["ranks"])}
+    for name, row in places.items():
+        weights, held = row["weights"] / 1e6, row["held"] / 1e6
+        lines.append(f"| {name} | {weights:.0f} | {held:.0f} | {held / weights:.2f} |")
+    return "\n".join([*lines, "", _setting(data["setting"])])
+
+
+def scaling() -> str:
+    """CPU seconds by size, and the slope of their logarithms."""
+    data = json.loads((ROOT / "benchmarks/scaling/results.json").read_text())
+    blocks = list[str]()
+    for kind, rows in data["rows"].items():
+        names = list(next(iter(rows.values())))
+        lines = [f"| {kind} | " + " | ".join(f"{name}, s" for name in names) + " |", "|---:|" + "---:|" * len(names)]
+        lines += [
+            f"| {size} | " + " | ".join(f"{row[name]:.2f}" for name in names) + " |" for size, row in rows.items()
+        ]
+        slopes = data["slopes"][kind]
+        lines.append("| slope | " + " | ".join(f"{slopes[name]:.2f}" for name in names) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join([*blocks, _setting(data["setting"])])
+
+
+def whole() -> str:
+    """Every layout of eight paced ranks, as predicted and as measured."""
+    data = json.loads((ROOT / "benchmarks/whole/results.json").read_text())
+    lines = ["| dp x pp x tp | schedule | predicted, s | measured, s | to the best |", "|---|---|---:|---:|---:|"]
+    least = data["best"]["measured"]
+    for row in sorted(data["rows"], key=lambda row: row["measured"]):
+        mark = " (chosen)" if row == data["chosen"] else ""
+        degrees = f"{row['dp']} x {row['pp']} x {row['tp']}"
+        numbers = f"{row['predicted']:.2f} | {row['measured']:.2f} | {row['measured'] / least:.2f}"
+        lines.append(f"| {degrees} | {row['name']}{mark} | {numbers} |")
+    gains = data["merak's rules to ours"].values()
+    lines += ["", f"The choice takes {data['chosen to best']:.3f} of the best step; predictions are off by "
+              f"{data['mean error of the prediction']:.1%} in the mean; on the same degrees Merak's rules take "
+              f"{min(gains):.2f} to {max(gains):.2f} of what the planner's best schedule takes."]  # fmt: skip
+    return "\n".join([*lines, "", _setting(data["setting"])])
 
 
 def paced() -> str:
@@ -182,7 +236,8 @@ def _setting(setting: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "tensor_parallel": tensor_parallel, "zero": zero,
+    "tensor_parallel": tensor_parallel, "zero": zero, "alone": alone, "scaling": scaling,
+    "whole": whole,
     "pipeline": pipeline, "overhead": overhead, "paced": paced,
     "learning": learning, "published": published, "chosen": chosen, "every": every,
 }  # fmt: skip
