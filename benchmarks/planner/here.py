@@ -4,10 +4,10 @@
     python -m benchmarks.planner.here --again    forget what was measured before
 
 The machine is profiled first, as a user would: ``this_machine``, links between two processes, and ``calibrate`` fed
-with ``engine.profile()`` of every model on a replica per core, for cores that are all busy share caches and memory, and
-so they are in the rows. A row is predicted with that and measured in rounds that go over all rows, so that a busy minute
-falls on all alike; the fastest round counts. What stands in ``here.json`` is kept; a job that fails is told, noted under
-its row, and tried again in the next round.
+with ``engine.profile()`` of every model on a replica per core: cores that are all busy share caches and memory, and so
+they do in the rows. A row is predicted with that and measured in rounds that go over all rows, so that a busy minute
+falls on all alike; the fastest round counts. What stands in ``here.json`` is kept; a job that fails is told, noted
+under its row, and tried again in the next round.
 
 Processes stand in for devices, but share the cores where there are fewer of these: then no step ends before the cores
 have done the work of all ranks, and the prediction is the later of this and the plan's step.
