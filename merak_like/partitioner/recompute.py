@@ -84,8 +84,7 @@ class _Units(Sequence[tuple[int, ...]]):
     def __getitem__(self, way: Any) -> Any:
         if isinstance(way, slice):
             return tuple(self[n] for n in range(*way.indices(len(self))))
-        end: int = self._ends[way]
-        count = len(self._origins)
+        end, count = self._ends[int(way)], len(self._origins)
         return () if end == _NONE else tuple(range(count)) if end == _ALL else _units(self._origins, end)
 
 
