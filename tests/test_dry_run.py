@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import activations
 
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
@@ -122,6 +123,29 @@ def test_tensor_parallel_ranks_talk_inside_their_stages(schedule: str, recompute
     assert found.collectives >= 2 * inside
     one = dry_run(plan, blocks(), torch.ones(ROWS, WIDTH), squares, all_ranks=False)
     assert (one.problems, one.collectives) == ((), found.collectives)
+
+
+class Spelt(Block):
+    """With an activation in several calls, for which one kernel can stand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = activations.NewGELUActivation()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
+def test_a_plan_of_a_model_that_is_not_fused_is_known_by_its_ops():
+    sizes: set[int] = set()
+    for fuse in (True, False):
+        parts = sharding(nn.Sequential(*(Spelt() for _ in range(4))), 2, squares, fuse=fuse)
+        graph = parts.graph(parts.trace(torch.ones(ROWS, WIDTH), "cpu"))
+        plan = make_plan(graph, Mesh(1, 2, 2), hardware=TOY, batch=ROWS * 4, micro_batches=4)
+        found = dry_run(plan, nn.Sequential(*(Spelt() for _ in range(4))), torch.ones(ROWS, WIDTH), squares)
+        assert found.problems == ()
+        sizes.add(plan.starts[-1])
+    assert len(sizes) == 2
 
 
 @pytest.mark.parametrize(("dp", "pp"), [(1, 1), (3, 1), (1, 3)])

@@ -4,8 +4,10 @@
     python -m benchmarks.planner.here --again    forget what was measured before
 
 The machine is profiled first, as a user would: ``this_machine``, links between two processes, and ``calibrate`` fed
-with ``engine.profile()`` of every model on one process. A row is predicted with that and measured in rounds that go
-over all rows, so that a busy minute falls on all alike; the fastest round counts. What stands in ``here.json`` is kept.
+with ``engine.profile()`` of every model on a replica per core: cores that are all busy share caches and memory, and so
+they do in the rows. A row is predicted with that and measured in rounds that go over all rows, so that a busy minute
+falls on all alike; the fastest round counts. What stands in ``here.json`` is kept; a job that fails is told, noted
+under its row, and tried again in the next round.
 
 Processes stand in for devices, but share the cores where there are fewer of these: then no step ends before the cores
 have done the work of all ranks, and the prediction is the later of this and the plan's step.
@@ -38,7 +40,7 @@ from merak_like.partitioner.recorded import Recorded
 from merak_like.partitioner.this_machine import this_machine
 
 OUT = Path(__file__).with_name("here.json")
-ROWS, ROUNDS, STEPS = 20, 3, 3
+ROWS, ROUNDS, STEPS = 20, 2, 5
 SEED, SEQ = 2, 64
 SIZES = (2**10, 2**16, 2**20, 2**22)
 """Bytes of the messages that links are measured with."""
@@ -204,12 +206,13 @@ def profile(held: dict[str, Any], until: float) -> Hardware | None:
         held["rough"] = json.loads(replace(this_machine(device="cpu", again=True), intra=between).to_json())
         _save(held)
     rough = json.dumps(held["rough"])
-    for row in (Row(model, 4, 256, 1, 1, 1, "1f1b", 2, 2) for model in sorted(MODELS)):
+    cores = len(os.sched_getaffinity(0))
+    for row in (Row(model, 4, 256, cores, 1, 1, "1f1b", 2, 2) for model in sorted(MODELS)):
         if row.model in held.setdefault("profiles", {}):
             continue
         if time.monotonic() > until:
             return None
-        found = run("step", 1, {"row": asdict(row), "hardware": rough, "profile": True})
+        found = run("step", row.ranks, {"row": asdict(row), "hardware": rough, "profile": True})
         held["profiles"][row.model] = {name: json.loads(found[name]) for name in ("plan", "profile")}
         _save(held)
     made = calibrate([
@@ -253,7 +256,14 @@ def main() -> None:
             if len(known["rounds"]) > turn or time.monotonic() > until:
                 continue
             load = os.getloadavg()[0]
-            found = run("step", row.ranks, {"row": asdict(row), "hardware": text, "profile": False})
+            try:
+                found = run("step", row.ranks, {"row": asdict(row), "hardware": text, "profile": False})
+            except subprocess.SubprocessError as error:
+                known["failed"] = str(error)
+                _save(held)
+                print(f"{row.name}: {error}", flush=True)
+                continue
+            known.pop("failed", None)
             known["rounds"].append({"seconds": found["measured"], "load": round(load, 1)})
             known["predicted"] = predicted(found, row.ranks)
             known["measured"] = min(each["seconds"] for each in known["rounds"])

@@ -21,7 +21,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise, product
 from math import ceil
 
@@ -45,6 +45,10 @@ class Bands:
     bare: Ints
     inputs: Ints
     put_off: Ints
+
+    def narrow(self, width: int) -> Bands:
+        """Of the ranges up to a smaller width."""
+        return Bands(*(getattr(self, one.name)[:, :width] for one in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,11 @@ class _Bands:
     kept: dict[bool, tuple[Ints, Ints]] = field(default_factory=dict[bool, tuple[Ints, Ints]])
     """Whether the stage may recompute: bytes of a live micro-batch if nothing and if all that may be is recomputed."""
 
+    def narrow(self, width: int) -> _Bands:
+        """Those of shorter ranges, which are the same."""
+        kept = {again: (full[:, :width], least[:, :width]) for again, (full, least) in self.kept.items()}
+        return _Bands(self.bands.narrow(width), [least[:, :width] for least in self.least], kept)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -114,8 +119,11 @@ class Problem:
 
     def _of(self, width: int) -> _Bands:
         if width not in self._bands:
-            self._bands.clear()  # one at a time: wide ones are large
-            self._bands[width] = _Bands(self.memory.bands(self.positions, width))
+            wider = next((found for known, found in self._bands.items() if known > width), None)
+            made = wider.narrow(width) if wider else _Bands(self.memory.bands(self.positions, width))
+            if not wider:
+                self._bands.clear()  # one at a time: wide ones are large, narrow ones parts of them
+            self._bands[width] = made
         return self._bands[width]
 
     @cached_property

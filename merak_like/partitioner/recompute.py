@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Front:
     """Bytes that a live micro-batch keeps until it is computed again, received and sent values excluded."""
     seconds: Floats
     """Of what is computed again."""
-    units: tuple[tuple[int, ...], ...]
+    units: Sequence[tuple[int, ...]]
     """What is computed again: units by their place in the stage."""
 
 
@@ -44,42 +45,56 @@ def front(seconds: Sequence[float], saved: Sequence[int], near: Sequence[int], f
     ``batch`` are the bytes of the batch that the stage reads.
     """
     count, whole = len(seconds), int(sum(saved))
-    # The points of each level: bytes, seconds, origin (twice the point of the level before, plus its state).
+    # The points of each level: bytes, seconds, units run again; origin: twice the point of the level before, plus its
+    # state.
     nothing = np.zeros(0, np.int64)
-    points = [(np.zeros(1, np.int64), np.zeros(1)), (nothing, np.zeros(0))]
+    points = [(np.zeros(1, np.int64), np.zeros(1), np.zeros(1, np.int64)), (nothing, np.zeros(0), nothing)]
     origins: list[tuple[Ints, Ints]] = []
     for unit in range(count):
-        (kept_bytes, kept_seconds), (run_bytes, run_seconds) = points
-        from_kept, from_run = 2 * np.arange(len(kept_bytes)), 2 * np.arange(len(run_bytes)) + 1
-        keep = _pareto(
-            np.concatenate([kept_bytes, run_bytes]) + saved[unit],
-            np.concatenate([kept_seconds, run_seconds]),
-            np.concatenate([from_kept, from_run]),
-        )
-        again = _pareto(
-            np.concatenate([kept_bytes + near[unit], run_bytes]),
-            np.concatenate([kept_seconds, run_seconds]) + seconds[unit],
-            np.concatenate([from_kept, from_run]),
-        )
-        points, origins = [keep[:2], again[:2]], [*origins, (keep[2], again[2])]
-    ways: list[tuple[int, float, tuple[int, ...]]] = []
-    for state, (ends_bytes, ends_seconds) in enumerate(points):
-        for n, (nbytes, spent) in enumerate(zip(ends_bytes.tolist(), ends_seconds.tolist(), strict=True)):
-            ways.append((nbytes + far, spent, _units(origins, 2 * n + state)))
-    ways = [way for way in ways if 0 < len(way[2]) < count and way[0] < whole]
-    ways += [(whole, 0.0, ()), (min(whole, batch), float(sum(seconds)), tuple(range(count)))]
-    found = _pareto(np.array([way[0] for way in ways]), np.array([way[1] for way in ways]), np.arange(len(ways)))
+        (kept_bytes, kept_seconds, kept_many), (run_bytes, run_seconds, run_many) = points
+        origin = np.concatenate([2 * np.arange(len(kept_bytes)), 2 * np.arange(len(run_bytes)) + 1])
+        spent, many = np.concatenate([kept_seconds, run_seconds]), np.concatenate([kept_many, run_many])
+        keep = _pareto(np.concatenate([kept_bytes, run_bytes]) + saved[unit], spent)
+        again = _pareto(np.concatenate([kept_bytes + near[unit], run_bytes]), spent + seconds[unit])
+        points = [(*keep[:2], many[keep[2]]), (*again[:2], many[again[2]] + 1)]
+        origins.append((origin[keep[2]], origin[again[2]]))
+    ways: list[tuple[int, float, int]] = []
+    for state, (ends_bytes, ends_seconds, many) in enumerate(points):
+        worth = np.flatnonzero((many > 0) & (many < count) & (ends_bytes + far < whole))
+        all_bytes, ends = (ends_bytes[worth] + far).tolist(), (2 * worth + state).tolist()
+        ways += zip(all_bytes, ends_seconds[worth].tolist(), ends, strict=True)
+    ways += [(whole, 0.0, _NONE), (min(whole, batch), float(sum(seconds)), _ALL)]
+    found = _pareto(np.array([way[0] for way in ways]), np.array([way[1] for way in ways]))
     chosen: list[int] = found[2].tolist()
-    return Front(found[0], found[1], tuple(ways[n][2] for n in chosen))
+    return Front(found[0], found[1], _Units(origins, [ways[n][2] for n in chosen]))
 
 
-def _pareto(nbytes: Ints, seconds: Floats, origin: Ints) -> tuple[Ints, Floats, Ints]:
-    """The points that no other has no more bytes and no more seconds than, by bytes."""
+_NONE, _ALL = -2, -1
+
+
+class _Units(Sequence[tuple[int, ...]]):
+    """The units computed again on the way to each of these points: few of them are ever asked for."""
+
+    def __init__(self, origins: Sequence[tuple[Ints, Ints]], ends: Sequence[int]) -> None:
+        self._origins, self._ends = origins, ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, way: Any) -> Any:
+        if isinstance(way, slice):
+            return tuple(self[n] for n in range(*way.indices(len(self))))
+        end, count = self._ends[int(way)], len(self._origins)
+        return () if end == _NONE else tuple(range(count)) if end == _ALL else _units(self._origins, end)
+
+
+def _pareto(nbytes: Ints, seconds: Floats) -> tuple[Ints, Floats, Ints]:
+    """The points that no other has no more bytes and no more seconds than, by bytes; and which these are."""
     order = np.lexsort((seconds, nbytes))
-    nbytes, seconds, origin = nbytes[order], seconds[order], origin[order]
+    nbytes, seconds = nbytes[order], seconds[order]
     least = np.minimum.accumulate(np.concatenate([[np.inf], seconds]))[:-1]
     better = _thinned(np.flatnonzero(seconds < least - SAME * np.abs(seconds)), FRONT)
-    return nbytes[better], seconds[better], origin[better]
+    return nbytes[better], seconds[better], order[better]
 
 
 def _thinned(points: Ints, most: int) -> Ints:

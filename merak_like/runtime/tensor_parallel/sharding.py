@@ -271,8 +271,7 @@ class Sharded:
                 return Prepared.plainly(own(traced, starts), self.model, starts, keeping)
             some = {size: self._like(traced, batch, size) for size in {stop - start for start, stop in shares}}
             apart = alone(traced, some, total)
-            local = self._rows(traced, self._derive(traced)).values
-            if mixed := of_samples(local, traced, some, total):
+            if mixed := of_samples(self._rows(traced, self._derive(traced)).values, traced, some, total):
                 apart = ()
                 if not any(groups.coord):
                     warnings.warn(
