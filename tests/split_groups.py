@@ -155,7 +155,7 @@ def alone(
     Each micro-batch is computed up to the cut and from there on, so that gradients can be put together at the cut.
     """
     whole = model()
-    models = {name: copy.deepcopy(whole) for name in group.members}
+    models: dict[str, Any] = {name: copy.deepcopy(whole) for name in group.members}
     first = models[group.members[0]]
     shared = [p for n, p in first.named_parameters() if n.startswith(MIDDLE)]
     learner = torch.optim.Adam(shared, lr=SHARED.lr)
@@ -214,7 +214,7 @@ def alone(
     return losses, found
 
 
-def _from_cut(model_: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+def _from_cut(model_: Any, x: Tensor, labels: Tensor) -> Tensor:
     """The rest of ``Tiny``'s forward."""
     x = model_.layers[1](x)
     x = model_.counted(x.transpose(1, 2)).transpose(1, 2)

@@ -50,7 +50,7 @@ def test_in_turns_is_one_process_that_trains_in_that_order(certificates: Path, t
             assert list(losses[name].values()) == pytest.approx(list(expected_losses[name].values()), abs=1e-10)
 
 
-@pytest.mark.parametrize(("alpha", "phi"), [(0.0, 0.0), (0.5, 0.67)])
+@pytest.mark.parametrize(("alpha", "phi"), [pytest.param(0.0, 0.0, marks=pytest.mark.slow), (0.5, 0.67)])
 def test_in_parallel_is_one_process_with_the_same_formulas(
     alpha: float, phi: float, certificates: Path, tmp_path: Path
 ):
@@ -71,8 +71,14 @@ CRASHES = ("begun", "stepped", "applied", "group saved")
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("mode", ["sequential", "parallel"])
-@pytest.mark.parametrize("place", CRASHES)
+@pytest.mark.parametrize(
+    ("place", "mode"),
+    [
+        pytest.param(place, mode, marks=[] if (place, mode) == ("stepped", "parallel") else [pytest.mark.slow])
+        for place in CRASHES
+        for mode in ("sequential", "parallel")
+    ],
+)
 def test_a_host_that_crashes_changes_nothing(
     mode: str, place: str, certificates: Path, nursery: Nursery, tmp_path: Path
 ):
@@ -109,6 +115,7 @@ def test_a_host_that_crashes_changes_nothing(
     assert all(torch.equal(calm[name], shaken[name]) for name in calm)
 
 
+@pytest.mark.slow
 def test_a_killed_edge_takes_the_group_back(certificates: Path, tmp_path: Path):
     """Ann's edge is lost at step 5 and starts from its checkpoint of step 3: bob, at 5 too, goes back with it."""
     group = groups.text("sequential", "ann", "bob", checkpoint_every=3)
@@ -129,7 +136,7 @@ def test_a_killed_edge_takes_the_group_back(certificates: Path, tmp_path: Path):
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
 
 
-@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+@pytest.mark.parametrize("mode", ["sequential", pytest.param("parallel", marks=pytest.mark.slow)])
 def test_who_is_missing_is_named(mode: str, certificates: Path, tmp_path: Path):
     """Nothing is changed meanwhile, and when bob is there after all it goes on."""
     group = groups.text(mode, "bob", "ann", wait=0.5)
@@ -144,7 +151,7 @@ def test_who_is_missing_is_named(mode: str, certificates: Path, tmp_path: Path):
         assert groups.furthest(ward.weights, groups.alone(group, 2 if mode == "sequential" else 1)[1]) < 1e-10
 
 
-@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+@pytest.mark.parametrize("mode", ["parallel", pytest.param("sequential", marks=pytest.mark.slow)])
 def test_a_group_that_skips_goes_on_without_and_takes_back(mode: str, certificates: Path, tmp_path: Path):
     group = groups.text(mode, "bob", "ann", wait=0.5, lost="skip", alpha=0.5 if mode == "parallel" else 0)
     alone = group.model_copy(update={"members": ("ann",)})

@@ -40,7 +40,7 @@ from merak_like.split.wire import FROM_EDGE, Key, Kind, WireError, frames
 
 
 class Host:
-    """Serves the cloud's half of one model, cut at one place, to many clients; each has a half of its own."""
+    """Serves the cloud's half of one model, cut at one place: a half for each client, or for a group of them."""
 
     def __init__(
         self, source: Source, cut: str, *, listen: str, folder: str | Path, keys: Keys | None = None,

@@ -76,6 +76,7 @@ class Rounds:
                 self._note("back", group=self.name, member=member)
                 if not self.meeting.seated:
                     self.meeting = self._next()
+                self.change.notify_all()
             self.wait(lambda: self._may(member), member, there=there)
             meeting = self.meeting
             meeting.seated.add(member)
