@@ -61,6 +61,10 @@ class Session:
             before.close()
         if not self._lock.acquire(timeout=30):
             raise Refused("the session is still at work for a connection before: try again")
+        # Before the welcome, which the first tensors may follow at once.
+        connection.micro_batches = self.task.micro_batches
+        connection.assembler.largest = self.largest
+        connection.room = 2 * self.task.micro_batches * self.largest
         try:
             yield
         finally:
@@ -90,9 +94,6 @@ class Session:
 
     def serve(self, connection: Connection, stop: Callable[[], bool], metrics: Metrics) -> None:
         """Do what the edge asks, until the connection ends or ``stop`` says so between two steps."""
-        connection.micro_batches = self.task.micro_batches
-        connection.assembler.largest = self.largest
-        connection.room = 2 * self.task.micro_batches * self.largest
         while not stop():
             if (found := connection.begun()) is None:
                 continue

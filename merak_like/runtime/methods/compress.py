@@ -153,12 +153,13 @@ class Compress(Method):
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))  # as the layer would; so what it keeps is known
         layer = self._layers.setdefault(id(found.weight), Layer(self.bound))
-        memory, kept = storage_key(x), self._of(x)
+        # Autograd keeps ``pack`` as long as what it packed, so it must not hold x.
+        memory, numel, kept = storage_key(x), x.numel(), self._of(x)
 
         def pack(tensor: Tensor) -> Any:
-            if storage_key(tensor) != memory or tensor.numel() != x.numel() or not tensor.is_contiguous():
+            if storage_key(tensor) != memory or tensor.numel() != numel or not tensor.is_contiguous():
                 return tensor
-            bound = layer.bound * RANGE * float(x.detach().float().square().mean().sqrt())
+            bound = layer.bound * RANGE * float(tensor.detach().float().square().mean().sqrt())
             before, after = kept.squeeze(bound, self.entropy)
             self._counted[0] += before
             self._counted[1] += after
