@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("fault", ["computed", "answered"])
+@pytest.mark.parametrize("fault", ["computed", pytest.param("answered", marks=pytest.mark.slow)])
 def test_a_host_killed_in_the_middle_changes_nothing(fault: str, tmp_path: Path):
     """SIGKILL between two tokens: once with the pass computed and not answered, once with the answer under way."""
     model = split_models.gpt2()[0].eval()

@@ -112,7 +112,7 @@ def generate(tokens: int = 48) -> Lines:
 
     torch.manual_seed(0)
     config = GPT2Config(n_layer=8, n_embd=512, n_head=8, vocab_size=5000, bos_token_id=0, eos_token_id=0)
-    model = GPT2LMHeadModel(config).eval()
+    model: Any = GPT2LMHeadModel(config).eval()
     source, prompt = Source(lambda: copy.deepcopy(model)), [list(range(5, 37))]
     blocks = sum(p.nbytes for p in model.transformer.h.parameters())
 

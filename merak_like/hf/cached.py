@@ -62,7 +62,8 @@ class _Layers(transformers.Cache):
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.layers[layer_idx].get_mask_sizes(query_length)  # pyright: ignore[reportReturnType]
+        layer: Any = self.layers[layer_idx]
+        return layer.get_mask_sizes(query_length)
 
 
 class Cached(nn.Module):

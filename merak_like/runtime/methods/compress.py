@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ A, NOISE = 0.32, 0.01
 RANGE = 2.5
 """Bounds are relative to so many root mean squares of the tensor: about its range, and no outlier moves it."""
 TIGHTEST, LOOSEST = 1e-3, 0.1
+SLICE = 2**17
+"""Numbers that are packed at once: codes on their way take ten times what they come to in the end."""
 SMALLEST = 1024
 """Numbers in a tensor that is worth packing."""
 EVERY = 50
@@ -49,19 +52,27 @@ class Kept:
     """A tensor that the backward will read, as it is or in few bits."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._held: Tensor | Packed = tensor.detach()
+        self._held: Tensor | list[Tensor | Packed] = tensor.detach()
+        self._shape, self._dtype = tensor.shape, tensor.dtype
 
     def squeeze(self, bound: float, entropy: bool) -> tuple[int, int]:
         """Pack it; its bytes before and after."""
-        if isinstance(self._held, Packed):
+        if isinstance(self._held, list):
             return 0, 0
-        before = self._held.nbytes
-        self._held = quantise(self._held, bound, entropy=entropy) or self._held
-        return before, self._held.nbytes
+        before, flat = self._held.nbytes, self._held.reshape(-1)
+        self._held = [quantise(part, bound, entropy=entropy) or part.clone() for part in flat.split(SLICE)]
+        return before, sum(part.nbytes for part in self._held)
 
     def tensor(self) -> Tensor:
         """The tensor, within its bound."""
-        return self._held.tensor() if isinstance(self._held, Packed) else self._held
+        if not isinstance(self._held, list):
+            return self._held
+        parts = (part.tensor() if isinstance(part, Packed) else part for part in self._held)
+        first = next(parts)
+        whole = torch.empty(self._shape.numel(), dtype=self._dtype, device=first.device)
+        for i, part in enumerate(chain([first], parts)):
+            whole[i * SLICE : i * SLICE + part.numel()] = part
+        return whole.view(self._shape)
 
 
 @dataclass
@@ -142,12 +153,13 @@ class Compress(Method):
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))  # as the layer would; so what it keeps is known
         layer = self._layers.setdefault(id(found.weight), Layer(self.bound))
-        memory, kept = storage_key(x), self._of(x)
+        # Autograd keeps ``pack`` as long as what it packed, so it must not hold x.
+        memory, numel, kept = storage_key(x), x.numel(), self._of(x)
 
         def pack(tensor: Tensor) -> Any:
-            if storage_key(tensor) != memory or tensor.numel() != x.numel() or not tensor.is_contiguous():
+            if storage_key(tensor) != memory or tensor.numel() != numel or not tensor.is_contiguous():
                 return tensor
-            bound = layer.bound * RANGE * float(x.detach().float().square().mean().sqrt())
+            bound = layer.bound * RANGE * float(tensor.detach().float().square().mean().sqrt())
             before, after = kept.squeeze(bound, self.entropy)
             self._counted[0] += before
             self._counted[1] += after

@@ -63,6 +63,12 @@ class Rooms:
             token=sum(room.token_bytes for room in rooms), session=session,
         )  # fmt: skip
 
+    def admit(self, session: Session, connection: Connection) -> None:
+        """Let this session's values come, from before its welcome on: the first may follow at once."""
+        connection.micro_batches = 1
+        connection.assembler.largest = message_bytes(len(session.ask.pads), self.runner.blocks.largest)
+        connection.room = 2 * connection.assembler.largest
+
     @contextmanager
     def opened(self, ask: Ask, owner: str) -> Iterator[Session]:
         """A session for as long as this lasts. Raises Refused for what cannot be, NoRoom for what cannot be now."""
@@ -121,9 +127,6 @@ class Rooms:
         exchange = Exchange(
             {"up": ask.codec, "down": ask.back_codec}, 0, self.runner.device, self.turn.away, self.limits.most, True
         )
-        connection.micro_batches = 1
-        connection.assembler.largest = message_bytes(len(ask.pads), self.runner.blocks.largest)
-        connection.room = 2 * connection.assembler.largest
         idle, due = 0.0, 0
         while not stop():
             if (found := connection.begun(WAIT)) is None:

@@ -48,6 +48,7 @@ class BlockHost(Host):
             return
         with rooms.opened(ask, owner) as session:
             facts["session"] = session.id
+            rooms.admit(session, connection)
             self.audit.note("opened", blocks=f"{ask.first}:{ask.stop}", samples=len(ask.pads), **facts)
             connection.send(Key(Kind.WELCOME), rooms.offer(session.id).body())
             rooms.serve(
