@@ -87,6 +87,8 @@ def run(hosts: Hosts, folder: Path, row: tuple[int, str, int]) -> dict[str, floa
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     with start(1, "host") as host, start(0, "edge") as edge:
+        assert edge.stdin is not None
+        assert edge.stdout is not None
         try:
             found: dict[str, float] = json.loads(edge.stdout.readline())
             hosts.shape_one(0, RATE, burst="32kb")
