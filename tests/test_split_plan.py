@@ -16,11 +16,13 @@ from merak_like.partitioner.schedules.action import Action, Kind
 from merak_like.runtime.links import Spec
 from merak_like.split.choose import Asked, best_of_each, blocks, choose, tails
 from merak_like.split.coding import Coding, timed
+from merak_like.split.connection import Waits
 from merak_like.split.cut import Cut
 from merak_like.split.edge import Edge
 from merak_like.split.forecast import forecast, halved
 from merak_like.split.half import Source
 from merak_like.split.host import Host
+from merak_like.split.limits import Limits
 from merak_like.split.means import Means, amount, line, machine
 from merak_like.split.messages import Done
 from merak_like.split.order import orders
@@ -31,6 +33,8 @@ from tests.split_pair import CUTS, made, task
 from tests.split_proxy import Proxy
 
 NOTHING = Coding(0.0, 0.0)
+QUIET = Waits(idle=3600.0)
+"""No ping among the bytes of a step."""
 WORKS = {
     "with a tail, remembering": ("calm", "layers.0:layers.3", {"codec": "aqsgd(4)|int8", "back_codec": "int4"}, True),
     "without a tail": ("calm", "layers.1", {"codec": "topk(0.25)", "micro_batches": 1}, False),
@@ -54,9 +58,11 @@ def test_bytes_are_those_counted_on_the_socket(tmp_path: Path, name: str, cut: s
     source = Source(lambda: copy.deepcopy(model))
     told = forecast(source, what, batch, samples=ids)
     samples = list(range(len(batch["labels"]))) if ids else None
-    with Host(source, what.cut, listen="127.0.0.1:0", folder=tmp_path / "host") as host:
+    limits = Limits(waits=QUIET)
+    with Host(source, what.cut, listen="127.0.0.1:0", folder=tmp_path / "host", limits=limits) as host:
         tap = Proxy(host.port)
-        with Edge(source, what, batch, connect=f"127.0.0.1:{tap.port}", folder=tmp_path / "edge") as edge:
+        here = f"127.0.0.1:{tap.port}"
+        with Edge(source, what, batch, connect=here, folder=tmp_path / "edge", waits=QUIET) as edge:
             edge.step(batch, samples=samples)
             before, seen = dict(edge.bytes), len(tap.seen["up"]) + len(tap.seen["down"])
             edge.step(batch, samples=samples)

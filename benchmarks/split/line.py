@@ -133,10 +133,10 @@ def steps(edge: Edge, batch: Any) -> tuple[float, int]:
     """Seconds of the fastest step, for other processes of the machine only add; bytes that it sends."""
     seconds, sent = list[float](), 0
     for _ in range(2 + STEPS):
-        before, began = edge.bytes["sent"], time.monotonic()
+        before, began = edge.bytes["sent"] - edge.bytes["sent PING"], time.monotonic()
         edge.step(batch, samples=range(BATCH))
         seconds.append(time.monotonic() - began)
-        sent = edge.bytes["sent"] - before
+        sent = edge.bytes["sent"] - edge.bytes["sent PING"] - before
     return min(seconds[2:]), sent
 
 
