@@ -71,6 +71,7 @@ def test_serve_and_train_from_a_checkpoint(tmp_path: Path):
                 train = [sys.executable, "-m", "merak_like.cli", "edge", "train", "edge.yaml", "-o", "edge.safetensors"]
                 done = subprocess.run(train, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
                 assert done.returncode == 0, done.stderr
+                assert "predicted" in done.stderr
                 lines += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
             host.send_signal(signal.SIGTERM)
             assert host.wait(60) == 0

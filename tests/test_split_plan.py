@@ -10,25 +10,31 @@ from typing import Any
 import pytest
 import torch
 
+from merak_like.cli import edge as cli
 from merak_like.partitioner.hardware import Link
 from merak_like.partitioner.schedules.action import Action, Kind
 from merak_like.runtime.links import Spec
 from merak_like.split.choose import Asked, best_of_each, blocks, choose, tails
 from merak_like.split.coding import Coding, timed
+from merak_like.split.connection import Waits
 from merak_like.split.cut import Cut
 from merak_like.split.edge import Edge
 from merak_like.split.forecast import forecast, halved
 from merak_like.split.half import Source
 from merak_like.split.host import Host
+from merak_like.split.limits import Limits
 from merak_like.split.means import Means, amount, line, machine
 from merak_like.split.messages import Done
 from merak_like.split.order import orders
 from merak_like.split.timeline import Around, Work, walk
+from merak_like.split.told import beside
 from merak_like.split.wire import Kind as Says
 from tests.split_pair import CUTS, made, task
 from tests.split_proxy import Proxy
 
 NOTHING = Coding(0.0, 0.0)
+QUIET = Waits(idle=3600.0)
+"""No ping among the bytes of a step."""
 WORKS = {
     "with a tail, remembering": ("calm", "layers.0:layers.3", {"codec": "aqsgd(4)|int8", "back_codec": "int4"}, True),
     "without a tail": ("calm", "layers.1", {"codec": "topk(0.25)", "micro_batches": 1}, False),
@@ -52,9 +58,11 @@ def test_bytes_are_those_counted_on_the_socket(tmp_path: Path, name: str, cut: s
     source = Source(lambda: copy.deepcopy(model))
     told = forecast(source, what, batch, samples=ids)
     samples = list(range(len(batch["labels"]))) if ids else None
-    with Host(source, what.cut, listen="127.0.0.1:0", folder=tmp_path / "host") as host:
+    limits = Limits(waits=QUIET)
+    with Host(source, what.cut, listen="127.0.0.1:0", folder=tmp_path / "host", limits=limits) as host:
         tap = Proxy(host.port)
-        with Edge(source, what, batch, connect=f"127.0.0.1:{tap.port}", folder=tmp_path / "edge") as edge:
+        here = f"127.0.0.1:{tap.port}"
+        with Edge(source, what, batch, connect=here, folder=tmp_path / "edge", waits=QUIET) as edge:
             edge.step(batch, samples=samples)
             before, seen = dict(edge.bytes), len(tap.seen["up"]) + len(tap.seen["down"])
             edge.step(batch, samples=samples)
@@ -175,3 +183,46 @@ def test_codecs_are_timed(way: Any):
     small, large = (timed("topk(0.1)", Spec("x", (rows, 8, 16), torch.float32, True), way) for rows in (64, 640_000))
     assert 0 < small.encode < large.encode
     assert 0 < small.decode < large.decode
+
+
+FILE = """
+model: tests.split_models:calm
+data: tests.split_models:again
+cut: auto
+steps: 2
+micro_batches: 2
+machines: {uplink: 1 Mbit, downlink: 10 Mbit, edge_flops: 10 Gflops, edge_memory: 1 GB}
+"""
+
+
+def test_the_command_ranks_and_says_what_binds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "edge.yaml").write_text(FILE)
+    cli.run("plan", tmp_path / "edge.yaml", None, None, ["identity", "aqsgd(4)"])
+    said = capsys.readouterr().out
+    assert "1 Mbit/s up, 10 Mbit/s down" in said
+    best, _, others = said.partition("next best")
+    assert best.count("layers.") == 2  # one for each codec
+    assert "aqsgd(4)" in best
+    assert "micro-batches" in others.splitlines()[-1]
+
+
+def test_the_command_asks_for_what_it_lacks(tmp_path: Path):
+    lacking = tmp_path / "edge.yaml"
+    lacking.write_text(FILE.partition("machines")[0])
+    with pytest.raises(ValueError, match="nothing to plan for: give the file"):
+        cli.run("plan", lacking)
+    with pytest.raises(ValueError, match="run `merak edge plan`"):
+        cli.run("train", lacking)
+    with pytest.raises(ValueError, match="--rank and --codec are for plan"):
+        cli.run("train", lacking, None, [8], None)
+
+
+def test_predicted_stands_beside_measured():
+    model, batch = made("calm")
+    told = forecast(Source(lambda: copy.deepcopy(model)), task(CUTS["calm"]), batch, _means(), samples=True,
+                    measure=lambda *_: NOTHING)  # fmt: skip
+    steps = [{"seconds": 5.0 + 2 * i, "sent": 9 + told.sent * i, "received": 9 + told.received * i} for i in range(3)]
+    rows = {line[:16].strip(): line[16:].split() for line in beside(told, steps).splitlines()}
+    assert rows["seconds"] == [f"{told.seconds:.3f}", "2.000"]
+    assert rows["bytes sent"] == [f"{told.sent:,}"] * 2
+    assert rows["bytes received"] == [f"{told.received:,}"] * 2

@@ -87,6 +87,8 @@ def run(hosts: Hosts, folder: Path, row: tuple[int, str, int]) -> dict[str, floa
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     with start(1, "host") as host, start(0, "edge") as edge:
+        assert edge.stdin is not None
+        assert edge.stdout is not None
         try:
             found: dict[str, float] = json.loads(edge.stdout.readline())
             hosts.shape_one(0, RATE, burst="32kb")
@@ -131,10 +133,10 @@ def steps(edge: Edge, batch: Any) -> tuple[float, int]:
     """Seconds of the fastest step, for other processes of the machine only add; bytes that it sends."""
     seconds, sent = list[float](), 0
     for _ in range(2 + STEPS):
-        before, began = edge.bytes["sent"], time.monotonic()
+        before, began = edge.bytes["sent"] - edge.bytes["sent PING"], time.monotonic()
         edge.step(batch, samples=range(BATCH))
         seconds.append(time.monotonic() - began)
-        sent = edge.bytes["sent"] - before
+        sent = edge.bytes["sent"] - edge.bytes["sent PING"] - before
     return min(seconds[2:]), sent
 
 
