@@ -86,7 +86,8 @@ def as_much_as_said(dp: int, pp: int, zero: int) -> list[int]:
     parts: list[Any] = [getattr(p, "to_local", lambda p=p: p)() for p in ours._parameters.values()]
     weights = sum(part.numel() for part in parts)
     if zero == 3:
-        kept = sum(p.grad.to_local().numel() for p in ours._parameters.values() if p.grad is not None)
+        gradients: list[Any] = [p.grad for p in ours._parameters.values() if p.grad is not None]
+        kept = sum(gradient.to_local().numel() for gradient in gradients)
     else:
         kept = sum((b.own if b.sums is None else b.sums).numel() for b in reducer.buckets)
     planned = [stage.memory for stage in ours.plan.stages]
