@@ -267,6 +267,7 @@ def test_half_precision_is_measured_by_its_own_peak(tmp_path: Path) -> None:
         trainer = Trainer(build("llama"), quick(tmp_path / precision, precision=precision), data("llama", 40, 1))
         trainer.train()
         peaks[precision] = trainer.meter.peak
+        assert trainer.meter.peak is not None
         line = next(line for line in trainer.state.history if "tflops_per_rank" in line)
         assert line["model_flops_utilisation"] == pytest.approx(line["tflops_per_rank"] * 1e12 / trainer.meter.peak)
         trainer.close()

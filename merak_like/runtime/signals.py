@@ -1,4 +1,4 @@
-"""Good manners: a polite request to end is noted, and acted upon by all ranks together; a thread lets others go first."""
+"""Good manners: a polite request to end is noted, and acted upon by all ranks together; a thread lets others pass."""
 
 from __future__ import annotations
 
