@@ -84,9 +84,10 @@ def as_much_as_said(dp: int, pp: int, zero: int) -> list[int]:
     moments = sum(s["exp_avg"].numel() for s in ours.optimizer.state.values())
     reducer: Any = ours._reducer
     parts: list[Any] = [getattr(p, "to_local", lambda p=p: p)() for p in ours._parameters.values()]
-    weights = sum(part.numel() for part in parts)
+    weights, whole = (sum(each.numel() for each in some) for some in (parts, ours._parameters.values()))
     if zero == 3:
-        kept = sum(p.grad.to_local().numel() for p in ours._parameters.values() if p.grad is not None)
+        gradients: list[Any] = [p.grad for p in ours._parameters.values() if p.grad is not None]
+        kept = sum(gradient.to_local().numel() for gradient in gradients)
     else:
         kept = sum((b.own if b.sums is None else b.sums).numel() for b in reducer.buckets)
     planned = [stage.memory for stage in ours.plan.stages]
@@ -94,7 +95,7 @@ def as_much_as_said(dp: int, pp: int, zero: int) -> list[int]:
     assert sum(one.optimizer for one in planned) == pytest.approx(2 * 8 * moments, rel=0.02)
     assert sum(one.gradients for one in planned) == pytest.approx(8 * kept, rel=0.02)
     assert sum(one.weights for one in planned) == pytest.approx(8 * weights, rel=0.02)
-    return [moments, kept, weights]
+    return [moments, kept, whole]
 
 
 class Rounded:

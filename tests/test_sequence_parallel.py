@@ -69,7 +69,7 @@ def test_shares_of_a_micro_batch_run_on_rows(name: str) -> None:
         ran = equal(model(name), model(name).batch(5), shares=2)
     assert "reduce_scatter" in ran.code[0]
     whole = in_lockstep(model(name), model(name).batch(5), 2).calls[0]
-    assert 1.9 * whole <= ran.calls[0] <= 2.1 * whole, "each share has collectives of its own"
+    assert 1.75 * whole <= ran.calls[0] <= 2 * whole, "each share has collectives of its own; some are of both"
 
 
 @pytest.mark.slow

@@ -91,6 +91,7 @@ def test_the_run_learns_as_the_configuration_says(tmp_path: Path) -> None:
         nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
         with torch.no_grad():
             for parameter in plain.parameters():
+                assert parameter.grad is not None
                 parameter -= lr * parameter.grad
     for name, tensor in trainer.engine.full_state_dict().items():
         assert torch.allclose(tensor, plain.state_dict()[name], atol=1e-6), name

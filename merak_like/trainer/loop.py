@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from merak_like.trainer.evaluation import Metrics, evaluated
 from merak_like.trainer.forecast import AT, compared
 from merak_like.trainer.journal import METRICS, Journal
 from merak_like.trainer.listeners import Rates, listeners
-from merak_like.trainer.rates import rate, warmup_steps
+from merak_like.trainer.rates import warmup_steps
 from merak_like.trainer.settings import COMPUTED_IN, Settings
 from merak_like.trainer.speed import meter, most_memory
 from merak_like.trainer.state import Control, State, due
@@ -73,38 +73,30 @@ class Trainer:
         self.state, self.control, self._rates = State(steps), Control(), Rates()
         loader = Loader(train_dataset, self._collate, order, training.batch)
         learns = engine_arguments(args, steps, optimizer)
-        shape: Rate = lambda step, own: own * rate(args.schedule, step, steps)  # noqa: E731
-        self._rate: Rate = learns["rate"] or shape
-        signals = polite()
-        try:
+        self._rate: Rate = learns["rate"]
+        self._signals = polite()
+        with ExitStack() as undone:  # who gets no trainer cannot close it
+            undone.callback(self._signals.close)
             with around(args):
                 self.engine = assembled(model, args, loader.at(0), loss_fn, loss_weight, learns, weights)
-        except BaseException:
-            signals.close()
-            raise
-        self.engine.heed(signals)
-        self._signals = signals
-        try:
-            self._about(callbacks, train_dataset, order, tokenizer, made_here=optimizer is None)
-        except BaseException:  # who gets no trainer cannot close it
-            signals.close()
-            self.engine.close()
-            raise
+            for part in (self.engine.groups, self.engine._reducer, self.engine._watch):
+                undone.callback(part.close)
+            self.engine.heed(self._signals)
+            self._about(callbacks, train_dataset, order, tokenizer, optimizer is None)
+            undone.pop_all()
 
-    def _about(
-        self, callbacks: Sequence[Any], samples: Samples, order: Order, tokenizer: Any, *, made_here: bool
-    ) -> None:  # fmt: skip
+    def _about(self, callbacks: Sequence[Any], samples: Samples, order: Order, tokenizer: Any, made_here: bool) -> None:
         """All that stands around the engine."""
-        args, batch = self.args, self.args.training.batch
+        args = self.args
         groups = self.engine.optimizer.param_groups if self.engine.optimizer else []
         self.base_rates = [group["lr"] for group in groups]
         self._options = [{k: v for k, v in g.items() if k != "params"} for g in groups] if made_here else []
-        self._share = share(self.engine, samples, batch)
-        self.loader = Loader(samples, self._collate, order, batch, self._share)
+        self._share = share(self.engine, samples, args.training.batch)
+        self.loader = Loader(samples, self._collate, order, args.training.batch, self._share)
         self.checkpointer = Checkpointer(self.engine, args.folder, args.checkpoints)
-        lead = self.engine.world.rank == 0
         self._events = listeners(callbacks, args, self.model, self.engine, self._rates, tokenizer, len(samples))
-        self.journal = Journal(args.folder, args.logging, args.model_dump(mode="json"), self.state.steps, lead=lead)
+        told, lead = args.model_dump(mode="json"), self.engine.world.rank == 0
+        self.journal = Journal(args.folder, args.logging, told, self.state.steps, lead=lead)
         self._tell("init_end")
 
     # --- training ------------------------------------------------------------------------------------------------

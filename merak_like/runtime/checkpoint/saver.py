@@ -22,6 +22,7 @@ from merak_like.runtime.checkpoint.planners import Held, Saved, Writing
 from merak_like.runtime.checkpoint.restoring import Restoring
 from merak_like.runtime.groups import Group, files_group
 from merak_like.runtime.initialize import World
+from merak_like.runtime.signals import give_way
 from merak_like.runtime.watch import Watch
 
 Join = Callable[[list[Any]], list[Any]]
@@ -112,6 +113,7 @@ class Checkpoints:
             for i, one in zip(late, self._copy([held[i] for i in late]), strict=True):
                 held[i] = one
             self._copied.set()
+            give_way()
             self._write(folder, step, held, facts, keep, spare)
         except Exception as error:
             self._error = error

@@ -94,6 +94,7 @@ class Layer:
 class Compress(Method):
     """Packs the inputs that Linear and Conv layers keep. ``bound`` is relative to about the range of each tensor.
 
+    Bounds are not in checkpoints: the first step of a job that goes on looks at the momentum again.
     ``entropy`` spends time on half the bytes again. Without ``adapt`` the bound stays. ``counted`` has the bytes of
     all that was kept, before and after.
     """

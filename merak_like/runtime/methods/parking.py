@@ -49,7 +49,7 @@ class Parked:
     def of(self, tensor: Tensor) -> Kept:
         """What stands for a tensor in this memory."""
         self.waiting += 1
-        return Kept(self, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
+        return Kept(self, tensor.dtype, int(tensor.storage_offset()), tensor.size(), tensor.stride())
 
     def leave(self) -> None:
         """Let go of the device's memory. Raises RuntimeError if it was changed while it was copied."""
