@@ -146,6 +146,9 @@ def test_a_step_that_breaks_goes_on_with_zeros_to_its_end_and_fails_there():
             self.asked.append(key)
             raise Lost("gone")
 
+        def close(self, error: BaseException | None = None) -> None:
+            raise AssertionError("nobody ends it from here")
+
     cpu = torch.device("cpu")
     crew = Crew(World(0, 1, cpu, timedelta(seconds=5)))
     exchange, channel = Enduring({"up": "identity", "down": "identity"}, 0, cpu), Breaks()

@@ -34,7 +34,7 @@ DEEP = {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 256, "vocab_s
 """For the memory: 110 million parameters, so that they stand out from what Python and torch take."""
 
 
-def gpt(**config: int) -> nn.Module:
+def gpt(**config: Any) -> nn.Module:
     """GPT-2 without dropout, which the contenders would draw differently."""
     from transformers import GPT2Config, GPT2LMHeadModel
 

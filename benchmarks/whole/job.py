@@ -55,9 +55,10 @@ def ways() -> Iterator[Way]:
 def model() -> GPT2LMHeadModel:
     """GPT-2 whose head is as dear as five of its eight blocks' halves: equal blocks are not equal work."""
     torch.manual_seed(0)
+    more: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "attn_implementation": "eager"}
     config = GPT2Config(
         n_layer=LAYERS, n_embd=HIDDEN, n_head=HEADS, n_positions=TOKENS, vocab_size=VOCABULARY, use_cache=False,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, attn_implementation="eager",
+        bos_token_id=0, eos_token_id=0, **more,
     )  # fmt: skip
     return GPT2LMHeadModel(config).train()
 
