@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from merak_like import Mesh, Plan, auto_parallel, make_plan, trace
+from merak_like._compat import TorchDispatchMode, storage_reference
 from merak_like.runtime.methods.compress import Compress
 from merak_like.runtime.methods.quantiser import quantise
 
@@ -101,6 +103,35 @@ def test_four_times_fewer_bytes_and_eight_with_the_entropy_coder():
         # the input and what each ReLU made, each once: 5 tensors of 128 x 64
         assert before == 5 * 128 * 64 * 4
         assert before >= times * after, (before, after)
+
+
+class Alive(TorchDispatchMode):
+    """How many results of a ReLU are still somewhere when the first of them is asked for by the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Callable[[], bool]] = []
+        self.found: int | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "threshold_backward" in str(func) and self.found is None:
+            self.found = sum(there() for there in self.made)
+        out = func(*args, **(kwargs or {}))
+        if str(func) == "aten.relu.default":
+            self.made.append(storage_reference(out))
+        return out
+
+
+@pytest.mark.parametrize(("methods", "most"), [((), 8), ((Compress(0.02, adapt=False),), 0)])
+def test_what_was_packed_is_nowhere_else(methods: tuple[Compress, ...], most: int):
+    """Of the plain model all results are there."""
+    engine = auto_parallel(Deep("linear", 8), example=batch("linear"), hardware="a100-80gb", device="cpu",
+                           methods=methods)  # fmt: skip
+    with Alive() as alive:
+        engine.step(batch("linear"))
+    engine.close()
+    assert len(alive.made) == 8
+    assert alive.found == most
 
 
 def test_what_is_run_again_is_not_compressed():

@@ -185,6 +185,7 @@ class Compress(Method):
         for tensor, kept in kepts:
             if storage_key(tensor) == storage_key(made) and tensor.shape == made.shape:
                 self._note(made, kept)
+        kepts.clear()  # autograd keeps ``pack``, and that the list
         return made
 
     def _of(self, x: Tensor) -> Kept:
