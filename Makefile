@@ -15,7 +15,7 @@ TORCH_PIN := $(shell sed -n 's/^torch==/==/p' constraints.txt)
 FIND_TORCH := from importlib.metadata import version; from pip._vendor.packaging.specifiers import SpecifierSet; \
 	found = version("torch"); assert found in SpecifierSet("$(TORCH_RANGE)"); print(found)
 
-.PHONY: demo plans train test test-all lint types unit bench docs setup clean
+.PHONY: demo plans train test test-all lint types unit bench bench-long docs setup clean
 .DEFAULT_GOAL := test
 
 demo: plans train
@@ -60,6 +60,17 @@ bench: $(READY)
 	$(BIN)/python benchmarks/paced/main.py
 	$(BIN)/python benchmarks/tensor_parallel/main.py
 	$(BIN)/torchrun --nproc-per-node 2 benchmarks/zero/main.py
+	$(BIN)/python benchmarks/overhead/main.py
+	$(BIN)/python benchmarks/tables.py
+
+# Those that take an hour together, or need root.
+bench-long: export OMP_NUM_THREADS = 1
+bench-long: $(READY)
+	$(BIN)/python benchmarks/scaling/main.py
+	$(BIN)/python benchmarks/whole/main.py
+	$(BIN)/python benchmarks/checkpoint/main.py
+	$(BIN)/python benchmarks/methods/main.py
+	$(BIN)/python -m benchmarks.split.line
 	$(BIN)/python benchmarks/tables.py
 
 # The site, in build/docs; its tools are the extra `docs`, installed when first asked for.
