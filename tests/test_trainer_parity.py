@@ -167,7 +167,7 @@ def test_lora_on_several_ranks_as_in_one_process(call: Call, result: Callable[[C
     ("more", "words"),
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 (pass the loss as engine="),
-        ({"torch_compile": True}, "torch_compile=True (stages are not compiled)"),
+        ({"torch_compile": True}, "torch_compile=True (pass engine={'methods': (Compiled(),)}"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
     ],
