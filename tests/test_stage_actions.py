@@ -24,6 +24,7 @@ from tests.training import MODELS, by_engine, engine, gradients, plainly, same, 
 SPLIT = {
     "linear": (lambda: nn.Linear(5, 3), (2, 4, 5)),
     "linear without bias": (lambda: nn.Linear(5, 3, bias=False), (4, 5)),
+    "linear, then in place": (lambda: nn.Sequential(nn.Linear(5, 3), nn.ReLU(inplace=True)), (2, 4, 5)),
     "linear of one sample": (lambda: nn.Linear(5, 3), (5,)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 9)),
     "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), padding=(1, 0), dilation=(1, 2)), (2, 4, 7, 8)),

@@ -115,7 +115,8 @@ class _Split(torch.autograd.Function):
         row, later, (weight, *options), _, x, bias = args
         ctx.save_for_backward(x)
         ctx.row, ctx.later, ctx.options, ctx.weight = row, later, options, weight
-        return row.forward(x, _like(weight, x), bias, *options)
+        made = row.forward(x, _like(weight, x), bias, *options)
+        return made.detach()  # no view (linear of three dimensions makes one): the model may go on in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
