@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 ADDRESS = "10.231.78.{}"
 PORT = 29478
@@ -63,16 +65,37 @@ class Hosts:
             codes = [agent.wait(timeout) for agent in agents]
         finally:
             for agent in agents:
-                agent.kill()
+                agent.terminate()  # it ends its ranks
+            for agent in agents:
+                agent.wait(60)
         if any(codes):
             raise SystemExit(f"the ranks of {' '.join(script)} ended with {codes}")
 
 
+def _left() -> Iterator[str]:
+    """Hosts of runs that are no more."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    for name, pid in re.findall(r"^(lab-(\d+)-[01])\b", listed, re.MULTILINE):
+        if not Path(f"/proc/{pid}").exists():
+            yield name
+
+
+def _remove(name: str) -> None:
+    """The host and whatever still runs on it."""
+    for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split():
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
 @contextmanager
 def two_hosts() -> Iterator[Hosts]:
-    """Gone afterwards, whatever happens."""
-    tag = uuid.uuid4().hex[:6]
+    """Gone afterwards, after SIGTERM too; what a run that was killed has left goes with the next."""
+    for name in _left():
+        _remove(name)
+    tag = os.getpid()
     hosts = Hosts((f"lab-{tag}-0", f"lab-{tag}-1"), (f"lb{tag}0", f"lb{tag}1"))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     try:
         for name in hosts.names:
             _run("ip", "netns", "add", name)
@@ -84,5 +107,6 @@ def two_hosts() -> Iterator[Hosts]:
             _run("ip", "-n", name, "link", "set", "lo", "up")
         yield hosts
     finally:
+        signal.signal(signal.SIGTERM, before)
         for name in hosts.names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+            _remove(name)

@@ -1,0 +1,51 @@
+"""Hosts of the benchmarks' lab leave nothing behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import lab
+
+ROOT = Path(__file__).resolve().parents[1]
+HOLD = """
+import subprocess, sys, time
+from benchmarks.lab import two_hosts
+with two_hosts() as hosts:
+    guest = subprocess.Popen(["ip", "netns", "exec", hosts.names[0], "sleep", "300"])
+    while subprocess.run(["ip", "netns", "pids", hosts.names[0]], capture_output=True).stdout == b"":
+        time.sleep(0.01)
+    print(*hosts.names, guest.pid, flush=True)
+    time.sleep(300)
+"""
+
+pytestmark = pytest.mark.skipif(bool(lab.missing()), reason=lab.missing() or "there is a lab")
+
+
+def there() -> str:
+    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(60)
+def test_nothing_is_left_of_a_run_that_died() -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        run = subprocess.Popen([sys.executable, "-c", HOLD], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert run.stdout is not None
+        one, other, guest = run.stdout.readline().split()
+        assert one in there()
+        assert other in there()
+        run.send_signal(number)
+        run.wait(30)
+        if number == signal.SIGKILL:  # the next run removes it
+            assert one in there()
+            with lab.two_hosts():
+                pass
+        assert one not in there()
+        assert other not in there()
+        state = Path(f"/proc/{guest}/stat")
+        assert not state.exists() or state.read_text().split()[2] == "Z"
