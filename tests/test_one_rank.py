@@ -17,8 +17,6 @@ from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.software import Software
 from merak_like.partitioner.states import STATES
-from merak_like.partitioner.tracer import trace
-from merak_like.partitioner.tracer.fine import fine_trace, steps
 
 HIDDEN, TOKENS, HEADS = 256, 128, 8
 GPT2 = {
@@ -39,8 +37,7 @@ def sources(name: str) -> Sources:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({"gpt2": GPT2, "llama": LLAMA}[name]))
         made = from_config(folder, batch=1, seq=TOKENS, dtype="bfloat16")
-    fine = fine_trace(*made)
-    return Sources(trace(*made).graph, fine.graph, steps(fine), fine.constants)
+    return Sources.of(*made)
 
 
 def saved(tp: int, software: Software, sequence_parallel: bool) -> float:

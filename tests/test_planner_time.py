@@ -18,8 +18,6 @@ from merak_like.partitioner.one_rank import Sources
 from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.software import Software
 from merak_like.partitioner.states import STATES
-from merak_like.partitioner.tracer import trace
-from merak_like.partitioner.tracer.fine import fine_trace, steps
 from tests.graphs import gpt
 
 LLAMA = {"70B": (80, 8192, 28672, 64), "405B": (126, 16384, 53248, 128)}
@@ -37,8 +35,7 @@ def sources(name: str, folder: Path) -> Sources:
         })
     )  # fmt: skip
     made = from_config(folder, batch=1, seq=4096, dtype="bfloat16")
-    fine = fine_trace(*made)
-    return Sources(trace(*made).graph, fine.graph, steps(fine), fine.constants)
+    return Sources.of(*made)
 
 
 @pytest.mark.slow

@@ -62,14 +62,11 @@ class Row:
 def sources(hidden: int, layers: int, heads: int, vocabulary: int, tokens: int) -> Sources:
     """A GPT of that shape, traced."""
     from merak_like.hf import from_config
-    from merak_like.partitioner.tracer import trace
-    from merak_like.partitioner.tracer.fine import fine_trace, steps
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(gpt(hidden, layers, heads, vocabulary, tokens))
         made = from_config(folder, batch=1, seq=tokens, dtype="bfloat16")
-    fine = fine_trace(*made)
-    return Sources(trace(*made).graph, fine.graph, steps(fine), fine.constants)
+    return Sources.of(*made)
 
 
 def gpt(hidden: int, layers: int, heads: int, vocabulary: int, tokens: int) -> str:

@@ -95,8 +95,6 @@ def of_devices(devices: int) -> dict[str, float]:
     from merak_like.partitioner.one_rank import Sources
     from merak_like.partitioner.software import Software
     from merak_like.partitioner.states import STATES
-    from merak_like.partitioner.tracer import trace
-    from merak_like.partitioner.tracer.fine import fine_trace, steps
 
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 80, "hidden_size": 8192,
@@ -106,8 +104,7 @@ def of_devices(devices: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         made = from_config(folder, batch=1, seq=4096, dtype="bfloat16")
-    fine = fine_trace(*made)
-    given = Sources(trace(*made).graph, fine.graph, steps(fine), fine.constants)
+    given = Sources.of(*made)
     wanted = Wanted(devices, 2 * devices)
     spent, _ = seconds(
         lambda: choose(

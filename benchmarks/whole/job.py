@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ import torch.distributed as dist
 from pace import PACED, Pace
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from merak_like import Engine, Mesh, Plan, auto_parallel, trace
+from merak_like import Engine, Plan, auto_parallel, trace
 from merak_like.partitioner.assemble import assemble
 from merak_like.partitioner.judge import Judge
+from merak_like.partitioner.notes import equal_blocks
 from merak_like.partitioner.planner import ask
 
 LAYERS, HIDDEN, HEADS, TOKENS, VOCABULARY, SAMPLES, EACH = 8, 256, 8, 128, 8192, 16, 2
@@ -69,33 +69,17 @@ def batch(samples: int = SAMPLES) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def equal_blocks(way: Way, made: Plan) -> Plan:
-    """The same with as many blocks on each stage; the embedding with the first, the head with the last."""
+def by_rules(way: Way, made: Plan) -> Plan:
+    """The same plan with the same number of blocks on each stage."""
     graph = trace(model(), batch(EACH)).graph
-    asked = ask(
-        graph, Mesh(way.dp, way.pp), hardware=PACED, batch=SAMPLES, schedule="1f1b", recompute="full",
-    )  # fmt: skip
+    asked = ask(graph, made.mesh, hardware=PACED, batch=SAMPLES, schedule=way.schedule, recompute="full")
     setting = asked.setting(made.micro_batches)
-    positions = setting.problem.positions.tolist()
-    place = {position: index for index, position in enumerate(positions)}
-    begins = [
-        0,
-        *(place[b.first] for a, b in pairwise(setting.pieces) if a.block != b.block and b.block and "h." in b.block),
-    ]
-    blocks = begins[-LAYERS:]
-    starts = (0, *(blocks[LAYERS * stage // way.pp] for stage in range(1, way.pp)), setting.problem.size)
+    starts = equal_blocks(setting.problem, setting.pieces)
     judged = Judge(setting.problem)(starts)
     assert judged is not None
     return assemble(
-        asked.graph,
-        setting,
-        starts,
-        judged,
-        micro_batch=EACH,
-        signature=made.signature,
-        sharding=made.sharding,
-        notes=(),
-    )
+        graph, setting, starts, judged, micro_batch=EACH, signature=made.signature, sharding=made.sharding, notes=()
+    )  # fmt: skip
 
 
 def built(way: Way, plan: Plan | None = None) -> Engine:
@@ -131,7 +115,7 @@ def main() -> None:
             continue
         engine = built(way)
         if way.rules and way.pp > 1 and way.tp == 1:
-            plan = equal_blocks(way, engine.plan)
+            plan = by_rules(way, engine.plan)
             engine.close()
             engine = built(way, plan)
         row = {

@@ -202,13 +202,8 @@ def _sharding(loaded: Loaded, tp: int) -> tuple[ShardedBlock, ...]:
 
 
 def _sources(asked: Question, samples: int) -> tuple[Loaded, Sources]:
-    from merak_like.partitioner.tracer import trace
-    from merak_like.partitioner.tracer.fine import fine_trace, steps
-
     loaded = asked.loaded_source.load(samples)
-    example = (loaded.model, loaded.example, loaded.loss_fn)
-    fine = fine_trace(*example)
-    return loaded, Sources(trace(*example).graph, fine.graph, steps(fine), fine.constants)
+    return loaded, Sources.of(loaded.model, loaded.example, loaded.loss_fn)
 
 
 def _as_written(asked: Question, mesh: Mesh) -> Plan:

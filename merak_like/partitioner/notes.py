@@ -127,14 +127,18 @@ def _ordered(problem: Problem, found: Found, judged: Judged, order: Order) -> st
     return f"the order is built for these stages: {gain}; {best}"
 
 
-def _equal_blocks(problem: Problem, pieces: Sequence[Piece], found: Found) -> list[str]:
-    """The usual way, as a comparison: the same number of blocks on each stage."""
+def equal_blocks(problem: Problem, pieces: Sequence[Piece]) -> tuple[int, ...]:
+    """The usual cut, by its segments: the same number of blocks on each stage. Empty where there are fewer blocks."""
     stages, positions = problem.job.stages, problem.positions.tolist()
     place = {position: index for index, position in enumerate(positions)}
     begins = [0, *(place[b.first] for a, b in pairwise(pieces) if a.block != b.block and b.first in place)]
     borders = [begins[len(begins) * stage // stages] for stage in range(1, stages)]
     starts = (0, *borders, problem.size)
-    if not all(a < b for a, b in pairwise(starts)):
+    return starts if all(a < b for a, b in pairwise(starts)) else ()
+
+
+def _equal_blocks(problem: Problem, pieces: Sequence[Piece], found: Found) -> list[str]:
+    if not (starts := equal_blocks(problem, pieces)):
         return []
     judged = Judge(problem)(starts)
     if judged is None:

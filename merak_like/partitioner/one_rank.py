@@ -20,9 +20,12 @@ from merak_like.partitioner.graph import Collective, Op, Parameter, ProxyGraph, 
 from merak_like.partitioner.software import Sizes, Software, run_with
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from merak_like.partitioner.tensor_parallel.derive import Model
     from merak_like.partitioner.tensor_parallel.derived import Derived
     from merak_like.partitioner.tensor_parallel.layout import Layout
+    from merak_like.partitioner.tracer import LossFn
 
 SURE = 0.05
 """Share of the weights that a degree may divide less than the smallest one does, before it is refused."""
@@ -38,6 +41,15 @@ class Sources:
     constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
     _derived: dict[int, Derived] = field(default_factory=lambda: dict[int, "Derived"]())
     _made: dict[Any, ProxyGraph] = field(default_factory=dict[Any, ProxyGraph])
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Any, loss_fn: LossFn | None = None) -> Sources:
+        """Trace a model both ways. Raises ValueError where it cannot be looked into so finely."""
+        from merak_like.partitioner.tracer import trace
+        from merak_like.partitioner.tracer.fine import fine_trace, steps
+
+        fine = fine_trace(model, example, loss_fn)
+        return cls(trace(model, example, loss_fn).graph, fine.graph, steps(fine), fine.constants)
 
     def base(self, tp: int) -> ProxyGraph:
         """The whole model's ops, which a plan for so many ranks is about: the engine runs the fine ones on several."""
