@@ -74,7 +74,7 @@ def by_rules(way: Way, made: Plan) -> Plan:
     graph = trace(model(), batch(EACH)).graph
     asked = ask(graph, made.mesh, hardware=PACED, batch=SAMPLES, schedule=way.schedule, recompute="full")
     setting = asked.setting(made.micro_batches)
-    starts = equal_blocks(setting.problem, setting.pieces)
+    starts = equal_blocks(graph, setting)
     judged = Judge(setting.problem)(starts)
     assert judged is not None
     return assemble(

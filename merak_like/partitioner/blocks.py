@@ -215,15 +215,26 @@ def _named(pieces: list[Piece]) -> Iterator[Piece]:
         yield piece if count == 1 else replace(piece, name=f"{piece.name}#{count}")
 
 
+def begins(graph: ProxyGraph, pieces: Sequence[Piece]) -> tuple[int, ...]:
+    """The first ops of the blocks that have siblings of their type."""
+    inside = _inside(graph, pieces)
+    return tuple(
+        piece.first for i, piece in enumerate(pieces) if inside[i] and (i == 0 or pieces[i - 1].block != piece.block)
+    )
+
+
 def repeated(graph: ProxyGraph, pieces: Sequence[Piece]) -> Ints:
     """Where blocks begin that have siblings of their type, and where the last of them ends."""
-    larger = (call for call in graph.calls if call.stop > call.first + 1)
-    kinds = {call.path: (call.path.rpartition(".")[0], call.type) for call in larger}
-    alike = Counter(kinds[name] for name in dict.fromkeys(piece.block for piece in pieces) if name in kinds)
-    inside = [piece.block in kinds and alike[kinds[piece.block]] > 1 for piece in pieces]
     borders = [
         after.first
-        for (before, within), (after, starts) in pairwise(zip(pieces, inside, strict=True))
+        for (before, within), (after, starts) in pairwise(zip(pieces, _inside(graph, pieces), strict=True))
         if (starts and before.block != after.block) or (within and not starts)
     ]
     return np.array(borders, np.int64)
+
+
+def _inside(graph: ProxyGraph, pieces: Sequence[Piece]) -> list[bool]:
+    larger = (call for call in graph.calls if call.stop > call.first + 1)
+    kinds = {call.path: (call.path.rpartition(".")[0], call.type) for call in larger}
+    alike = Counter(kinds[name] for name in dict.fromkeys(piece.block for piece in pieces) if name in kinds)
+    return [piece.block in kinds and alike[kinds[piece.block]] > 1 for piece in pieces]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from math import comb
 
 import numpy as np
 
 from merak_like.partitioner.assemble import Setting
-from merak_like.partitioner.blocks import Piece
+from merak_like.partitioner.blocks import begins
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.job import STAND_IN
 from merak_like.partitioner.judge import Judge, Judged
@@ -35,7 +34,7 @@ def notes(
     problem = setting.problem
     told = [*_assumed(graph, setting), *_binding(problem, judged), *_recomputed(problem, judged)]
     if problem.job.stages > 1:
-        told += [_searched(problem, found), *_equal_blocks(problem, setting.pieces, found)]
+        told += [_searched(problem, found), *_equal_blocks(graph, setting, found)]
     if order is not None:
         told.append(_ordered(problem, found, judged, order))
     if micro_batches:
@@ -127,18 +126,21 @@ def _ordered(problem: Problem, found: Found, judged: Judged, order: Order) -> st
     return f"the order is built for these stages: {gain}; {best}"
 
 
-def equal_blocks(problem: Problem, pieces: Sequence[Piece]) -> tuple[int, ...]:
-    """The usual cut, by its segments: the same number of blocks on each stage. Empty where there are fewer blocks."""
-    stages, positions = problem.job.stages, problem.positions.tolist()
-    place = {position: index for index, position in enumerate(positions)}
-    begins = [0, *(place[b.first] for a, b in pairwise(pieces) if a.block != b.block and b.first in place)]
-    borders = [begins[len(begins) * stage // stages] for stage in range(1, stages)]
-    starts = (0, *borders, problem.size)
-    return starts if all(a < b for a, b in pairwise(starts)) else ()
+def equal_blocks(graph: ProxyGraph, setting: Setting) -> tuple[int, ...]:
+    """The usual cut, by its segments: the same number of repeated blocks on each stage, what is before the first with
+    the first, what is behind the last with the last. Empty where there are fewer blocks than stages."""
+    problem = setting.problem
+    place = {position: index for index, position in enumerate(problem.positions.tolist())}
+    blocks = [place[first] for first in begins(graph, setting.pieces) if first in place]
+    stages = problem.job.stages
+    if len(blocks) < stages:
+        return ()
+    return (0, *(blocks[len(blocks) * stage // stages] for stage in range(1, stages)), problem.size)
 
 
-def _equal_blocks(problem: Problem, pieces: Sequence[Piece], found: Found) -> list[str]:
-    if not (starts := equal_blocks(problem, pieces)):
+def _equal_blocks(graph: ProxyGraph, setting: Setting, found: Found) -> list[str]:
+    problem = setting.problem
+    if not (starts := equal_blocks(graph, setting)):
         return []
     judged = Judge(problem)(starts)
     if judged is None:
