@@ -24,7 +24,7 @@ def test_a_graph_survives_being_packed(graph: ProxyGraph):
     assert unpacked(packed(graph)) == graph
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(random_graphs())
 def test_any_graph_survives_being_packed(graph: ProxyGraph):
     assert unpacked(packed(graph)) == graph

@@ -29,7 +29,7 @@ def batch_of(total: int) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 60), st.data())
 def test_parts_of_a_batch_make_it_again_and_differ_by_one_at_most(total: int, data: st.DataObject) -> None:
     parts = split(batch_of(total), count := data.draw(st.integers(1, total)))

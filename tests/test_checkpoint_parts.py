@@ -18,7 +18,7 @@ from merak_like.runtime.tensor_parallel.shards import Shards
 SHAPES = st.lists(st.integers(1, 4), max_size=4).map(tuple)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SHAPES, st.data())
 def test_run_of_numbers_is_few_boxes_in_order(shape: tuple[int, ...], data: st.DataObject) -> None:
     numbers = torch.arange(torch.Size(shape).numel()).view(shape)
@@ -46,7 +46,7 @@ def halves(shape: tuple[int, ...], dim: int, rank: int, of: int = 1) -> tuple[Pl
     return Placement(shape, tuple(blocks)), [slice(at[dim], at[dim] + piece // 2) for _, at in blocks]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2), st.sampled_from([1, 2]), st.integers(1, 5), st.booleans())
 def test_shares_of_shards_make_up_the_whole(dim: int, of: int, replicas: int, sharded: bool) -> None:
     shape = tuple(4 * of if d == dim else 3 for d in range(3))

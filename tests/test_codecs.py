@@ -69,7 +69,7 @@ def test_length_of_a_frame_is_known_before_the_tensor(text: str):
 
 @pytest.mark.parametrize("text", FIXED)
 @given(shape=st.lists(st.integers(0, 9), max_size=4), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_length_is_exact_for_any_shape(text: str, shape: list[int], seed: int):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     assert codec(text).encode(x).numel() == codec(text).wire_bytes(tuple(shape), x.dtype)

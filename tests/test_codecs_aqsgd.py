@@ -123,7 +123,7 @@ def test_what_comes_twice_swapped_or_for_others_is_found(fault: str):
 
 
 @given(st.lists(st.sampled_from(["sent", "lost", "damaged", "twice", "late"]), min_size=1, max_size=25))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_ends_are_equal_again_after_any_faults(fates: list[str]):
     """Whatever the line does, the receiver either has what was sent to within a step of the grid, or says so."""
     near, far = pair("aqsgd(8)")

@@ -68,7 +68,7 @@ FAR = {text: ends(text) for text in TEXTS}
 
 @pytest.mark.parametrize("text", TEXTS)
 @given(data=st.data())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_forged_frames_end_in_a_tensor_or_a_value_error(text: str, data: st.DataObject):
     """Mutations with a fitting checksum reach the inner parts: no crash, and nothing larger than the limit."""
     _, _, frame = FAR[text]
@@ -96,7 +96,7 @@ def test_forged_frames_end_in_a_tensor_or_a_value_error(text: str, data: st.Data
 
 
 @given(junk=st.binary(max_size=200), text=st.sampled_from(TEXTS))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_junk_is_refused(junk: bytes, text: str):
     with pytest.raises(ValueError, match="frame"):
         codec(text).decode(junk, CONTEXT)

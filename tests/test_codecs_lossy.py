@@ -32,7 +32,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @given(width=st.integers(1, 40), values=st.lists(st.integers(0, 2**40 - 1), max_size=40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_numbers_pack_into_the_bytes_told_and_come_back(width: int, values: list[int]):
     codes = torch.tensor([v % 2**width for v in values], dtype=torch.int64)
     data = pack(codes, width)
@@ -48,7 +48,7 @@ def test_numbers_lie_lowest_bit_first():
 @given(
     st.integers(0, 3000).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, max(n - 1, 0)), max_size=n)))
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_indices_pack_into_the_bytes_told_and_come_back(case: tuple[int, set[int]]):
     size, chosen = case
     indices = torch.tensor(sorted(chosen), dtype=torch.int64)

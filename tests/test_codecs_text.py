@@ -37,7 +37,7 @@ def test_arguments_may_be_given_beside_a_name():
 
 
 @given(st.recursive(st.sampled_from(list(CODECS)), lambda inner: st.lists(inner, min_size=2, max_size=3).map("+".join)))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_text_comes_back(text: str):
     made = codec(text)
     assert codec(made.text).text == made.text

@@ -27,7 +27,7 @@ def costs_of(draw: st.DrawFn, stages: int) -> Costs:
     return Costs(tuple(made), hops)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(sorted(AS_DATA)), st.integers(1, 4), st.integers(1, 9), st.data())
 def test_a_compiled_schedule_is_timed_as_it_is_simulated(
     name: str, ranks: int, micro_batches: int, data: st.DataObject

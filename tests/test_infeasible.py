@@ -23,7 +23,7 @@ def suggested(refused: pytest.ExceptionInfo[ValueError]) -> dict[str, dict[str, 
     return offers
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.sampled_from([gpt(3, d=8, s=16), encoder_decoder(2, d=8), chain([10**6] * 9, width=32, samples=8)]),
     st.integers(1, 3),

@@ -75,7 +75,7 @@ ALONE = sorted(set(AS_DATA) - {"interleaved", "zb-v", "dualpipe-v"})
 links_strategy = st.sampled_from([Link(1e12, 0.0), Link(1e7, 0.0), Link(1e9, 1e-6), Link(1e6, 1e-5)])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     flops_strategy,
     st.integers(2, 4),
@@ -112,7 +112,7 @@ def test_the_choice_equals_exhaustive_simulation(
 def test_the_choice_equals_exhaustive_simulation_on_a_thousand_instances(piece: int):
     every = test_the_choice_equals_exhaustive_simulation.hypothesis.inner_test
     seed(piece)(
-        settings(max_examples=100, deadline=None, derandomize=False, database=None)(
+        settings(max_examples=100, derandomize=False, database=None)(
             given(
                 st.lists(st.sampled_from([0, 10**6, 2 * 10**6, 3 * 10**6, 10**7]), min_size=8, max_size=14),
                 st.integers(2, 4), st.integers(1, 9), st.sampled_from(ALONE), links_strategy,
@@ -122,7 +122,7 @@ def test_the_choice_equals_exhaustive_simulation_on_a_thousand_instances(piece: 
     )()  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     flops_strategy, st.integers(1, 2), st.integers(1, 6), st.sampled_from(["interleaved", "zb-v", "dualpipe-v"]),
     st.sampled_from(["none", "auto"]), st.data(),
@@ -145,7 +145,7 @@ def test_the_choice_equals_exhaustive_simulation_with_two_stages_per_rank(
         assert found.judged.timeline.makespan == pytest.approx(best, rel=1e-8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     random_graphs(), st.integers(1, 4), st.integers(1, 5), st.sampled_from(ALONE),
     st.sampled_from(["none", "auto", "full"]),
@@ -208,7 +208,7 @@ def plan(graph: ProxyGraph, pp: int = 1, *, dp: int = 1, batch: int = 8, **optio
     return make_plan(graph, Mesh(dp, pp), **{"hardware": TOY, "batch": batch, **options})
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.integers(4, 6), st.integers(1, 5), st.integers(1, 4), st.sampled_from([*AS_DATA, AUTO, AUTO_V]),
     st.sampled_from(["auto", "full"]),

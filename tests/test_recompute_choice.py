@@ -36,7 +36,7 @@ def kept(again: Sequence[bool], saved: Sequence[int], near: Sequence[int], far: 
     return sum(s for s, r in zip(saved, again, strict=True) if not r) + sum(enters) + far * any(again)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(SEEDS, st.integers(1, 9), st.booleans(), st.integers(0, 1000))
 def test_the_fewest_seconds_for_every_number_of_bytes_equal_brute_force(
     seed: int, units: int, alike: bool, room: int
@@ -83,7 +83,7 @@ def random_costs(random: Random, stages: int) -> Costs:
     )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(SEEDS, st.sampled_from(sorted(AS_DATA)), st.integers(1, 4), st.integers(1, 9), st.sampled_from(["all", "some"]))
 def test_what_a_rank_holds_is_what_the_simulator_says(
     seed: int, name: str, ranks: int, micro_batches: int, recomputing_: str
@@ -101,7 +101,7 @@ def test_what_a_rank_holds_is_what_the_simulator_says(
             assert peak(moments.of(stage), [live[n]], [keeps[n]]) == timeline.peak_bytes[stage]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(SEEDS, st.sampled_from(["1f1b", "scp", "zb-h1", "interleaved", "zb-v"]), st.integers(1, 3), st.integers(1, 6))
 def test_the_stages_of_a_rank_share_its_memory_for_the_fewest_seconds(
     seed: int, name: str, ranks: int, micro_batches: int
@@ -150,7 +150,7 @@ def plan(graph: Any, pp: int, **options: Any) -> Plan:
     return make_plan(graph, Mesh(1, pp), **{"hardware": TOY, "batch": 16, "micro_batches": 8, **options})
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.sampled_from([gpt(6, d=32, s=32), encoder_decoder(3, d=16), chain([10**6] * 20, width=32, samples=8)]),
     st.integers(1, 4),

@@ -39,7 +39,7 @@ def rank_peaks(schedule: Schedule) -> tuple[int, ...]:
     return simulate(schedule, equal(schedule, 1, 1)).rank_peak_bytes
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(name=st.sampled_from(sorted(AS_DATA)), ranks=RANKS, micro_batches=MICRO_BATCHES)
 def test_every_schedule_is_valid_at_any_size(name: str, ranks: int, micro_batches: int) -> None:
     schedule = AS_DATA[name](ranks, micro_batches)
@@ -53,7 +53,7 @@ def test_every_schedule_is_valid_at_any_size(name: str, ranks: int, micro_batche
         assert rank_peaks(rewritten) == rank_peaks(schedule)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(ranks=RANKS, micro_batches=MICRO_BATCHES, chunks=st.integers(1, 5))
 def test_any_number_of_stages_per_rank(ranks: int, micro_batches: int, chunks: int) -> None:
     schedule = interleaved(ranks, micro_batches, chunks)
@@ -61,7 +61,7 @@ def test_any_number_of_stages_per_rank(ranks: int, micro_batches: int, chunks: i
     validate(add_transfers(schedule, chain(schedule.stages)), chain(schedule.stages))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(name=st.sampled_from(sorted(set(AS_DATA) - set(LADDER))), ranks=RANKS, micro_batches=MICRO_BATCHES)
 def test_torchs_csv_says_them_all(name: str, ranks: int, micro_batches: int) -> None:
     schedule = AS_DATA[name](ranks, micro_batches)
@@ -99,7 +99,7 @@ def test_each_pass_of_the_ladder_saves_what_it_says(size: tuple[int, int], times
     assert schedules[-1] == scp(*size)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(p=st.integers(3, 8), m=st.integers(0, 12), f=st.floats(0.5, 2), b=st.floats(1, 4), share=st.floats(0, 1))
 def test_closed_forms_of_the_ladder(p: int, m: int, f: float, b: float, share: float) -> None:
     """For m >= p and b >= f; exact where r = f, and never longer where r is a part of it."""
@@ -157,7 +157,7 @@ def test_which_stages_recompute_is_an_argument() -> None:
 # Closed forms (Narayanan et al. 2021, section 2.2; Qi et al. 2024, section 2 and appendix), and memory.
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(ranks=RANKS, groups=st.integers(1, 5), chunks=st.integers(1, 5), forward=SECONDS, backward=SECONDS)
 def test_interleaving_divides_the_bubble(ranks: int, groups: int, chunks: int, forward: float, backward: float) -> None:
     schedule = interleaved(ranks, groups * ranks, chunks)
@@ -176,7 +176,7 @@ def split_costs() -> dict[str, st.SearchStrategy[float]]:
     return {"f": st.floats(1, 2), "b": st.floats(1, 2), "w": st.floats(0.1, 1), "hop": st.floats(0, 0.1)}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(p=st.integers(1, 8), more=st.integers(0, 12), **split_costs())
 def test_bubble_of_zb_h1(p: int, more: int, f: float, b: float, w: float, hop: float) -> None:
     m, hop = 2 * p + more, min(hop, w / 2)  # a W hides the way there and back
@@ -186,7 +186,7 @@ def test_bubble_of_zb_h1(p: int, more: int, f: float, b: float, w: float, hop: f
     assert rank_peaks(schedule) == (p,) * p
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(p=st.integers(1, 8), more=st.integers(0, 12), **split_costs())
 def test_bubble_of_zb_h2(p: int, more: int, f: float, b: float, w: float, hop: float) -> None:
     m = 3 * p + more

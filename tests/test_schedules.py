@@ -34,7 +34,7 @@ def words(schedule: Schedule) -> list[str]:
 # The promise: every schedule we can build is valid, with and without transfers, and holds what it says.
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(name=st.sampled_from(sorted(PLAIN)), seed=SEEDS, **SIZES)
 def test_every_schedule_is_valid_with_any_edges(name: str, seed: int, stages: int, micro_batches: int) -> None:
     schedule = PLAIN[name](stages, micro_batches)
@@ -45,7 +45,7 @@ def test_every_schedule_is_valid_with_any_edges(name: str, seed: int, stages: in
     assert peak == {"gpipe": (gpipe_peak,) * stages, "1f1b": tuple(one_f_one_b_peak)}[name]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=SEEDS, ranks=st.integers(1, 4), ahead=st.integers(0, 3), **SIZES)
 def test_any_order_that_can_run_stays_valid_with_transfers(
     seed: int, ranks: int, ahead: int, stages: int, micro_batches: int

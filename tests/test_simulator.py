@@ -29,7 +29,7 @@ def equal(stages: int, forward: float, backward: float, hop: float = 0.0) -> Cos
 # Closed forms.
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(name=st.sampled_from(sorted(PLAIN)), forward=SECONDS, backward=SECONDS, **SIZES)
 def test_equal_stages_take_the_textbook_time(
     name: str, forward: float, backward: float, stages: int, micro_batches: int
@@ -42,7 +42,7 @@ def test_equal_stages_take_the_textbook_time(
     assert timeline.bubble == pytest.approx(bubble, abs=1e-9)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=SEEDS, **SIZES)
 def test_no_schedule_beats_its_busiest_stage(seed: int, stages: int, micro_batches: int) -> None:
     """max over s of (forwards before s) + m * (f + b) of s + (backwards before s): the fill, the work, the drain."""
@@ -157,7 +157,7 @@ def longest_path(schedule: Schedule, costs: Costs, edges: Edges) -> float:
     return nx.dag_longest_path_length(graph)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(seed=SEEDS, stages=st.integers(1, 5), micro_batches=st.integers(1, 5), ranks=st.integers(1, 4))
 def test_the_makespan_is_the_longest_path(seed: int, stages: int, micro_batches: int, ranks: int) -> None:
     random = Random(seed)
@@ -176,7 +176,7 @@ def test_the_makespan_is_the_longest_path(seed: int, stages: int, micro_batches:
     assert with_channels.peak_live == delay_only.peak_live
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(name=st.sampled_from(sorted(PLAIN)), seed=SEEDS, **SIZES)
 def test_transfers_that_take_no_time_change_nothing(name: str, seed: int, stages: int, micro_batches: int) -> None:
     random = Random(seed)

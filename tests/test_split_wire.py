@@ -224,7 +224,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_no_bytes_do_anything_but_pass_or_raise(data: bytes):
     with suppress(WireError):
@@ -233,7 +233,7 @@ def test_no_bytes_do_anything_but_pass_or_raise(data: bytes):
         read_head(data.ljust(HEADER.size, b"\0")[: HEADER.size], FROM_HOST)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(JSON)
 def test_any_json_as_outline_is_a_batch_or_refused(said: object):
     with suppress(WireError):

@@ -133,7 +133,7 @@ def uses_rank_once(factors: Factors) -> bool:
     return count <= 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(FACTORS.filter(uses_rank_once))
 def test_the_ranks_parts_make_up_the_dimension(factors: Factors) -> None:
     held = [[i for start, stop in pieces(factors, rank) for i in range(start, stop)] for rank in range(2)]

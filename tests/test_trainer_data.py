@@ -24,13 +24,13 @@ from merak_like.trainer.data.tokens import Packed
 # --- order -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(samples=st.integers(1, 300), seed=st.integers(0, 9), epoch=st.integers(0, 3))
 def test_every_epoch_has_every_sample_once(samples: int, seed: int, epoch: int) -> None:
     assert sorted(Order(samples, seed).at(epoch * samples, samples)) == list(range(samples))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(samples=st.integers(1, 50), cuts=st.lists(st.integers(1, 40), min_size=1, max_size=12), seed=st.integers(0, 3))
 def test_batches_of_any_sizes_are_runs_of_one_sequence(samples: int, cuts: list[int], seed: int) -> None:
     """A job that goes on with another batch size, or another number of replicas, replays nothing and skips nothing."""
@@ -214,7 +214,7 @@ def test_the_drawing_of_documents() -> None:
     assert documents_of(torch.tensor([[4, 0, 4, 4, 0, 0, 4]]), 0).tolist() == [[0, 0, 1, 1, 1, 2, 3]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=st.lists(st.integers(0, 40), max_size=40), width=st.integers(1, 16))
 def test_packing_loses_no_token_and_overfills_no_row(lengths: list[int], width: int) -> None:
     rows = fill_rows(lengths, width)
