@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from tests.plans import make_plan
 
 # The same examples on every run, so that a failure is the change's own; `--hypothesis-profile explore` draws new ones.
-# How long one takes says how busy the machine is, so there is no deadline for it: a test that hangs is pytest-timeout's.
+# How long one takes says how busy the machine is, so it has no deadline: a test that hangs is pytest-timeout's.
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("explore", parent=settings.get_profile("same"), derandomize=False)
 settings.load_profile("same")
