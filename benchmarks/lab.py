@@ -22,7 +22,14 @@ def missing() -> str:
     for command in ("ip", "tc"):
         if shutil.which(command) is None:
             return f"no `{command}` command: install iproute2"
-    return "" if os.geteuid() == 0 else "network namespaces need root"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    probe = f"lab-{os.getpid()}-probe"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
+    if made.returncode:  # root in a container that may not
+        return f"no network namespaces here: {made.stderr.strip()}"
+    _run("ip", "netns", "delete", probe)
+    return ""
 
 
 def _run(*words: str) -> None:

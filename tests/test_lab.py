@@ -23,15 +23,34 @@ with two_hosts() as hosts:
     time.sleep(300)
 """
 
-pytestmark = pytest.mark.skipif(bool(lab.missing()), reason=lab.missing() or "there is a lab")
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(60)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def possible() -> None:
+    if reason := lab.missing():
+        pytest.skip(reason)
 
 
 def there() -> str:
     return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.ranks
-@pytest.mark.timeout(60)
+def test_nothing_is_left_after_a_failure() -> None:
+    names: list[str] = []
+
+    def fail() -> None:
+        with lab.two_hosts() as hosts:
+            names.extend(hosts.names)
+            assert all(name in there() for name in names)
+            raise RuntimeError("a measurement failed")
+
+    with pytest.raises(RuntimeError, match="a measurement failed"):
+        fail()
+    assert len(names) == 2
+    assert not any(name in there() for name in names)
+
+
 def test_nothing_is_left_of_a_run_that_died() -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         run = subprocess.Popen([sys.executable, "-c", HOLD], cwd=ROOT, stdout=subprocess.PIPE, text=True)
