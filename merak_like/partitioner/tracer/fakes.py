@@ -146,16 +146,20 @@ def clean_caches() -> Iterator[None]:
     try:
         yield
     finally:
-        for cache, misses in before:
-            if cache.cache_info().misses != misses:
+        known = {id(cache): misses for cache, misses in before}
+        for cache in _caches():
+            if cache.cache_info().misses != known.get(id(cache), 0):
                 cache.cache_clear()
-        for cache in _caches(generation=0):  # made since, as nothing is collected meanwhile
-            cache.cache_clear()
 
 
-def _caches(generation: int | None = None) -> list[Any]:
+def _caches() -> list[Any]:
+    """Every one there is, found by their type, which each of them refers to.
+
+    Not by ``gc.get_objects``: a tuple that another thread has half made would have a second owner while it is listed,
+    and CPython answers that with a SystemError there.
+    """
     kind = type(lru_cache(len))
-    return [item for item in gc.get_objects(generation) if type(item) is kind]
+    return [item for item in gc.get_referrers(kind) if type(item) is kind]
 
 
 def changed_attributes(
