@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import resource
-import sys
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -19,7 +16,6 @@ from torch import Tensor, nn
 
 from merak_like.partitioner.cuts import find_cuts
 from merak_like.partitioner.tracer import Trace, TraceError, trace
-from merak_like.partitioner.tracer.fakes import clean_caches
 from merak_like.runtime.local import LocalPipeline
 from merak_like.runtime.stage_code import build_stages
 from tests.zoo.hugging_face import CASES
@@ -140,19 +136,6 @@ def test_the_model_is_left_as_it_was(fails: bool) -> None:
     model.fails = False
     model(torch.ones(2, WIDTH)).sum().backward()  # neither the cache nor a patch kept a fake tensor
     assert model.count == 1
-
-
-def test_threads_take_turns() -> None:
-    """Two traces at once saw each other's functions: a host and an edge in one process failed at random."""
-    models = [MLP(depth=depth) for depth in (4, 6, 4, 8)]
-    example = {"x": torch.ones(3, WIDTH)}
-
-    def traced(i: int) -> Any:
-        return seen(trace(models[i], example, square))
-
-    expected = [traced(i) for i in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(traced, range(4))) == expected
 
 
 def test_hooks_are_left_as_they_were() -> None:
@@ -327,30 +310,3 @@ def test_autocast_inside_the_model_follows_its_ops_across_cuts() -> None:
         pipeline = LocalPipeline(recorded, model, (0, position, len(recorded.graph.ops)))
         assert torch.equal(pipeline.step(x)["loss"], square(model(x), x).detach())
         assert not torch.is_autocast_enabled("cpu")
-
-
-def test_other_threads_make_their_tuples_while_caches_are_looked_for() -> None:
-    """A tuple that is half made when all objects are listed has a second owner: CPython refuses to go on with it."""
-    over, failed, made = threading.Event(), list[str](), [0]
-
-    def make() -> None:
-        while not over.is_set():
-            try:
-                made[0] += len(tuple(i for i in range(50)))
-            except SystemError as error:
-                failed.append(str(error))
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    thread = threading.Thread(target=make)
-    thread.start()
-    try:
-        for _ in range(20):
-            with clean_caches():
-                pass
-    finally:
-        sys.setswitchinterval(interval)
-        over.set()
-        thread.join()
-    assert made[0] > 0
-    assert failed == []
