@@ -26,7 +26,6 @@ from merak_like.trainer.sampling import Sampling
 from tests import split_models
 
 transformers = pytest.importorskip("transformers")
-ROOT = Path(__file__).resolve().parents[1]
 NEW = 12
 
 

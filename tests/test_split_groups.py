@@ -43,6 +43,8 @@ def test_in_turns_is_one_process_that_trains_in_that_order(certificates: Path, t
         for name in group.members:
             ward.edge(name)
         losses = ward.train(ann=4, bob=4)
+        assert ward.host is not None
+        assert not ward.host.registry.groups["ward"]._at_work  # no session is kept by what it did last
         expected_losses, expected = groups.alone(group, 8)
         assert groups.furthest(ward.weights, expected) < 1e-10
         for name in group.members:

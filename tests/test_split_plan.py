@@ -213,6 +213,9 @@ def test_the_command_asks_for_what_it_lacks(tmp_path: Path):
         cli.run("plan", lacking)
     with pytest.raises(ValueError, match="run `merak edge plan`"):
         cli.run("train", lacking)
+    lacking.write_text(FILE.replace("auto", CUTS["calm"]).replace("1 Mbit", "fast"))
+    with pytest.raises(ValueError, match="'fast' is no amount"):  # before a host is dialled
+        cli.run("train", lacking)
     with pytest.raises(ValueError, match="--rank and --codec are for plan"):
         cli.run("train", lacking, None, [8], None)
 

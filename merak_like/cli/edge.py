@@ -155,6 +155,7 @@ def _train(setting: Setting, options: Options) -> None:
     data, task = batches(setting.data), task_of(setting)
     if setting.cut == "auto":
         raise ValueError("the cut is to be chosen: run `merak edge plan`, and write the one you take into the file")
+    means = _means(setting.machines)  # a figure that is none is told before a step is done, not after the last
     batch, ids = _batch(data(0))
     source = half_source(setting.model, task=setting.hf_task, weights=setting.weights)
     keys = Keys(setting.keys, setting.name) if setting.keys is not None else None
@@ -179,7 +180,7 @@ def _train(setting: Setting, options: Options) -> None:
         if options.out is not None:
             _write(edge.state_dict(), options.out)
     if len(lines) > 1:
-        told_before = forecast(source, task, batch, _means(setting.machines), samples=ids is not None)
+        told_before = forecast(source, task, batch, means, samples=ids is not None)
         typer.echo(beside(told_before, lines), err=True)
 
 

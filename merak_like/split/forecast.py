@@ -192,14 +192,12 @@ def _size(specs: Sequence[Spec], text: str, way: Way, task: Task) -> int:
 def _work(
     halves: Halves, task: Task, means: Means, messages: Mapping[Says, Said], sizes: Mapping[Says, int], measure: Measure
 ) -> Work:
-    sides: Sequence[tuple[Side, int, Hardware]] = [("edge", 0, means.edge), ("host", 1, means.host)]
     places: dict[int, tuple[Side, int]] = {0: ("edge", 0), 1: ("host", 1), 2: ("edge", 3)}
-    hardware = {side: one for side, _, one in sides}
     seconds: dict[tuple[Side, Kind, int], float] = {}
-    graph = halves.trace.graph
+    all_costs = {side: op_costs(halves.trace.graph, one) for side, one in (("edge", means.edge), ("host", means.host))}
     for part in range(len(halves.starts) - 1):
         side, stage = places[part]
-        costs = op_costs(graph, hardware[side])[halves.starts[part] : halves.starts[part + 1]]
+        costs = all_costs[side][halves.starts[part] : halves.starts[part + 1]]
         seconds[side, Kind.F, stage] = sum(cost.forward_seconds for cost in costs)
         seconds[side, Kind.B, stage] = sum(cost.backward_seconds for cost in costs)
     encode, decode = dict[Says, float](), dict[Says, float]()

@@ -121,6 +121,11 @@ class Group:
         """A session leaves memory; the group knows of it."""
         with self.rounds.change:
             self.resting[session.id] = session.state()
+            self.leave(session)
+
+    def leave(self, session: Session) -> None:
+        """A session leaves memory, not while a round's end writes down all of them."""
+        with self.rounds.change:
             self.live.pop(session.id, None)
 
     @contextmanager
@@ -129,9 +134,12 @@ class Group:
         with self.rounds.seat(session.owner, there) as meeting:
             assert self.common is not None
             self._at_work[session.owner] = session, meeting
-            session.training.put_buffers(self.common.buffers)
-            self._blend(session, meeting)
-            yield saves(self.text, self.rounds.at, meeting.who)
+            try:
+                session.training.put_buffers(self.common.buffers)
+                self._blend(session, meeting)
+                yield saves(self.text, self.rounds.at, meeting.who)
+            finally:  # a session that is put away gives its memory back
+                del self._at_work[session.owner]
 
     def _blend(self, session: Session, meeting: Meeting) -> None:
         """Let a session's gradients at the cut be the mean of those that are chosen in this round."""

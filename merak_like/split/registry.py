@@ -68,8 +68,8 @@ class Registry:
         """
         if str(self.cut) != hello.task.cut:
             raise Refused(f"this host serves the cut {self.cut}, not {hello.task.cut}")
-        group = None if hello.task.group is None else self._group(hello.task, owner)
-        with self._lock:
+        with self._lock:  # sessions of a group come and go in it
+            group = None if hello.task.group is None else self._group(hello.task, owner)
             if hello.session is None:
                 return self._new(hello, owner, group)
             known = self.live.get(hello.session)
@@ -245,7 +245,7 @@ class Registry:
         """Let go of a session as it is in memory."""
         session = self.live.pop(id_)
         if session.group is not None:
-            session.group.live.pop(id_, None)
+            session.group.leave(session)
         session.close()
         self.ledger.release(id_)
 

@@ -88,7 +88,7 @@ class Training:
     @contextmanager
     def _all_or_nothing(self, *, always: bool = False) -> Iterator[None]:
         codecs = self._before = {name: t.clone() for name, t in self.exchange.state_dict().items()}
-        buffers = {name: t.clone() for name, t in self._buffers().items()}
+        buffers = {name: t.clone() for name, t in self.buffers().items()}
         through = False
         try:
             yield
@@ -96,32 +96,29 @@ class Training:
         finally:
             if always or not through:
                 self.exchange.load_state_dict(codecs)
-                own = self._buffers()
+                own = self.buffers()
                 for name, before in buffers.items():
                     own[name].copy_(before)
             self._before = None
 
-    def _buffers(self) -> dict[str, Tensor]:
+    def buffers(self) -> dict[str, Tensor]:
+        """This half's own buffers."""
         own = set(self.made.own)
         return {name: b for name, b in self.made.model.named_buffers() if name in own and not b.is_meta}
 
     def put_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Take a group's buffers for this half's own."""
-        for name, own in self._buffers().items():
+        for name, own in self.buffers().items():
             own.copy_(buffers[name])
 
     def settled(self) -> Mapping[str, Tensor]:
         """What the codecs remember, without what a step under way has changed."""
         return self.exchange.state_dict() if self._before is None else self._before
 
-    def buffers(self) -> Mapping[str, Tensor]:
-        """This half's own buffers."""
-        return self._buffers()
-
     def _tensors(self) -> dict[str, Tensor]:
         own = set(self.made.own)
         found = {name: p for name, p in self.made.model.named_parameters() if name in own and p.requires_grad}
-        return {**found, **self._buffers()}
+        return {**found, **self.buffers()}
 
     def state(self) -> State:
         """Everything that training changes: weights, buffers, optimizer, codecs, step; on a crew's rank 0 all of it."""
