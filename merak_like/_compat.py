@@ -86,12 +86,6 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def storage_reference(tensor: torch.Tensor) -> Callable[[], bool]:
-    """Whether the memory behind a tensor is still somebody's; while this is kept, no other has its ``storage_key``."""
-    held = StorageWeakRef(tensor.untyped_storage())
-    return lambda: not held.expired()
-
-
 def fake_like(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A fake tensor with the shape, strides and dtype of ``tensor`` that claims to live on ``device``."""
     return fake_tensor(mode, tuple(tensor.shape), tensor.stride(), tensor.dtype, device)

@@ -15,9 +15,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from merak_like._compat import TorchDispatchMode, tree_leaves
+from merak_like._compat import StorageWeakRef, TorchDispatchMode, tree_leaves
 from merak_like.partitioner.mesh import Coord, Mesh
 from merak_like.runtime import rng
 from merak_like.runtime.exchange import MAX, SUM

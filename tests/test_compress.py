@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from merak_like import Mesh, Plan, auto_parallel, make_plan, trace
-from merak_like._compat import TorchDispatchMode, storage_reference
+from merak_like._compat import StorageWeakRef, TorchDispatchMode
 from merak_like.runtime.methods.compress import Compress
 from merak_like.runtime.methods.quantiser import quantise
 
@@ -110,15 +109,15 @@ class Alive(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[Callable[[], bool]] = []
+        self.made: list[StorageWeakRef] = []
         self.found: int | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "threshold_backward" in str(func) and self.found is None:
-            self.found = sum(there() for there in self.made)
+            self.found = sum(not one.expired() for one in self.made)
         out = func(*args, **(kwargs or {}))
         if str(func) == "aten.relu.default":
-            self.made.append(storage_reference(out))
+            self.made.append(StorageWeakRef(out.untyped_storage()))
         return out
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merak_like._compat import storage_key, storage_reference
+from merak_like._compat import StorageWeakRef, storage_key
 from merak_like.partitioner.tracer import Trace
 from merak_like.runtime.data_parallel import Gradients
 from merak_like.runtime.methods.method import Job, Method, Place
@@ -130,17 +130,16 @@ class _Parking:
             return self._code(*args)
         parking, last = self._method.parking, None
         entered = {storage_key(arg) for arg in args}  # the stage holds them anyway
-        known: dict[tuple[int, int], tuple[Callable[[], bool], Parked]] = {}
+        known: dict[tuple[StorageWeakRef, int], Parked] = {}
 
         def pack(tensor: Tensor) -> Any:
             nonlocal last
-            if not self._method.takes(tensor) or (memory := storage_key(tensor)) in entered:
+            if not self._method.takes(tensor) or storage_key(tensor) in entered:
                 return tensor
-            there = known.get((memory, tensor._version))
-            if there is None or not there[0]():
-                last = parking.put(tensor, last)
-                there = known[memory, tensor._version] = storage_reference(tensor), last
-            return there[1].of(tensor)
+            memory = StorageWeakRef(tensor.untyped_storage()), tensor._version
+            if memory not in known:
+                last = known[memory] = parking.put(tensor, last)
+            return known[memory].of(tensor)
 
         def unpack(kept: Any) -> Tensor:
             return kept if isinstance(kept, Tensor) else parking.get(kept, self._method.ahead)
