@@ -57,8 +57,8 @@ def best_layout(
     named = hardware or "a100-80gb"
     device = hardware_named(named) if isinstance(named, str) else named
     device = replace(device, kernels=TORCH.kernels)
-    if wanted.zero == 3:  # see ``spreading_of``
-        wanted = replace(wanted, pp=1, tp=1)
+    if wanted.zero == 3:  # what is given stays, and is refused by ``spreading_of`` if it is above 1
+        wanted = replace(wanted, pp=wanted.pp or 1, tp=wanted.tp or 1)
     sample = split(example, rows(example))[0]
     graph = trace(model, sample, loss_fn, device="cpu").graph
     try:

@@ -50,6 +50,12 @@ def test_without_a_choice_the_level_and_the_form_are_plain():
     assert (found["mesh"], found["zero"], found["rows"]) == ([1, 1, 1], 0, False)
 
 
+def test_what_is_given_stays_with_spread_weights_too():
+    assert train(dp="auto", pp="auto", zero=3)["mesh"] == [1, 1, 1]
+    with pytest.raises(ValueError, match="pp = 2"):
+        train(dp="auto", pp=2, zero=3)
+
+
 @pytest.mark.ranks
 @pytest.mark.timeout(300)
 def test_two_ranks_choose_the_same_and_train_as_one():
