@@ -120,6 +120,14 @@ def test_one_block_is_less_than_all() -> None:
     assert 0 < 2.5 * some.parking.counted.out < every.parking.counted.out
 
 
+def test_one_method_serves_a_second_engine() -> None:
+    method = Offload(r"blocks\.1")
+    trained(method)
+    once = method.parking.counted.out
+    trained(method)
+    assert method.parking.counted.out == 2 * once > 0
+
+
 def test_planner_counts_fewer_bytes_and_the_link() -> None:
     found = {}
     for name, method in {"plain": None, "fast": Offload(bandwidth=1e12), "slow": Offload(bandwidth=1e7)}.items():

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ class Offload(Method):
             raise ValueError(f"bandwidth={bandwidth}, ahead={ahead}: bytes a second above 0, bytes of at least 0")
         self.blocks, self.bandwidth, self.ahead = blocks, bandwidth, ahead
         self._parking: Parking | None = None
-        self._inside, self._plans, self._hooked = 0, True, False
+        self._inside, self._plans = 0, True
+        self._hooked: WeakSet[nn.Module] = WeakSet()
         self._stays: set[int] = set()
 
     @property
@@ -78,8 +80,8 @@ class Offload(Method):
         if not named:
             some = ", ".join(repr(name) for name, _ in list(model.named_modules())[1:6])
             raise ValueError(f"Offload(blocks={self.blocks!r}): no module has such a path; there are {some}")
-        if self.blocks != ALL and not self._hooked:
-            self._hooked = True
+        if self.blocks != ALL and model not in self._hooked:
+            self._hooked.add(model)
             for name in named:
                 for module in model.get_submodule(name).modules():
                     module.register_forward_pre_hook(self._enter)
