@@ -134,7 +134,10 @@ class _Comm:
         with self._watch.waiting(f"the start of {self._what}"):
             work = start()
         waited = _Waited(work, self._watch, self._what)
-        return waited if async_op else waited.wait() and None
+        if async_op:
+            return waited
+        waited.wait()
+        return None
 
 
 class _Waited(dist.Work):

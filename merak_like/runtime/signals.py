@@ -58,5 +58,5 @@ def give_way() -> None:
     On Linux, where a thread has a priority of its own; elsewhere nothing.
     """
     if sys.platform == "linux":
-        with suppress(OSError):
+        with suppress(OSError):  # one that has still less than that may not get more
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LATER)
