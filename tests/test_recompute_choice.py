@@ -150,7 +150,7 @@ def plan(graph: Any, pp: int, **options: Any) -> Plan:
     return make_plan(graph, Mesh(1, pp), **{"hardware": TOY, "batch": 16, "micro_batches": 8, **options})
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     st.sampled_from([gpt(6, d=32, s=32), encoder_decoder(3, d=16), chain([10**6] * 20, width=32, samples=8)]),
     st.integers(1, 4),

@@ -16,7 +16,7 @@ from merak_like.partitioner.schedules.action import Action, Kind
 from merak_like.partitioner.tracer import Trace
 from merak_like.runtime.batches import rows
 from merak_like.runtime.orders import Orders
-from merak_like.runtime.programs import KEPT, Programs
+from merak_like.runtime.programs import Programs
 from merak_like.runtime.stage_code import build_stage, foldable
 from merak_like.runtime.tensor_parallel.sharding import sharding
 from tests.faults import Small, items, mean_square
@@ -93,7 +93,9 @@ def test_orders_send_what_this_step_needs_and_nothing_else() -> None:
     assert len(Orders(plan, 2).at(skip, training=True).waits[Action(Kind.F, 0, 2)]) == 2
 
 
-def test_programs_keep_a_trace_for_each_shape_and_not_without_end() -> None:
+def test_programs_keep_a_trace_for_each_shape_and_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = 6
+    monkeypatch.setattr("merak_like.runtime.programs.KEPT", kept)
     model = Small(2).double().train()
     plan, planned = plan_of(model, items(2), mean_square, 1)
     whole = sharding(model, 1, mean_square)
@@ -109,11 +111,11 @@ def test_programs_keep_a_trace_for_each_shape_and_not_without_end() -> None:
     assert programs.at(items(2)) is not first
     model.train()
     assert programs.at(items(2)) is first
-    for size in range(4, KEPT + 1):
+    for size in range(4, kept + 1):
         programs.at(items(size))
     assert programs.at(items(2)) is first
     assert programs.at(items(3)) is not second, "the one used longest ago was forgotten"
-    assert sum(map(len, programs._known.values())) == KEPT
+    assert sum(map(len, programs._known.values())) == kept
 
 
 def test_calls_inside_a_stage_stay_calls_of_the_users_modules() -> None:

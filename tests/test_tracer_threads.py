@@ -43,7 +43,7 @@ def test_other_threads_make_their_tuples_while_caches_are_looked_for() -> None:
     thread = threading.Thread(target=make)
     thread.start()
     try:
-        for _ in range(20):
+        for _ in range(4):
             with clean_caches():
                 pass
     finally:
