@@ -41,11 +41,12 @@ types: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # One thread per process: WORKERS processes of many threads each would only wait for one another.
-# Tests that start several processes themselves run after the others, one at a time.
+# Tests that start several processes themselves run after the others, a file at a time for each worker: those of a file
+# share their processes.
 unit: export OMP_NUM_THREADS = 1
 unit: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not ranks"
-	@if grep -rqs "mark\.ranks" tests; then set -x; $(BIN)/python -m pytest -m "ranks and not slow"; fi
+	@if grep -rqs "mark\.ranks" tests; then set -x; $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "ranks and not slow"; fi
 
 test-all: export OMP_NUM_THREADS = 1
 test-all: lint types

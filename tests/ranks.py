@@ -1,4 +1,4 @@
-"""Functions of the tests in several processes: many calls in one torchrun job, or bare processes that may be killed.
+"""Functions of the tests in several processes: many calls in one job, by torchrun or forked, or processes to be killed.
 
     torchrun([Call("a", "tests.scenarios:two_steps", {"dp": 2})], world=2).result("a")
 
@@ -125,6 +125,17 @@ def selected_calls(request: pytest.FixtureRequest) -> list[Call]:
     return list(calls.values())
 
 
+def forked(calls: Sequence[Call], world: int, *, timeout: float = 400.0) -> Job:
+    """Run the calls in processes that one import served: for a rank of a small job, importing is most of the work."""
+    with bare(calls, world) as job:
+        end = time.monotonic() + timeout
+        while time.monotonic() < end and None in (codes := [job.code(rank) for rank in range(world)]):
+            if any(codes):  # the others name it and end by themselves, or never
+                end = min(end, time.monotonic() + 60)
+            time.sleep(0.02)
+        return Job(tuple(map(job.read, range(world))), max((code or 0 for code in codes), key=abs), "")
+
+
 def results_of(calls: Sequence[Call], timeout: float = 400.0) -> Callable[[Call], list[Any]]:
     """What a call returns on every rank. One job for each world size runs when its first result is asked for."""
     jobs: dict[int, Job] = {}
@@ -135,7 +146,7 @@ def results_of(calls: Sequence[Call], timeout: float = 400.0) -> Callable[[Call]
     def result(one: Call) -> list[Any]:
         world = size(one)
         if world not in jobs:
-            jobs[world] = torchrun([c for c in calls if size(c) == world], world, timeout=timeout)
+            jobs[world] = forked([c for c in calls if size(c) == world], world, timeout=timeout)
         return jobs[world].results(one.name)
 
     return result
@@ -188,11 +199,12 @@ class Bare:
 
 
 @contextmanager
-def bare(call: Call, world: int) -> Iterator[Bare]:
-    """Start the call on every rank; at the end all that still runs is killed."""
+def bare(calls: Sequence[Call], world: int) -> Iterator[Bare]:
+    """Start the calls on every rank; at the end all that still runs is killed."""
     with tempfile.TemporaryDirectory() as name, _processes() as environment:
-        _write(Path(name), [call])
+        _write(Path(name), calls)
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+        environment["LOCAL_WORLD_SIZE"] = str(world)
         parent = subprocess.Popen([sys.executable, "-m", "tests.ranks", name, str(world)], cwd=ROOT, env=environment)
         try:
             yield Bare(Path(name), world)

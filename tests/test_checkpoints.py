@@ -123,7 +123,7 @@ def test_checkpoint_is_read_by_torch_itself(results: Callable[[Call], list[Any]]
 def test_one_rank_that_is_told_to_end_lets_all_save_the_same_step(
     phase: str, number: signal.Signals, tmp_path: Path
 ) -> None:
-    with bare(call("until_told", 2, 2, str(tmp_path), phase=phase), 4) as running:
+    with bare([call("until_told", 2, 2, str(tmp_path), phase=phase)], 4) as running:
         running.until("working")
         running.kill(3, number)
         running.wait(range(4), 60)

@@ -91,21 +91,21 @@ def others_end(job: Bare, victim: int, blamed: str) -> None:
     ],
 )  # fmt: skip
 def test_killed_rank_is_named_by_all_others(dp: int, pp: int, victim: int, more: dict[str, Any]) -> None:
-    with bare(call("train_on", dp, pp, **more), 4) as job:
+    with bare([call("train_on", dp, pp, **more)], 4) as job:
         job.until("training")
         job.kill(victim, signal.SIGKILL)
         others_end(job, victim, f"rank {victim} gives no sign of life: it was killed, is frozen or cut off")
 
 
 def test_killed_rank_0_takes_the_store_with_it_and_is_named() -> None:
-    with bare(call("train_on", 1, 4), 4) as job:
+    with bare([call("train_on", 1, 4)], 4) as job:
         job.until("training")
         job.kill(0, signal.SIGKILL)
         others_end(job, 0, "the job's store is gone, and rank 0")
 
 
 def test_frozen_rank_is_waited_for_loudly_and_then_named() -> None:
-    with bare(call("train_on", 2, 2, timeout=6.0), 4) as job:
+    with bare([call("train_on", 2, 2, timeout=6.0)], 4) as job:
         job.until("training")
         job.kill(1, signal.SIGSTOP)
         others_end(job, 1, "rank 1 gives no sign of life")
@@ -118,7 +118,7 @@ def test_frozen_rank_is_waited_for_loudly_and_then_named() -> None:
 
 
 def test_rank_that_pauses_for_less_than_the_limit_is_waited_for() -> None:
-    with bare(call("train_on", 2, 2, steps=300), 4) as job:
+    with bare([call("train_on", 2, 2, steps=300)], 4) as job:
         job.until("training")
         job.kill(2, signal.SIGSTOP)
         time.sleep(3)
@@ -138,7 +138,7 @@ FAILING: dict[str, tuple[Call, str]] = {
 def test_error_on_one_rank_is_told_by_all_others(case: str) -> None:
     started, blamed = FAILING[case]
     victim = started.arguments["victim"]
-    with bare(started, 4) as job:
+    with bare([started], 4) as job:
         job.wait([victim], 120)  # with the start-up
         others_end(job, victim, blamed)
         own = job.read(victim)
@@ -147,14 +147,14 @@ def test_error_on_one_rank_is_told_by_all_others(case: str) -> None:
 
 
 def test_rank_that_makes_fewer_steps_is_named() -> None:
-    with bare(call("stop_early", victim=1), 4) as job:
+    with bare([call("stop_early", victim=1)], 4) as job:
         job.wait([1], 120)  # with the start-up
         others_end(job, 1, "rank 1 gives no sign of life")
 
 
 def test_script_may_end_without_close() -> None:
     """It aborted now and then: the interpreter's end caught the watch's thread inside the store."""
-    with bare(call("leave_it_open"), 4) as job:
+    with bare([call("leave_it_open")], 4) as job:
         job.wait(range(4), 120)
         assert [job.code(rank) for rank in range(4)] == [0] * 4, [job.read(rank).stderr[-500:] for rank in range(4)]
 

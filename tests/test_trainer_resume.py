@@ -209,7 +209,7 @@ def test_another_layout_goes_on_replays_nothing_and_skips_nothing(
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("told", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_one_rank_that_is_told_to_end_lets_all_save_the_same_step(told: int, tmp_path: Path) -> None:
-    with bare(call("until_told", 1, 2, tmp_path), 2) as running:
+    with bare([call("until_told", 1, 2, tmp_path)], 2) as running:
         running.until("working")
         running.kill(told, signal.SIGTERM)
         running.wait(range(2), 60)
