@@ -126,7 +126,7 @@ def test_what_the_kernel_cannot_take_at_once_leaves_while_one_waits() -> None:
 
 def test_a_pair_waits_no_longer_than_its_limit() -> None:
     one, _ = ends()
-    late = one.swap(torch.ones(2), torch.empty(2))
+    late = one.swap(torch.ones(1 << 20), torch.empty(2))
     assert late.wait(timedelta(milliseconds=20)) is False
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from merak_like._compat import TorchDispatchMode
 from merak_like.partitioner.mesh import Coord, Mesh
+from merak_like.runtime.batches import rows
 from merak_like.runtime.groups import Groups
 from merak_like.runtime.split_backward import PutOff
 from merak_like.runtime.stage import Stage
@@ -151,12 +154,23 @@ def test_a_micro_batch_of_one_sample_runs_whole() -> None:
     assert desk.under(0, forward) == [set()] * BLOCKS, "every sum is waited for where it is begun"
 
 
+def net() -> tuple[Subject, Any]:
+    torch.manual_seed(0)
+    batch = {name: torch.randn(5, 16, 8) for name in ("x", "labels")}
+    return Subject(Net(), lambda: batch, lambda loss, _: loss, rows), batch
+
+
+def gpt2() -> tuple[Subject, Any]:
+    one = subject("gpt2", dropout=False, dtype=torch.float32)
+    return replace(one, model=one.model.train()), one.batch(5, 16)
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
-def test_shares_under_autocast_are_no_further_off_than_autocast_itself(name: str, sequence_parallel: bool) -> None:
-    one = subject(name, dropout=False, dtype=torch.float32)
-    one = Subject(one.model.train(), one.batch, one.loss_fn, one.weight)
-    batch = one.batch(5, 16)
+@pytest.mark.parametrize("model", [net, pytest.param(gpt2, marks=pytest.mark.slow)])
+def test_shares_under_autocast_are_no_further_off_than_autocast_itself(
+    model: Callable[[], tuple[Subject, Any]], sequence_parallel: bool
+) -> None:
+    one, batch = model()
     exact = plain(one, batch)
 
     def lower() -> AbstractContextManager[Any]:

@@ -16,7 +16,10 @@ import struct
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -49,74 +52,88 @@ class Pair:
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._connection = connection
-        self._outgoing, self._incoming = deque[memoryview](), deque[memoryview]()
-        self._begun = self._done = 0
+        self._outgoing, self._incoming = _Line(connection.send), _Line(partial(_read, connection))
+        self._begun = 0
 
     def swap(self, mine: Tensor, theirs: Tensor) -> Swap:
         """Start to send a contiguous tensor and to receive another; both stay as they are until it is waited for."""
-        self._outgoing.append(_bytes(mine))
-        self._incoming.append(_bytes(theirs))
+        self._outgoing.add(mine)
+        self._incoming.add(theirs)
         self._begun += 1
-        self._send()
-        return Swap(self, self._begun, (mine, theirs))
+        self._outgoing.move()
+        return Swap(self, self._begun)
 
     def wait(self, number: int, limit: timedelta) -> bool:
-        """Wait until as many messages have come and all have left. False when the limit has passed.
+        """Wait until the message of this number has left and its answer has come. False when the limit has passed.
 
         Raises RuntimeError when the other rank is gone.
         """
         end = 0.0
         while True:
-            self._send()
-            self._receive()
-            if self._done >= number and not self._outgoing:
+            self._outgoing.move()
+            self._incoming.move()
+            if min(self._outgoing.done, self._incoming.done) >= number:
                 return True
             now = time.monotonic()
             end = end or now + limit.total_seconds()
             if now >= end:
                 return False
             poll = select.poll()
-            poll.register(self._connection, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
+            poll.register(self._connection, select.POLLIN | (select.POLLOUT if self._outgoing.waits else 0))
             poll.poll((end - now) * 1e3)
-
-    def _send(self) -> None:
-        while self._outgoing:
-            try:
-                sent = self._connection.send(self._outgoing[0])
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise RuntimeError(f"connection closed by peer: {error}") from None
-            self._outgoing[0] = self._outgoing[0][sent:]
-            if not self._outgoing[0]:
-                self._outgoing.popleft()
-
-    def _receive(self) -> None:
-        while self._incoming:
-            room = self._incoming[0]
-            try:
-                got = self._connection.recv_into(room) if room else 0
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise RuntimeError(f"connection closed by peer: {error}") from None
-            if room and not got:
-                raise RuntimeError("connection closed by peer")
-            self._incoming[0] = room[got:]
-            if not self._incoming[0]:
-                self._incoming.popleft()
-                self._done += 1
 
 
 class Swap:
     """One message each way, under way."""
 
-    def __init__(self, pair: Pair, number: int, kept: tuple[Tensor, Tensor]) -> None:
-        self._pair, self._number, self._kept = pair, number, kept
+    def __init__(self, pair: Pair, number: int) -> None:
+        self._pair, self._number = pair, number
 
     def wait(self, limit: timedelta) -> bool:
         """As of torch's works: False when the limit has passed."""
         return self._pair.wait(self._number, limit)
+
+
+class _Line:
+    """Messages that go one way, one after the other. It holds their tensors, whoever else forgets them."""
+
+    def __init__(self, some: Callable[[memoryview], int]) -> None:
+        """``some`` moves a part of a message, and tells how many bytes."""
+        self._some = some
+        self._waiting = deque[tuple[memoryview, Tensor]]()
+        self.done = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether something has not gone yet."""
+        return bool(self._waiting)
+
+    def add(self, tensor: Tensor) -> None:
+        """Put a message at the end."""
+        self._waiting.append((_bytes(tensor), tensor))
+
+    def move(self) -> None:
+        """Move what can be moved now."""
+        while self._waiting:
+            rest, tensor = self._waiting[0]
+            try:
+                rest = rest[self._some(rest) if rest else 0 :]
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise RuntimeError(f"connection closed by peer: {error}") from None
+            if rest:
+                self._waiting[0] = rest, tensor
+            else:
+                self._waiting.popleft()
+                self.done += 1
+
+
+def _read(connection: socket.socket, room: memoryview) -> int:
+    got = connection.recv_into(room)
+    if not got:
+        raise ConnectionResetError("it has ended")
+    return got
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -131,9 +148,10 @@ def _joined(group: Any) -> socket.socket | None:
     """
     first, listener = dist.get_rank(group) == 0, None
     if first and sys.platform == "linux":
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(f"\0merak-{secrets.token_hex(16)}")
-        listener.listen()
+        with suppress(OSError):  # a sandbox without such sockets
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(f"\0merak-{secrets.token_hex(16)}")
+            listener.listen()
     name = _note(listener.getsockname() if listener else b"", 0, group)
     connection = None if first else _called(name)
     if _note(b"called" if connection else b"", 1, group) and listener:
