@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -108,11 +108,12 @@ class Ran:
 
 def in_lockstep(
     one: Subject, batch: Any, tp: int, sequence_parallel: bool = True, planned: Any = None, thrifty: bool = False,
-    shares: int = 1, fuse: bool = True,
+    shares: int = 1, fuse: bool = True, around: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Ran:  # fmt: skip
     """Forward and backward; ``planned`` is the batch that decided how weights lie and which gradients are summed.
 
     ``thrifty``: everything is computed again for the backward, and gradients of weights are put off.
+    ``around``: what a rank's thread does it in.
     """
     ring, mesh = Ring(tp), Mesh(1, 1, tp)
     boxes: dict[Any, dict[Any, Any]] = {}
@@ -160,7 +161,8 @@ def in_lockstep(
 
     def guarded(rank: int) -> None:
         try:
-            work(rank)
+            with around():
+                work(rank)
         except BaseException as error:
             errors.append(error)
             ring.failed = True

@@ -136,18 +136,26 @@ def forked(calls: Sequence[Call], world: int, *, timeout: float = 400.0) -> Job:
         return Job(tuple(map(job.read, range(world))), max((code or 0 for code in codes), key=abs), "")
 
 
-def results_of(calls: Sequence[Call], timeout: float = 400.0) -> Callable[[Call], list[Any]]:
-    """What a call returns on every rank. One job for each world size runs when its first result is asked for."""
-    jobs: dict[int, Job] = {}
+def results_of(
+    calls: Sequence[Call], timeout: float = 400.0, together: int | None = None
+) -> Callable[[Call], list[Any]]:
+    """What a call returns on every rank. A job runs when the first of its results is asked for.
+
+    There is one for each world size, or one for each ``together`` calls of it, so that many end in their time.
+    """
+    jobs: dict[tuple[int, int], Job] = {}
 
     def size(one: Call) -> int:
         return one.arguments["dp"] * one.arguments["pp"] * one.arguments.get("tp", 1)
 
     def result(one: Call) -> list[Any]:
         world = size(one)
-        if world not in jobs:
-            jobs[world] = forked([c for c in calls if size(c) == world], world, timeout=timeout)
-        return jobs[world].results(one.name)
+        alike = [c for c in calls if size(c) == world]
+        most = together or len(alike)
+        first = [c.name for c in alike].index(one.name) // most * most
+        if (world, first) not in jobs:
+            jobs[world, first] = forked(alike[first : first + most], world, timeout=timeout)
+        return jobs[world, first].results(one.name)
 
     return result
 

@@ -187,11 +187,11 @@ def partly_trained(dp: int, pp: int) -> float:
     return agree(trained, lambda: plainly(one, batches, PARTS, None))
 
 
-def from_meta(name: str, dp: int, pp: int) -> dict[str, str]:
+def from_meta(name: str, dp: int, pp: int, tp: int = 1) -> dict[str, str]:
     """The weights that a model on the meta device gets in this layout, by name as digests, and after three steps."""
     with torch.device("meta"):
         one = subject(name, dtype=torch.float32)
-    ours = engine(one, one.batch(SAMPLES), dp, pp, PARTS // dp)
+    ours = engine(one, one.batch(SAMPLES), dp, pp, PARTS // dp, tp=tp)
     first = ours.full_state_dict()
     losses = [ours.step(one.batch(SAMPLES)).loss for _ in range(3)]
     ours.close()
@@ -204,21 +204,21 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
-def read(name: str, dp: int, pp: int, folder: str) -> dict[str, str]:
+def read(name: str, dp: int, pp: int, folder: str, tp: int = 1) -> dict[str, str]:
     """The weights of a checkpoint, read by a model on the meta device, each rank its own part."""
     with torch.device("meta"):
         one = subject(name, dtype=torch.float32)
-    ours = engine(one, one.batch(SAMPLES), dp, pp, PARTS // dp, weights=folder)
+    ours = engine(one, one.batch(SAMPLES), dp, pp, PARTS // dp, tp=tp, weights=folder)
     found = ours.full_state_dict()
     loss = ours.evaluate(one.batch(SAMPLES)).loss  # reads the buffers that no checkpoint has, too
     ours.close()
     return {"loss": f"{loss:.5f}"} | {k: digest(v) for k, v in found.items()}
 
 
-def write(name: str, dp: int, pp: int, folder: str) -> list[float]:
+def write(name: str, dp: int, pp: int, folder: str, tp: int = 1) -> list[float]:
     """Train two steps and save."""
     one = patchy() if name == "patchy" else subject(name, dtype=torch.float32)
-    ours = engine(one, one.batch(SAMPLES), dp, pp, PARTS // dp)
+    ours = engine(one, one.batch(SAMPLES), dp, pp, PARTS // dp, tp=tp)
     losses = [ours.step(one.batch(SAMPLES)).loss for _ in range(2)]
     ours.save_pretrained(Path(folder))
     there = any(Path(folder).glob("*.safetensors"))

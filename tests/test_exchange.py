@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -12,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from merak_like.runtime import exchange
+from merak_like.runtime import exchange, pair
+from merak_like.runtime.pair import Pair, pair_of
 from tests.ranks import Call, torchrun
 
 MINUTE = timedelta(seconds=60)
@@ -26,9 +30,13 @@ def given(rank: int, ranks: int, dtype: torch.dtype) -> Tensor:
     return numbers.to(dtype)[rank]
 
 
-def exchanges(world: int) -> dict[str, int]:
-    """On each rank: begin all of them, then wait for all, and compare with what was given. Returns how each went."""
+def exchanges(world: int, most: int = exchange.MOST) -> dict[str, int]:
+    """On each rank: begin all of them, then wait for all, and compare with what was given. Returns how each went.
+
+    ``most``: bytes of a message that goes through the socket of a pair.
+    """
     dist.init_process_group("gloo")
+    before, exchange.MOST = exchange.MOST, most
     try:
         rank, group = dist.get_rank(), dist.new_group(backend="gloo")
         begun: list[tuple[str, Any, Tensor, Tensor]] = []
@@ -55,17 +63,24 @@ def exchanges(world: int) -> dict[str, int]:
             dist.all_gather(everywhere, found)
             if "scatter" not in what:
                 assert all(torch.equal(found, other) for other in everywhere), what
-        kinds = [type(work).__name__ for _, work, *_ in begun]
+        kinds = [type(work).__name__ for _, work, *_ in begun] + ["pair"] * (
+            most > 0 and world == 2 and pair_of(group) is not None
+        )
         return {kind: kinds.count(kind) for kind in kinds}
     finally:
+        exchange.MOST = before
         dist.destroy_process_group()
 
 
 @pytest.mark.ranks
 @pytest.mark.timeout(120)
 def test_two_ranks_swap_and_have_the_same_bits() -> None:
-    job = torchrun([Call("two", "tests.test_exchange:exchanges", {"world": 2})], 2)
-    assert job.results("two") == [{"Messages": 5 * len(DTYPES)}] * 2
+    """All by a socket, all by gloo, and by what is small (one dtype of four is half as wide, one a quarter)."""
+    ways = {"socket": exchange.MOST, "gloo": 0, "mixed": SIZE * 4}
+    job = torchrun([Call(way, "tests.test_exchange:exchanges", {"world": 2, "most": n}) for way, n in ways.items()], 2)
+    for way, most in ways.items():
+        pair = {"pair": 1} if most and sys.platform == "linux" else {}
+        assert job.results(way) == [{"Messages": 5 * len(DTYPES)} | pair] * 2
 
 
 @pytest.mark.ranks
@@ -73,6 +88,75 @@ def test_two_ranks_swap_and_have_the_same_bits() -> None:
 def test_more_ranks_send_runs_to_their_owners() -> None:
     job = torchrun([Call("three", "tests.test_exchange:exchanges", {"world": 3})], 3)
     assert [found["Messages"] for found in job.results("three")] == [len(DTYPES)] * 3
+
+
+def ends() -> tuple[Pair, Pair]:
+    one, other = socket.socketpair()
+    return Pair(one), Pair(other)
+
+
+def test_messages_of_a_pair_come_in_order_whoever_waits_for_which() -> None:
+    one, other = ends()
+    sizes = (3, 0, 1000, 1)
+    sent, got = [torch.rand(n) for n in sizes], [torch.empty(n) for n in sizes]
+    back = [torch.empty(n) for n in sizes]
+    begun = [one.swap(mine, theirs) for mine, theirs in zip(sent, got, strict=True)]
+    answered = [other.swap(mine + 1, theirs) for mine, theirs in zip(sent, back, strict=True)]
+    assert begun[2].wait(MINUTE)
+    assert answered[3].wait(MINUTE)
+    assert begun[0].wait(MINUTE)
+    assert begun[3].wait(MINUTE)
+    assert all(torch.equal(a + 1, b) for a, b in zip(sent, got, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(sent, back, strict=True))
+
+
+def test_what_the_kernel_cannot_take_at_once_leaves_while_one_waits() -> None:
+    one, other = ends()
+    mine, theirs = torch.rand(2, 1 << 20)
+    got, back = torch.empty_like(theirs), torch.empty_like(mine)
+    done: list[bool] = []
+    thread = threading.Thread(target=lambda: done.append(other.swap(theirs, back).wait(MINUTE)))
+    thread.start()
+    assert one.swap(mine, got).wait(MINUTE)
+    thread.join(60)
+    assert done == [True]
+    assert torch.equal(got, theirs)
+    assert torch.equal(back, mine)
+
+
+def test_a_pair_waits_no_longer_than_its_limit() -> None:
+    one, _ = ends()
+    late = one.swap(torch.ones(1 << 20), torch.empty(2))
+    assert late.wait(timedelta(milliseconds=20)) is False
+
+
+def test_a_pair_of_which_one_is_gone_says_so() -> None:
+    one, other = ends()
+    begun = one.swap(torch.ones(2), torch.empty(2))
+    del other
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        begun.wait(MINUTE)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        one.swap(torch.ones(2), torch.empty(2))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="abstract names are Linux's")
+def test_only_a_caller_of_this_user_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("\0merak-test")
+        listener.listen()
+        name = listener.getsockname()
+        with pair._called(name) as caller:  # type: ignore[union-attr]
+            answered = pair._answered(listener)
+            assert answered is not None
+            caller.sendall(b"word")
+            assert answered.recv(4) == b"word"
+            answered.close()
+        monkeypatch.setattr(pair.os, "getuid", lambda: -2)
+        with pair._called(name):  # type: ignore[union-attr]
+            assert pair._answered(listener) is None
+    assert pair._called(name) is None, "nobody listens there any more, as on another host"
+    assert pair._called(b"") is None
 
 
 class Late:

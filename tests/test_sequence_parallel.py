@@ -223,7 +223,7 @@ def in_shares() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> Callable[[Call], list[Any]]:
     """What a call returned on every rank. The job it is part of runs when its first result is asked for."""
-    return results_of(selected_calls(request))
+    return results_of(selected_calls(request), together=24)  # more than there are by default
 
 
 @pytest.mark.ranks

@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from rich.console import Console
+from torch import nn
 
 from merak_like.cli.decide import Question, decide
 from merak_like.cli.models import Loaded
@@ -20,9 +22,11 @@ from merak_like.partitioner.hardware import hardware_named
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.report.drawing import unit_tips
 from merak_like.partitioner.report.page import page
-from merak_like.partitioner.report.sharded import as_json, of_units, step_bytes
+from merak_like.partitioner.report.sharded import as_json, link_bytes, of_units, step_bytes
 from merak_like.partitioner.report.sharding_table import render
 from merak_like.partitioner.sharding import GroupBytes, ShardedBlock
+from merak_like.partitioner.tensor_parallel import derive
+from merak_like.partitioner.tracer.fine import fine_trace, steps
 from tests.commands import refused, run
 from tests.plans import make_plan
 
@@ -52,7 +56,7 @@ PLAN = make_plan(tp=2, sharding=(ATTENTION, OUTSIDE))
 
 GOLDEN = """\
 GPT2LMHeadModel over 2 tensor-parallel ranks: 90.0 % of its matrices are sharded
-1.73 GB are summed over the ranks in a step of one replica
+in a step of one replica 1.73 GB are summed over the ranks, 1.73 GB go over each rank's link
 
 transformer.h.0 and 11 like it: transformer.h.1-11
 
@@ -65,7 +69,7 @@ transformer.h.0 and 11 like it: transformer.h.1-11
 
 90.0 % of 7.00 M matrix elements sharded, 17 values in parts
 summed over 2 ranks: 12.0 MB forward and 6.00 MB backward a micro-batch, 3.07 kB of gradients a step
-a step: 144 MB each
+a step, each: 144 MB summed, 144 MB over a rank's link
 operations without a rule: sinc (2)
 probe: 3e-16, tiny
 
@@ -77,7 +81,7 @@ outside of blocks
 
 90.0 % of 7.00 M matrix elements sharded, 17 values in parts
 summed over 2 ranks: 1.00 kB forward and 0 B backward a micro-batch
-a step: 8.00 kB
+a step: 8.00 kB summed, 8.00 kB over a rank's link
 probe: 3e-16, tiny
 """
 
@@ -105,7 +109,14 @@ def test_bytes_of_a_step_count_micro_batches_and_blocks() -> None:
     assert step_bytes(PLAN, ATTENTION) == 8 * 18_000_000 + 3_072
     found = as_json(PLAN)
     assert found["step_bytes"] == 12 * step_bytes(PLAN, ATTENTION) + 8_000
+    assert found["link_bytes"] == found["step_bytes"], "two ranks send each number once"
     assert found["blocks"][0]["share"] == pytest.approx(0.9)
+
+
+def test_bytes_over_a_link_count_the_ring_and_what_is_gathered_again() -> None:
+    four = replace(ATTENTION, groups=(GroupBytes(4, 1, 12_000_000, 6_000_000, 3_072),))
+    assert link_bytes(PLAN, four) == 1.5 * (8 * 18_000_000 + 3_072)
+    assert link_bytes(replace(PLAN, sequence_parallel=True), four) == 1.5 * (8 * 21_000_000 + 3_072)
 
 
 def test_units_have_their_own_weights_and_those_of_equal_blocks_too() -> None:
@@ -118,12 +129,36 @@ def test_units_have_their_own_weights_and_those_of_equal_blocks_too() -> None:
     assert ["on every rank", "norm.weight: it meets something whole"] in tips[f"{BLOCK}.3.mlp"]  # type: ignore[operator]
 
 
-def test_the_page_can_be_coloured_by_it() -> None:
-    whole, sharded = page(make_plan()), page(PLAN)
-    assert "colour: sharded weights" in sharded
-    assert "colour: sharded weights" not in whole
-    heat = json.loads(re.search(r'"heat":(\{.*?\})', sharded)[1])["sharded weights"]  # type: ignore[index]
-    assert heat[:3] == [1.0, 1.0, 0.5]
+class Reader(HTMLParser):
+    """The classes of each unit in the page, and every address that it names."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.units: dict[int, set[str]] = {}
+        self.options, self.addresses = list[str](), list[str]()
+        self.feed(text)
+        self.close()
+        self.addresses += re.findall(r"url\(|@import|\b(?:https?|ftp|wss?)://[^\s\"'<]*", text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        if "data-unit" in given:
+            self.units[int(given["data-unit"])] = {*given["class"].split()}
+        if tag == "option":
+            self.options.append(given["value"])
+        self.addresses += [given[name] for name in ("src", "href", "xlink:href", "srcset", "action") if name in given]
+
+
+LIES = {"divided", "partly", "whole"}
+
+
+def test_the_page_is_coloured_by_it() -> None:
+    assert "tensor parallelism" in Reader(page(PLAN)).options
+    assert "tensor parallelism" not in Reader(page(make_plan())).options
+    lies = [classes & LIES for _, classes in sorted(Reader(page(PLAN)).units.items())]
+    assert lies[:3] == [{"divided"}, {"divided"}, {"partly"}]
+    assert lies[-2:] == [set(), {"divided"}], "the head has the table of words under another name"
+    assert not any(classes & LIES for classes in Reader(page(make_plan())).units.values())
 
 
 @pytest.mark.parametrize(
@@ -167,9 +202,38 @@ class Gpt:
         return Loaded(model, {name: torch.zeros(samples, 16, dtype=torch.int64) for name in ("input_ids", "labels")})
 
 
-def test_the_command_derives_and_proves() -> None:
+@pytest.fixture(scope="module")
+def decided() -> Plan:
     asked = Question(Gpt(), hardware_named("a100-80gb"), dp=1, pp=2, tp=2, batch=8, micro_batch=2)  # type: ignore[arg-type]
-    plan, _ = decide(asked)
+    return decide(asked)[0]
+
+
+def test_each_unit_of_the_page_has_the_colour_of_what_is_derived_for_its_weights(decided: Plan) -> None:
+    loaded = Gpt().load(2)
+    traced = fine_trace(loaded.model, loaded.example)
+    derived = derive(traced.graph, steps(traced), 2, constants=traced.constants)
+    read = Reader(page(decided))
+    assert read.units.keys() == set(range(len(decided.units)))
+    modules, seen = dict(loaded.model.named_modules()), list[set[str]]()
+    for index, unit in enumerate(decided.units):
+        module = modules.get(re.sub(r" \(\d+/\d+\)$", "", unit.name), nn.Module())  # the batch has none
+        own = {f"{unit.name}.{name}" for name, _ in module.named_parameters()}
+        first = {traced.graph.canonical.get(name, name) for name in own}
+        divided = first & derived.weights.keys()
+        wanted = {"divided"} if own and divided == first else {"partly"} if divided else {"whole"} if own else set()
+        assert read.units[index] & LIES == wanted, unit.name
+        seen.append(wanted)
+    assert [kind for kind in sorted(LIES) if {kind} not in seen] == []
+
+
+def test_the_page_of_a_real_plan_names_nothing_outside_of_it(decided: Plan) -> None:
+    found = Reader(page(decided)).addresses
+    assert [each for each in found if not each.startswith("data:image/svg+xml;base64,")] == []
+    assert found, "the step over time is a picture in the page"
+
+
+def test_the_command_derives_and_proves(decided: Plan) -> None:
+    plan = decided
     first, outside = plan.sharding
     assert first.like == ("transformer.h.1",)
     assert first.weights["transformer.h.0.attn.c_attn.weight"] == "32, 3 x 4/2 x 8"

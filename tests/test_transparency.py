@@ -63,7 +63,9 @@ OTHERS = [
     call("under_autocast", 1, 2, name="llama"),
 ]
 META = [call("from_meta", *layout, name=name) for name in ("llama", "gpt2") for layout in ((2, 1), (1, 2), (1, 4))]
-SAVED = ("gpt2", 1, 4), ("llama", 2, 2), ("t5", 1, 2), ("patchy", 1, 2)
+META.append(call("from_meta", 1, 1, 2, name="gpt2"))
+SAVED = ("gpt2", 1, 4), ("llama", 2, 2), ("t5", 1, 2), ("patchy", 1, 2), ("bert", 1, 1, 2)
+READ = *((name, *layout) for name in ("llama", "gpt2") for layout in ((1, 4), (2, 1))), ("gpt2", 1, 1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,7 @@ def test_model_on_meta_starts_from_the_same_weights_in_every_layout(
 
 @pytest.mark.parametrize(
     "case",
-    [call("read", *layout, name=name, folder=name) for name in ("llama", "gpt2") for layout in ((1, 4), (2, 1))],
+    [call("read", *layout, name=name, folder=name) for name, *layout in READ],
     ids=lambda case: case.name,
 )
 def test_weights_are_read_from_a_sharded_checkpoint(case: Call, results: Callable[[Call], list[Any]]) -> None:
@@ -128,7 +130,7 @@ def test_weights_are_read_from_a_sharded_checkpoint(case: Call, results: Callabl
 
 @pytest.mark.parametrize(
     "case",
-    [call("write", dp, pp, name=name, folder=f"{name}-saved") for name, dp, pp in SAVED],
+    [call("write", *layout, name=name, folder=f"{name}-saved") for name, *layout in SAVED],
     ids=lambda case: case.name,
 )
 def test_saved_model_loads_as_the_one_that_was_trained(

@@ -2,7 +2,7 @@
 
 Summed runs go straight to their owners: gloo's own call first reduces all of it everywhere (torch 2.13), which sends
 twice as much. Two ranks swap what they have: gloo's ring sends the same bytes in several messages that wait for one
-another. Both ranks add the same two numbers, so both have the same bits.
+another. Both ranks add the same two numbers, so both have the same bits. What is small goes past gloo (``pair.py``).
 
 What is begun is waited for once, by ``wait(limit)`` as a work of torch is; until then its tensors stay as they are.
 """
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from merak_like.runtime.groups import Group
+from merak_like.runtime.pair import MOST, pair_of
 
 # torch 2.13 renamed them and warns of the names before it
 _gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -73,7 +74,9 @@ def _swaps(tensor: Tensor, group: Group) -> bool:
     return tensor.device.type == "cpu" and dist.get_world_size(group) == 2 and dist.get_backend(group) == "gloo"
 
 
-def _transfer(theirs: Tensor, source: int, mine: Tensor, target: int, group: Group) -> tuple[Any, Any]:
+def _transfer(theirs: Tensor, source: int, mine: Tensor, target: int, group: Group) -> tuple[Any, ...]:
+    if mine.nbytes <= MOST and dist.get_world_size(group) == 2 and (pair := pair_of(group)) is not None:
+        return (pair.swap(mine, theirs),)
     return dist.irecv(theirs, group=group, group_src=source), dist.isend(mine, group=group, group_dst=target)
 
 

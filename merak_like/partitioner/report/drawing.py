@@ -8,7 +8,7 @@ from typing import Any
 from merak_like.partitioner.plan import Plan, Unit
 from merak_like.partitioner.report.layout import BOX_HEIGHT, BOX_WIDTH, CARD_HEAD, CARD_ROW, LISTED, arrange
 from merak_like.partitioner.report.routing import Box, Edge
-from merak_like.partitioner.report.sharded import of_units
+from merak_like.partitioner.report.sharded import kinds, of_units
 from merak_like.partitioner.report.summary import Cut, cuts, stage_seconds
 from merak_like.partitioner.report.text import (
     bytes_text,
@@ -40,9 +40,10 @@ def svg(plan: Plan) -> str:
     parts += [_edge(plan, edge) for edge in scene.edges]
     parts += [_cut(card, cut) for card, cut in zip(scene.cards, cuts(plan), strict=True)]
     again = {name for stage in plan.stages for name in stage.recompute}
+    lies = kinds(plan)
     for box in scene.units:
         unit = plan.units[box.index]
-        parts.append(_unit(unit, box, prefix, slowest, unit.name in again))
+        parts.append(_unit(unit, box, prefix, slowest, unit.name in again, lies[box.index]))
     parts += ["</svg>"]
     return "\n".join(parts)
 
@@ -108,13 +109,13 @@ def _panel(plan: Plan, box: Box) -> str:
     )
 
 
-def _unit(unit: Unit, box: Box, prefix: str, slowest: float, again: bool) -> str:
+def _unit(unit: Unit, box: Box, prefix: str, slowest: float, again: bool, lies: str) -> str:
     label = shortened(unit.name.removeprefix(prefix), 21)
     said = f"{unit.name}, {unit.type}, stage {unit.stage}, {seconds_text(unit.seconds)}, {flops_text(unit.flops)}"
     said += ", computed again" * again
     bar = max(0.0, (BOX_WIDTH - 8) * unit.seconds / slowest)
     return (
-        f'<g class="unit s{unit.stage}{" again" * again}" id="unit-{box.index}" '
+        f'<g class="unit s{unit.stage}{" again" * again}{f" {lies}" if lies else ""}" id="unit-{box.index}" '
         f'data-unit="{box.index}" tabindex="0" role="img" '
         f'aria-label="{escape(said)}" transform="translate({box.x:g} {box.y:g})">'
         f'<rect class="box" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="4"/>'

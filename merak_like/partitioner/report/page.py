@@ -12,7 +12,6 @@ from merak_like.partitioner.report import page_parts, summary
 from merak_like.partitioner.report.drawing import cut_tips, svg, unit_tips
 from merak_like.partitioner.report.page_script import SCRIPT
 from merak_like.partitioner.report.page_style import STYLE
-from merak_like.partitioner.report.sharded import of_units
 from merak_like.partitioner.report.text import (
     bytes_text,
     count_text,
@@ -30,8 +29,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 """The browser itself refuses every request the page could make."""
 
 _HEATS = {"time": "seconds", "parameters": "param_bytes", "activations": "activation_bytes"}
-SHARDED = "sharded weights"
-"""A colour by the share of a unit's weights that tensor parallelism divides."""
+_LIES = {"divided": "weights divided", "partly": "some of them", "whole": "weights whole on every rank"}
+"""What the colours of tensor parallelism say; see ``sharded.kinds``."""
 
 
 def page(plan: Plan, found: Why | None = None) -> str:
@@ -152,8 +151,9 @@ def _meter(left: str, right: str, parts: Sequence[tuple[str, float]], over: bool
 
 def _graph(plan: Plan) -> str:
     again = "<li>dashed box: computed again for the backward</li>" * any(s.recompute for s in plan.stages)
-    kinds = [*_HEATS, *([SHARDED] if plan.sharding else [])]
+    kinds = [*_HEATS, *(["tensor parallelism"] if plan.sharding else [])]
     heats = "".join(f'<option value="{kind}">colour: {kind}</option>' for kind in kinds)
+    lies = "".join(f'<li><i class="{kind}"></i>{said}</li>' for kind, said in _LIES.items() if plan.sharding)
     return f"""<div class="bar"><h2>Units</h2>
 <output id="found" for="seek"></output>
 <input id="seek" type="search" placeholder="find a unit or type" aria-label="find a unit or type">
@@ -163,7 +163,7 @@ def _graph(plan: Plan) -> str:
 <div class="stand">{svg(plan)}</div>
 <ul class="legend"><li>line under a unit: its time against the slowest unit's</li>
 <li>dashed: a cut, with the values live across it (one micro-batch, forward)</li>
-<li>coloured rails: values read further on than the next unit</li>{again}</ul>"""
+<li>coloured rails: values read further on than the next unit</li>{again}{lies}</ul>"""
 
 
 def _sections(plan: Plan) -> Iterator[str]:
@@ -212,8 +212,6 @@ def _footer(plan: Plan) -> Iterator[str]:
 def _data(plan: Plan) -> str:
     """The tips as JSON that cannot end its script element."""
     heat = {kind: _relative(plan.units, name) for kind, name in _HEATS.items()}
-    if plan.sharding:
-        heat[SHARDED] = [round(len(parts) / (len(parts) + len(whole) or 1), 4) for parts, whole in of_units(plan)]
     text = json.dumps({"units": unit_tips(plan), "cuts": cut_tips(plan), "heat": heat}, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

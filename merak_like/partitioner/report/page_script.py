@@ -65,8 +65,9 @@ SCRIPT = """
 
   document.getElementById("colour").addEventListener("change", event => {
     const kind = event.target.value;
-    graph.classList.toggle("heat", kind !== "stage");
-    if (kind !== "stage") units.forEach((unit, n) => unit.style.setProperty("--heat", tips.heat[kind][n]));
+    graph.classList.toggle("heat", kind in tips.heat);
+    graph.classList.toggle("ranks", kind === "tensor parallelism");
+    if (kind in tips.heat) units.forEach((unit, n) => unit.style.setProperty("--heat", tips.heat[kind][n]));
   });
 
   const full = graph.viewBox.baseVal.width, high = graph.viewBox.baseVal.height, stand = graph.parentElement;

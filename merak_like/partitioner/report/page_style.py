@@ -78,6 +78,10 @@ svg.pointing .edge.near .way { stroke-width: 2 }
 svg.seeking .unit { opacity: .22 } svg.seeking .unit.found { opacity: 1 } svg.seeking .found .box { stroke-width: 2.2 }
 svg.heat .box { fill: color-mix(in oklch, var(--card), #e5484d calc(var(--heat) * 85%)); stroke: var(--rule) }
 svg.heat .cost { fill: none }
+.divided { --lies: #2f9e6e } .partly { --lies: #d8b32f } .whole { --lies: #e5484d }
+.legend i:is(.divided, .partly, .whole) { background: var(--lies) }
+svg.ranks .box { fill: var(--card); stroke: var(--rule) }
+svg.ranks :is(.divided, .partly, .whole) .box { fill: color-mix(in oklch, var(--card), var(--lies) 45%) }
 #tip { position: fixed; z-index: 5; pointer-events: none; max-width: 420px; padding: 10px 13px; border-radius: 9px;
   font-size: 12.5px;
   background: var(--card); color: var(--ink); border: 1px solid var(--rule); box-shadow: 0 8px 28px #00000038 }

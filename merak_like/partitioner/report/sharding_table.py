@@ -11,7 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from merak_like.partitioner.plan import Plan
-from merak_like.partitioner.report.sharded import block_share, check, dimensions, share, step_bytes
+from merak_like.partitioner.report.sharded import (
+    block_share,
+    check,
+    dimensions,
+    link_bytes,
+    share,
+    step_bytes,
+    whole_model,
+)
 from merak_like.partitioner.report.text import bytes_text, count_text, percent_text, ranges
 from merak_like.partitioner.sharding import ShardedBlock
 
@@ -26,13 +34,14 @@ def render(plan: Plan) -> RenderableType:
 
 
 def _head(plan: Plan) -> Text:
-    total = sum(step_bytes(plan, block) * (1 + len(block.like)) for block in plan.sharding)
+    summed, moved = (bytes_text(whole_model(plan, of)) for of in (step_bytes, link_bytes))
+    form = ", between its products on their rows" if plan.sequence_parallel else ""
     text = Text()
     text.append(plan.model, style="bold")
     text.append(
-        f" over {plan.mesh.tp} tensor-parallel ranks: {percent_text(share(plan))} of its matrices are sharded\n"
+        f" over {plan.mesh.tp} tensor-parallel ranks{form}: {percent_text(share(plan))} of its matrices are sharded\n"
     )
-    text.append(f"{bytes_text(total)} are summed over the ranks in a step of one replica\n")
+    text.append(f"in a step of one replica {summed} are summed over the ranks, {moved} go over each rank's link\n")
     return text
 
 
@@ -76,7 +85,8 @@ def _below(plan: Plan, block: ShardedBlock) -> Text:
             f"{bytes_text(group.backward_bytes)} backward a micro-batch"
         )
         text.append(f", {bytes_text(group.gradient_bytes)} of gradients a step\n" if group.gradient_bytes else "\n")
-    text.append(f"a step: {bytes_text(step_bytes(plan, block))}{' each' if block.like else ''}\n")
+    summed, moved = bytes_text(step_bytes(plan, block)), bytes_text(link_bytes(plan, block))
+    text.append(f"a step{', each' if block.like else ''}: {summed} summed, {moved} over a rank's link\n")
     if block.unknown:
         text.append(f"operations without a rule: {', '.join(f'{n} ({k})' for n, k in block.unknown.items())}\n")
     text.append(f"probe: {f'{block.error:.0e}, ' if block.weights else ''}{block.probe}\n", style="dim")
