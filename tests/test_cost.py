@@ -107,7 +107,7 @@ def test_presets_are_plausible_and_round_trip():
     for name, hardware in PRESETS.items():
         assert hardware.name == name
         assert hardware.source
-        assert hardware.peak_flops["bfloat16"] >= hardware.peak_flops["float32"] > hardware.peak_flops["float64"]
+        assert hardware.peak_flops["float16"] >= hardware.peak_flops["float32"] > hardware.peak_flops["float64"]
         assert hardware.intra.bandwidth > hardware.inter.bandwidth
         assert hardware.memory_limit < hardware.memory_bytes
         assert Hardware.from_json(hardware.to_json()) == hardware

@@ -123,10 +123,13 @@ def test_zero_divides_states_and_the_sequence_form_activations():
 
 
 def test_recompute_by_blocks_keeps_what_enters_a_block():
-    """Korthikanti et al. 2022: 2 bytes for each token, hidden element and layer; one block is open at a time."""
+    """Korthikanti et al. 2022: 2 bytes for each token, hidden element and layer; one block is open at a time.
+
+    Beside the blocks, what the last norm and the head read, and the mask of the embeddings' dropout.
+    """
     made = plan(Mesh(8, 1, 2), recompute="blocks", micro_batch=2)
     kept = made.memory_bytes[0]["activations"]
-    assert kept == pytest.approx(2 * 2 * TOKENS * HIDDEN * (GPT2["n_layer"] + 1), rel=0.2)
+    assert kept == pytest.approx(2 * 2 * TOKENS * HIDDEN * (GPT2["n_layer"] + 1 + 2.5), rel=0.1)
     assert made.pipeline_seconds > plan(Mesh(8, 1, 2), recompute="none").pipeline_seconds
 
 
@@ -138,3 +141,11 @@ def test_faster_links_and_fewer_ranks_cost_less_talk():
     assert plan(Mesh(1, 1, 4), hardware=slow).pipeline_seconds > fast
     alone = [plan(Mesh(1, 1, 1), hardware=h).pipeline_seconds for h in (slow, "a100-80gb")]
     assert alone[0] == alone[1]
+
+
+def test_recompute_by_blocks_leaves_the_head_alone():
+    """Megatron-LM computes transformer layers again; embeddings and the output layer never."""
+    made = plan(Mesh(8, 1, 1), recompute="blocks", micro_batch=2)
+    again = {unit.block for unit in made.units if unit.name in made.stages[0].recompute}
+    assert again == {f"transformer.h.{layer}" for layer in range(GPT2["n_layer"])}
+    assert 0 < made.stages[0].recompute_seconds < made.stages[0].forward_seconds

@@ -101,6 +101,7 @@ def assemble(
             _tied_bytes(graph, stages) // job.mesh.tp,
             zero=setting.zero,
             hidden=min(s.backward + s.forward * bool(setting.zero) for s in judged.stages),
+            micro_batches=job.micro_batches,
         ),
         bubble=timeline.bubble,
         zero=setting.zero,
