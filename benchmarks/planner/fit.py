@@ -39,7 +39,7 @@ def hardware_of(row: Row, constants: Floats) -> Hardware:
     efficiency, half, memory, launch, intra, inter = map(float, constants)
     made = hardware_named(row.hardware)
     return replace(
-        made, efficiency=efficiency, half_flops=half * made.peak("bfloat16"), memory_efficiency=memory,
+        made, efficiency=efficiency, half_flops=half * made.peak("float32"), memory_efficiency=memory,
         launch_seconds=launch, intra_efficiency=intra, inter_efficiency=inter,
         inter=Link(row.inter or made.inter.bandwidth, made.inter.latency),
     )  # fmt: skip

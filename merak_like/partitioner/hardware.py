@@ -57,7 +57,8 @@ class Hardware:
     efficiency: float = 0.75
     """Share of the peak that a very large matmul reaches."""
     half_flops: float = 1e9
-    """Flops of the matmul that reaches half of that share: small ones do not fill the device."""
+    """Flops of the float32 matmul that reaches half of that share: small ones do not fill the device. Those of another
+    dtype lose as much time."""
     launch_seconds: float = 5e-6
     """Seconds each torch function costs, however small: the CPU has to start it."""
     memory_efficiency: float = 1.0
@@ -96,9 +97,10 @@ class Hardware:
     def matmul_seconds(self, flops: float, dtype: str) -> float:
         """Seconds of one matmul; a dtype without a peak of its own runs as float32.
 
-        The efficiency saturates: ``efficiency * flops / (flops + half_flops)``.
+        The efficiency saturates: of float32, ``efficiency * flops / (flops + half_flops)``.
         """
-        return (flops + self.half_flops) / (self.peak(dtype) * self.efficiency) if flops > 0 else 0.0
+        beside = self.half_flops / self.peak("float32")
+        return (flops / self.peak(dtype) + beside) / self.efficiency if flops > 0 else 0.0
 
     def peak(self, dtype: str) -> float:
         """Floating-point operations per second; a dtype without a figure of its own runs as float32."""
@@ -192,7 +194,7 @@ def _gpu(
     """A GPU with the maker's figures and the constants above; ``newer`` than flash attention and hidden reductions."""
     return Hardware(
         name, peaks, int(memory), bandwidth, intra, inter, 8,
-        efficiency=MATMUL_EFFICIENCY, half_flops=MATMUL_SECONDS * peaks["float16"], launch_seconds=LAUNCH_SECONDS,
+        efficiency=MATMUL_EFFICIENCY, half_flops=MATMUL_SECONDS * peaks["float32"], launch_seconds=LAUNCH_SECONDS,
         memory_efficiency=MEMORY_EFFICIENCY, intra_efficiency=INTRA_EFFICIENCY, inter_efficiency=INTER_EFFICIENCY,
         queued=True, kernels="fused", attention="flash" if newer else "math", overlap=newer,
         source=source,
