@@ -32,6 +32,8 @@ class Stage:
     weight: float
     by_block: tuple[int, int] = (0, 0)
     """Bytes kept, and most bytes there, of a micro-batch that is computed again a block at a time."""
+    block_bytes: int = 0
+    """Of the latter, those of an open block; none where what is behind the blocks is more, and through before."""
     in_blocks: tuple[int, int] = (0, 0)
     """The units that are then computed again: what is before the first block and behind the last is not."""
     block_seconds: float = 0.0
@@ -99,7 +101,7 @@ class Judged:
         stage, live = self.stages[index], self.timeline.peak_bytes[index]
         boundary = min(live, self.timeline.peak_live[index] * stage.live.boundary)
         parts = stage.parts
-        gone = self.recompute[index] and not stage.by_block[1]
+        gone = self.recompute[index] and (stage.block_bytes or not stage.by_block[1])
         logits = 0 if gone else min(parts.logits * self.timeline.peak_live[index], live - boundary)
         return StageMemory(
             parts.weights, parts.gradients, parts.optimizer, live - boundary - logits, boundary, logits, parts.workspace
@@ -224,19 +226,20 @@ class Judge:
         blocks = problem.blocks
         inside = blocks[(blocks > first) & (blocks < last)].tolist()
         saved, near, far = problem.memory.kept_by((first, *inside, last))
-        before, behind, within = 0, 0, [0]
+        before, behind, within = 0, 0, 0
         for begin, nbytes in zip((first, *inside), saved, strict=True):
             if begin < low:
                 before += nbytes
             elif begin >= high:
                 behind += nbytes
             else:
-                within.append(nbytes)
+                within = max(within, nbytes)
         kept = sum(near) + far - stage.parts.sent + before
         forward = problem.ops.forward
         return replace(
             stage,
-            by_block=(kept + behind, kept + max(behind, *within)),
+            by_block=(kept + behind, kept + max(behind, within)),
+            block_bytes=within if within >= behind else 0,
             in_blocks=(bisect_left(stage.borders, low), bisect_left(stage.borders, high)),
             block_seconds=float(forward[high] - forward[low]),
         )
