@@ -69,6 +69,7 @@ bench-long: export OMP_NUM_THREADS = 1
 bench-long: $(READY)
 	$(BIN)/python benchmarks/scaling/main.py
 	$(BIN)/python benchmarks/whole/main.py
+	$(BIN)/python -m benchmarks.planner.here
 	$(BIN)/python benchmarks/checkpoint/main.py
 	$(BIN)/python benchmarks/methods/main.py
 	$(BIN)/python -m benchmarks.split.line

@@ -204,6 +204,22 @@ def every() -> str:
     return "\n".join(lines)
 
 
+def here() -> str:
+    """Random layouts on the machine at hand, predicted and measured."""
+    data = json.loads((ROOT / "benchmarks/planner/here.json").read_text())
+    lines = ["| this machine | predicted, ms | measured, ms | error | rounds |", "|---|---:|---:|---:|---:|"]
+    errors = list[float]()
+    for name, row in data.get("rows", {}).items():
+        if row["rounds"]:
+            errors.append(abs(row["predicted"] / row["measured"] - 1))
+            numbers = f"{1e3 * row['predicted']:.0f} | {1e3 * row['measured']:.0f} | {errors[-1]:.1%}"
+            lines.append(f"| {name} | {numbers} | {len(row['rounds'])} |")
+    if not errors:
+        raise FileNotFoundError("only profiled so far")
+    lines += ["", f"{len(errors)} rows: off by {sum(errors) / len(errors):.1%} in the mean."]
+    return "\n".join([*lines, "", _setting(data["setting"])])
+
+
 def learning() -> str:
     """Accuracy and bytes of a cut in the middle of an encoder, by codec and rank."""
     data = json.loads((ROOT / "benchmarks/split/learning.json").read_text())
@@ -236,7 +252,7 @@ TABLES = {
     "tensor_parallel": tensor_parallel, "zero": zero, "alone": alone, "scaling": scaling,
     "whole": whole,
     "pipeline": pipeline, "overhead": overhead, "paced": paced,
-    "learning": learning, "published": published, "chosen": chosen, "every": every,
+    "learning": learning, "published": published, "chosen": chosen, "every": every, "here": here,
 }  # fmt: skip
 
 

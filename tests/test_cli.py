@@ -200,7 +200,7 @@ def test_plan_a_function_of_ones_own(gpt2: Path, capsys: pytest.CaptureFixture[s
         (["gpt2", "--dp", "0"], "dp=0 is not a degree"),
         (["gpt2", "--pp", "two"], "pp=two is not a degree"),
         (["gpt2", "--memory", "lots"], "such as 40GB"),
-        (["gpt2", "--hardware", "a100"], "a100-80gb"),
+        (["gpt2", "--hardware", "a1000"], "a100"),
         (["gpt2", "--hardware", "mine.json"], "there is no hardware file"),
         (["gpt2", "--schedule", "1f1c"], "1f1b"),
         (["gpt2", "--pp", "500"], "pp = 500"),

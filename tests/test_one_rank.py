@@ -138,3 +138,11 @@ def test_faster_links_and_fewer_ranks_cost_less_talk():
     assert plan(Mesh(1, 1, 4), hardware=slow).pipeline_seconds > fast
     alone = [plan(Mesh(1, 1, 1), hardware=h).pipeline_seconds for h in (slow, "a100-80gb")]
     assert alone[0] == alone[1]
+
+
+def test_recompute_by_blocks_leaves_the_head_alone():
+    """Megatron-LM computes transformer layers again; embeddings and the output layer never."""
+    made = plan(Mesh(8, 1, 1), recompute="blocks", micro_batch=2)
+    again = {unit.block for unit in made.units if unit.name in made.stages[0].recompute}
+    assert again == {f"transformer.h.{layer}" for layer in range(GPT2["n_layer"])}
+    assert 0 < made.stages[0].recompute_seconds < made.stages[0].forward_seconds

@@ -1,4 +1,9 @@
-"""Zero Bubble's measured profiles: throughput of four schedules, with one constant for what no profile has."""
+"""Zero Bubble's measured profiles: throughput of four schedules, with one constant for what no profile has.
+
+The steps were Megatron-LM's, whose transfers between stages stand between the passes: a rank waits until what it sent
+and what it receives is through. So the profiles' transfer belongs to each pass, and nothing runs beside it; with
+interleaved stages there are more passes, hence more of it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,6 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.planner.rows import read
-from merak_like.partitioner.schedules.action import chain
 from merak_like.partitioner.schedules.auto.build import auto
 from merak_like.partitioner.schedules.interleaved import interleaved
 from merak_like.partitioner.schedules.one_f_one_b import one_f_one_b
@@ -19,8 +23,8 @@ CHUNKS = {22: 3, 30: 4}
 
 def _costs(row: Any, chunks: int) -> Costs:
     f, b, w = (row[f"{kind}_us"] / 1e6 / chunks for kind in ("TF", "TB", "TW"))
-    stages = row["p=GPUs"] * chunks
-    return Costs((StageCosts(f, b, weight=w),) * stages, dict.fromkeys(chain(stages), float(row["Tc_us"]) / 1e6))
+    sent = row["Tc_us"] / 1e6
+    return Costs((StageCosts(f + sent, b + sent, weight=w),) * (row["p=GPUs"] * chunks))
 
 
 def _steps(row: Any) -> dict[str, float]:
@@ -30,7 +34,7 @@ def _steps(row: Any) -> dict[str, float]:
         "1f1b": simulate(one_f_one_b(ranks, m), alone).makespan,
         "1f1bI": simulate(interleaved(ranks, m, chunks), _costs(row, chunks)).makespan,
         "1p": auto(alone, m, live=(ranks,) * ranks).makespan,
-        "2p": m * sum(row[f"{kind}_us"] for kind in ("TF", "TB", "TW")) / 1e6 / (1 - row["bub_2p"]),
+        "2p": m * sum(row[f"{k}_us"] for k in ("TF", "TB", "TW", "Tc", "Tc")) / 1e6 / (1 - row["bub_2p"]),
     }
 
 

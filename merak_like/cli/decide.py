@@ -93,10 +93,10 @@ class Question:
 
     @cached_property
     def loaded_source(self) -> Source:
-        """The model's source; where the config names no dtype, in that which fused trainers use."""
+        """The model's source; where the config names no dtype, in that which fused trainers use on the device."""
         source, fused = self.source, self.kernels == "fused"
         if isinstance(source, FromConfig) and source.dtype is None and fused and not source.says_dtype:
-            return replace(source, dtype="bfloat16")
+            return replace(source, dtype="bfloat16" if "bfloat16" in self.hardware.peak_flops else "float16")
         return source
 
 

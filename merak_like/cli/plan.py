@@ -80,11 +80,12 @@ def run(
     from merak_like.cli.models import source
 
     device = _hardware(hardware, devices_per_node, inter_bandwidth)
+    device = replace(device, kernels=kernels or device.kernels, attention=attention or device.attention)
     question = Question(
         source(model, seq=seq, task=task, dtype=dtype), device, world, batch=batch, micro_batches=micro_batches,
         micro_batch=micro_batch, schedule=schedule, chunks=chunks, recompute=recompute, zero=zero,
-        sequence_parallel=sequence_parallel, kernels=kernels or device.kernels,
-        attention=attention or device.attention, optimizer=optimizer, memory_limit=limit, **degrees,
+        sequence_parallel=sequence_parallel, kernels=device.kernels, attention=device.attention, optimizer=optimizer,
+        memory_limit=limit, **degrees,
     )  # fmt: skip
     made, ranked = decide(question)
     made = remembering(made, question, ranked)

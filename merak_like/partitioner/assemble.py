@@ -101,6 +101,7 @@ def assemble(
             _tied_bytes(graph, stages) // job.mesh.tp,
             zero=setting.zero,
             hidden=min(s.backward + s.forward * bool(setting.zero) for s in judged.stages),
+            micro_batches=job.micro_batches,
         ),
         bubble=timeline.bubble,
         zero=setting.zero,
@@ -121,7 +122,7 @@ def _opened(judged: Judged) -> tuple[list[StageMemory], tuple[int, ...]]:
     peaks = list(judged.timeline.rank_peak_bytes)
     for rank in range(judged.schedule.ranks):
         own = [index for index, of in enumerate(judged.schedule.stage_rank) if of == rank]
-        opened = {i: judged.stages[i].by_block[1] - judged.stages[i].by_block[0] for i in own if judged.recompute[i]}
+        opened = {i: judged.stages[i].block_bytes for i in own if judged.recompute[i]}
         largest = max(opened, key=lambda i: opened[i], default=-1)
         for index, nbytes in opened.items():
             held = memories[index]

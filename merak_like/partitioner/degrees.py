@@ -56,7 +56,7 @@ def choose(
         raise ValueError(
             f"no layout of {wanted.world} devices fits their memory: of {len(found)} the emptiest, {least.layout.mesh} "
             f"with micro-batches of {least.layout.micro_batch}, takes about {least.rank_bytes / 1e9:.1f} GB of "
-            f"{limit / 1e9:.1f} GB: use more devices, or ones of more memory"
+            f"{limit / 1e9:.1f} GB: use devices of {least.rank_bytes / SLACK / 1e9:.1f} GB for a rank, or more of them"
         )
     planned: list[Ranked] = []
     rest = list[Ranked]()

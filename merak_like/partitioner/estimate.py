@@ -18,13 +18,14 @@ import numpy as np
 from merak_like.partitioner.after import after_seconds
 from merak_like.partitioner.balance import Floats, Ints
 from merak_like.partitioner.batches import traced_samples
-from merak_like.partitioner.blocks import units
+from merak_like.partitioner.blocks import repeated, units
 from merak_like.partitioner.cost import op_cost, op_costs
 from merak_like.partitioner.cuts import find_cuts
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.hardware import Hardware
 from merak_like.partitioner.layouts import Layout
 from merak_like.partitioner.one_rank import Sources
+from merak_like.partitioner.placement import hop
 from merak_like.partitioner.plan import StageMemory
 from merak_like.partitioner.software import Software
 from merak_like.partitioner.states import StateBytes
@@ -39,6 +40,8 @@ class Table:
     saved: Ints
     held: Ints
     """Bytes of weights."""
+    blocks: tuple[int, int]
+    """Borders of the units that are in blocks."""
     block: int
     """Most that one unit saves."""
     entering: int
@@ -77,7 +80,7 @@ class Tables:
     sources: Sources
     hardware: Hardware
     software: Software
-    _borders: dict[bool, Ints] = field(default_factory=dict[bool, Ints])
+    _borders: dict[bool, tuple[Ints, Ints]] = field(default_factory=dict[bool, tuple[Ints, Ints]])
     _bytes: dict[tuple[int, bool, bool], _Bytes] = field(default_factory=dict[tuple[int, bool, bool], _Bytes])
     _made: dict[tuple[int, bool, bool, int], Table] = field(default_factory=dict[tuple[int, bool, bool, int], Table])
     _cut: dict[Any, Shares | None] = field(default_factory=dict[Any, "Shares | None"])
@@ -88,10 +91,10 @@ class Tables:
         if key not in self._made:
             software = replace(self.software, selective=layout.recompute == "selective")
             graph = self.sources.rank(layout.mesh.tp, software, sequence_parallel=layout.sequence_parallel)
-            borders = self.borders(graph, layout.mesh.tp > 1)
+            borders, blocks = self.borders(graph, layout.mesh.tp > 1)
             if key[:3] not in self._bytes:
                 self._bytes[key[:3]] = _bytes_of(graph, borders)
-            self._made[key] = self._table(graph, borders, self._bytes[key[:3]], layout.micro_batch)
+            self._made[key] = self._table(graph, borders, blocks, self._bytes[key[:3]], layout.micro_batch)
         return self._made[key]
 
     def shares(self, layout: Layout) -> Shares | None:
@@ -102,15 +105,16 @@ class Tables:
             self._cut[key] = _shares(self.of(layout), layout, again)
         return self._cut[key]
 
-    def borders(self, graph: ProxyGraph, fine: bool) -> Ints:
-        """Ops at which units begin, then the end: the same for all degrees that have the same ops."""
+    def borders(self, graph: ProxyGraph, fine: bool) -> tuple[Ints, Ints]:
+        """Ops at which units begin, then the end, and which of these begin blocks: for all degrees of the same ops."""
         if fine not in self._borders:
             costs = op_costs(graph, self.hardware)
             pieces = units(graph, costs, 64, find_cuts(graph))
-            self._borders[fine] = np.array([*(piece.first for piece in pieces), len(graph.ops)], np.int64)
+            borders = np.array([*(piece.first for piece in pieces), len(graph.ops)], np.int64)
+            self._borders[fine] = borders, np.searchsorted(borders, repeated(graph, pieces))
         return self._borders[fine]
 
-    def _table(self, graph: ProxyGraph, borders: Ints, held: _Bytes, micro_batch: int) -> Table:
+    def _table(self, graph: ProxyGraph, borders: Ints, blocks: Ints, held: _Bytes, micro_batch: int) -> Table:
         scale = micro_batch / traced_samples(graph)
         kinds, alike = graph.alike
         costs = [op_cost(graph.ops[i], graph, self.hardware, scale=scale) for i in kinds]
@@ -119,6 +123,7 @@ class Tables:
         saved, live = held.saved * scale, held.live * scale
         return Table(
             np.ascontiguousarray(sums[:, 0]), np.ascontiguousarray(sums[:, 1]), saved.astype(np.int64), held.held,
+            (int(blocks[0]), int(blocks[-1])) if len(blocks) else (0, len(borders) - 1),
             int(np.diff(saved).max()), int(np.median(live[1:-1])) if len(live) > 2 else 0,
         )  # fmt: skip
 
@@ -142,7 +147,9 @@ def _shares(table: Table, layout: Layout, again: bool) -> Shares | None:
     pp, stages = layout.mesh.pp, layout.mesh.pp * layout.chunks
     if stages > len(table.forward) - 1:
         return None
-    work = table.forward + table.backward + table.forward * again
+    first, last = table.blocks if layout.recompute == "blocks" else (0, -1)
+    blocks = table.forward.clip(table.forward[first], table.forward[last]) - table.forward[first]
+    work = table.forward + table.backward + blocks * again
     starts = _cut(work, stages)
     each, saved = np.diff(work[starts]), np.diff(table.saved[starts])
     if again or layout.recompute == "auto":
@@ -192,15 +199,15 @@ def estimate(layout: Layout, tables: Tables, hardware: Hardware, states: StateBy
     table, stages = tables.of(layout), mesh.pp * layout.chunks
     blocks = layout.recompute in ("blocks", "full", "auto")
     slowest = shares.slowest if layout.chunks > 1 else shares.work.max()
-    hop = hardware.link(0, mesh.tp).seconds(table.entering / (mesh.tp if hardware.kernels == "fused" else 1))
-    pipeline = (m - 1) * slowest + shares.work.sum() / layout.chunks + 2 * hop * (stages - 1)
+    between = hop(mesh, hardware, 0, 1).seconds(table.entering) if mesh.pp > 1 else 0.0
+    pipeline = (m - 1) * slowest + shares.work.sum() / layout.chunks + 2 * between * (stages - 1)
     if layout.chunks > 1:
-        pipeline = m * slowest + (mesh.pp - 1) * slowest / layout.chunks + 2 * hop * (stages - 1)
+        pipeline = m * slowest + (mesh.pp - 1) * slowest / layout.chunks + 2 * between * (stages - 1)
     sharded = states.sharded(layout.zero, mesh.dp)
     factors = sharded.weights, sharded.gradients, sharded.optimizer
     heaviest = StageMemory(*(int(shares.held.max() * factor) for factor in factors))
     hidden = shares.backward + shares.forward * bool(layout.zero)
-    after = after_seconds(mesh, hardware, [heaviest], 0, zero=layout.zero, hidden=hidden)
+    after = after_seconds(mesh, hardware, [heaviest], 0, zero=layout.zero, hidden=hidden, micro_batches=m)
     at_once = np.array([min(m, mesh.pp - s) for s in range(mesh.pp)]) * 1.0
     if layout.chunks > 1:
         at_once = np.minimum(at_once + (mesh.pp - 1) / layout.chunks, m)

@@ -1,10 +1,11 @@
 """What one device and its links can do, by name: the figures every estimate starts from.
 
-Peaks are the maker's dense figures (2:4 sparsity would double them, and no training uses it). A100: NVIDIA A100 Tensor
-Core GPU datasheet (SXM4). H100, H200: NVIDIA H100 and H200 Tensor Core GPU datasheets (SXM5; these print the sparse
-figures, twice the dense). RTX 3090, 4090: NVIDIA Ampere GA102 and NVIDIA Ada GPU architecture whitepapers (tensor peaks
-with FP32 accumulation). float32 is without TF32, which torch leaves off by default.
-"80 GB" is taken as 80e9 bytes: devices have a few percent more, which the driver's context uses up.
+Peaks are the maker's dense figures (2:4 sparsity would double them, and no training uses it). V100, A100: NVIDIA V100
+(SXM2) and A100 (SXM4) datasheets. H100, H200, B200, L40S: NVIDIA H100 and H200 (SXM5), HGX B200 and L40S datasheets
+(these print the sparse figures, twice the dense). MI300X: AMD Instinct MI300X datasheet. RTX 3090, 4090: NVIDIA Ampere
+GA102 and NVIDIA Ada GPU architecture whitepapers (tensor peaks with FP32 accumulation). float32 is without TF32, which
+torch leaves off by default. "80 GB" is taken as 80e9 bytes: devices have a few percent more, which the driver's context
+uses up.
 
 Not from datasheets: the constants that are fitted (below), and, assumed, latencies and the network between
 nodes (one 200 or 400 Gb/s adapter for each data-centre GPU, 25 Gb/s Ethernet for a workstation). Measure your own with
@@ -14,6 +15,7 @@ nodes (one 200 or 400 Gb/s adapter for each data-centre GPU, 25 Gb/s Ethernet fo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from math import ceil, log2
@@ -55,7 +57,8 @@ class Hardware:
     efficiency: float = 0.75
     """Share of the peak that a very large matmul reaches."""
     half_flops: float = 1e9
-    """Flops of the matmul that reaches half of that share: small ones do not fill the device."""
+    """Flops of the float32 matmul that reaches half of that share: small ones do not fill the device. Those of another
+    dtype lose as much time."""
     launch_seconds: float = 5e-6
     """Seconds each torch function costs, however small: the CPU has to start it."""
     memory_efficiency: float = 1.0
@@ -94,9 +97,10 @@ class Hardware:
     def matmul_seconds(self, flops: float, dtype: str) -> float:
         """Seconds of one matmul; a dtype without a peak of its own runs as float32.
 
-        The efficiency saturates: ``efficiency * flops / (flops + half_flops)``.
+        The efficiency saturates: of float32, ``efficiency * flops / (flops + half_flops)``.
         """
-        return (flops + self.half_flops) / (self.peak(dtype) * self.efficiency) if flops > 0 else 0.0
+        beside = self.half_flops / self.peak("float32")
+        return (flops / self.peak(dtype) + beside) / self.efficiency if flops > 0 else 0.0
 
     def peak(self, dtype: str) -> float:
         """Floating-point operations per second; a dtype without a figure of its own runs as float32."""
@@ -132,11 +136,15 @@ class Hardware:
         return seconds * ((min(1.0, 2 / sum_.degree) if self.overlap else 1.0) + again)
 
     def all_reduce_seconds(self, nbytes: float, ranks: int, stride: int = 1) -> float:
-        """Seconds of a ring all-reduce of so many bytes on each rank (alpha-beta: Thakur et al. 2005, sec. 4.5)."""
+        """Seconds of an all-reduce of so many bytes on each rank (alpha-beta: Thakur et al. 2005, sec. 4.5).
+
+        The bytes go round a ring; the latencies are those of trees, one over the nodes and one inside each.
+        """
         if ranks == 1 or not nbytes:
             return 0.0
-        link = self.group_link(ranks, stride)
-        return 2 * ceil(log2(ranks)) * link.latency + 2 * (ranks - 1) / ranks * nbytes / link.bandwidth
+        inside = min(max(self.devices_per_node // stride, 1), ranks)
+        latency = ceil(log2(inside)) * self.intra.latency + ceil(log2(ranks / inside)) * self.inter.latency
+        return 2 * latency + 2 * (ranks - 1) / ranks * nbytes / self.group_link(ranks, stride).bandwidth
 
     @property
     def memory_limit(self) -> int:
@@ -168,12 +176,12 @@ def _checked(kind: Any, data: Any, where: str) -> dict[str, Any]:
     return dict(found)
 
 
-MATMUL_EFFICIENCY = 0.68
-MATMUL_SECONDS = 4e-5
-MEMORY_EFFICIENCY = 0.9
-LAUNCH_SECONDS = 5.5e-5
+MATMUL_EFFICIENCY = 0.69
+MATMUL_SECONDS = 5e-5
+MEMORY_EFFICIENCY = 0.92
+LAUNCH_SECONDS = 8e-6
 INTRA_EFFICIENCY = 0.9
-INTER_EFFICIENCY = 0.9
+INTER_EFFICIENCY = 0.95
 """Fitted together, for all GPUs alike, to every other row of the published times in ``benchmarks/planner``; its README
 has the errors on the other half. A matmul takes ``MATMUL_SECONDS`` longer than its flops do (half of the best speed is
 reached at that much work); the host needs ``LAUNCH_SECONDS`` to start a kernel, while others run."""
@@ -186,21 +194,35 @@ def _gpu(
     """A GPU with the maker's figures and the constants above; ``newer`` than flash attention and hidden reductions."""
     return Hardware(
         name, peaks, int(memory), bandwidth, intra, inter, 8,
-        efficiency=MATMUL_EFFICIENCY, half_flops=MATMUL_SECONDS * peaks["bfloat16"], launch_seconds=LAUNCH_SECONDS,
+        efficiency=MATMUL_EFFICIENCY, half_flops=MATMUL_SECONDS * peaks["float32"], launch_seconds=LAUNCH_SECONDS,
         memory_efficiency=MEMORY_EFFICIENCY, intra_efficiency=INTRA_EFFICIENCY, inter_efficiency=INTER_EFFICIENCY,
         queued=True, kernels="fused", attention="flash" if newer else "math", overlap=newer,
         source=source,
     )  # fmt: skip
 
 
-_NVLINK3, _NVLINK4, _PCIE4 = Link(300e9, 10e-6), Link(450e9, 10e-6), Link(32e9, 15e-6)
-_HDR, _NDR, _ETHERNET = Link(25e9, 20e-6), Link(50e9, 20e-6), Link(3.125e9, 50e-6)
+_NVLINK2, _NVLINK3, _NVLINK4, _NVLINK5 = (Link(speed, 5e-6) for speed in (150e9, 300e9, 450e9, 900e9))
+_XGMI, _PCIE4 = Link(448e9, 5e-6), Link(32e9, 15e-6)
+_EDR, _HDR, _NDR, _ETHERNET = Link(12.5e9, 10e-6), Link(25e9, 10e-6), Link(50e9, 10e-6), Link(3.125e9, 50e-6)
+_VOLTA = {"float64": 7.8e12, "float32": 15.7e12, "float16": 125e12}
 _AMPERE = {"float64": 9.7e12, "float32": 19.5e12, "float16": 312e12, "bfloat16": 312e12}
 _HOPPER = {
     "float64": 34e12, "float32": 67e12, "float16": 989.4e12, "bfloat16": 989.4e12,
     "float8_e4m3fn": 1978.9e12, "float8_e5m2": 1978.9e12,
 }  # fmt: skip
+_BLACKWELL = {
+    "float64": 37e12, "float32": 75e12, "float16": 2250e12, "bfloat16": 2250e12, "float8_e4m3fn": 4500e12,
+    "float8_e5m2": 4500e12,
+}  # fmt: skip
+_CDNA3 = {
+    "float64": 81.7e12, "float32": 163.4e12, "float16": 1307.4e12, "bfloat16": 1307.4e12,
+    "float8_e4m3fn": 2614.9e12, "float8_e5m2": 2614.9e12,
+}  # fmt: skip
 _GA102 = {"float64": 0.556e12, "float32": 35.6e12, "float16": 71.2e12, "bfloat16": 71.2e12}
+_L40S = {
+    "float64": 1.43e12, "float32": 91.6e12, "float16": 362.05e12, "bfloat16": 362.05e12,
+    "float8_e4m3fn": 733e12, "float8_e5m2": 733e12,
+}  # fmt: skip
 _AD102 = {
     "float64": 1.29e12, "float32": 82.6e12, "float16": 165.2e12, "bfloat16": 165.2e12,
     "float8_e4m3fn": 330.3e12, "float8_e5m2": 330.3e12,
@@ -209,23 +231,32 @@ _AD102 = {
 PRESETS: Mapping[str, Hardware] = {
     h.name: h
     for h in (
+        _gpu("v100-16gb", _VOLTA, 16e9, 0.9e12, _NVLINK2, _EDR, "NVIDIA V100 SXM2 datasheet", newer=False),
+        _gpu("v100-32gb", _VOLTA, 32e9, 0.9e12, _NVLINK2, _EDR, "NVIDIA V100 SXM2 datasheet", newer=False),
         _gpu("a100-40gb", _AMPERE, 40e9, 1.555e12, _NVLINK3, _HDR, "NVIDIA A100 SXM4 datasheet", newer=False),
         _gpu("a100-80gb", _AMPERE, 80e9, 2.039e12, _NVLINK3, _HDR, "NVIDIA A100 SXM4 datasheet", newer=False),
         _gpu("h100", _HOPPER, 80e9, 3.35e12, _NVLINK4, _NDR, "NVIDIA H100 SXM5 datasheet"),
         _gpu("h200", _HOPPER, 141e9, 4.8e12, _NVLINK4, _NDR, "NVIDIA H200 SXM5 datasheet"),
+        _gpu("b200", _BLACKWELL, 180e9, 7.7e12, _NVLINK5, _NDR, "NVIDIA HGX B200 datasheet"),
+        _gpu("mi300x", _CDNA3, 192e9, 5.3e12, _XGMI, _NDR, "AMD Instinct MI300X datasheet"),
+        _gpu("l40s", _L40S, 48e9, 0.864e12, _PCIE4, _HDR, "NVIDIA L40S datasheet"),
         _gpu("rtx3090", _GA102, 24e9, 0.936e12, _PCIE4, _ETHERNET, "NVIDIA GA102 whitepaper"),
         _gpu("rtx4090", _AD102, 24e9, 1.008e12, _PCIE4, _ETHERNET, "NVIDIA Ada whitepaper"),
     )
 }
 """Known devices by name."""
 ALIASES: Mapping[str, str] = {
-    "a100-80g": "a100-80gb", "a100-40g": "a100-40gb", "h100-80g": "h100", "h100-80gb": "h100",
+    "a100": "a100-80gb", "v100": "v100-32gb", "h100-80gb": "h100", "h200-141gb": "h200", "b200-180gb": "b200",
+    "mi300x-192gb": "mi300x", "l40s-48gb": "l40s",
 }  # fmt: skip
 
 
 def hardware_named(name: str) -> Hardware:
     """The preset of that name; ValueError with the nearest name if there is none."""
-    name = ALIASES.get(name, name)
-    if name not in PRESETS:
+    words = name.lower().replace("_", "-").replace(" ", "-").split("-")
+    short = "-".join(word for word in words if word not in ("nvidia", "amd", "geforce", "sxm", "sxm2", "sxm4", "sxm5"))
+    found = re.sub(r"(\d+)g$", r"\1gb", short)
+    found = ALIASES.get(found, found)
+    if found not in PRESETS:
         raise unknown("hardware", name, PRESETS)
-    return PRESETS[name]
+    return PRESETS[found]

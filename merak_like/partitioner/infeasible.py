@@ -41,8 +41,9 @@ def too_little_memory(problem: Problem, other: Try, samples: int) -> ValueError:
     alone = job.stages == job.mesh.pp
     where, found = (f"stage {rank}", "") if alone else (f"rank {rank}", " that was found")
     though = {
-        "auto": ", even with everything recomputed that can be", "full": ", with everything recomputed", "none": "",
-    }[job.recompute]  # fmt: skip
+        "auto": ", even with everything recomputed that can be", "full": ", with everything recomputed",
+        "blocks": ", with every block recomputed",
+    }.get(job.recompute, "")  # fmt: skip
     return ValueError(
         f"no way{found} to cut {job.stages} stages fits the memory{though}: with the best, {where} needs "
         f"{needed / 1e9:.2f} GB of {job.memory_limit / 1e9:.2f} GB, {kinds[kind] / 1e9:.2f} GB of it {kind} "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 
 from merak_like.partitioner.hardware import Hardware, Link
 from merak_like.partitioner.held import Held, held
-from merak_like.partitioner.mesh import Coord, Mesh
+from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.orders import Orders
+from merak_like.partitioner.placement import hop
 from merak_like.partitioner.planned import named_schedule
 from merak_like.partitioner.schedules import AUTO, AUTO_V
 from merak_like.partitioner.schedules.action import Schedule
@@ -33,8 +34,6 @@ class Job:
     chunks: int = 1
     """Stages per rank of an interleaved schedule."""
     recompute: str = "auto"
-    parted: bool = False
-    """Whether tensor-parallel ranks each send their part of what goes to the next stage (Narayanan 2021, sec. 4.1)."""
 
     @cached_property
     def order(self) -> Schedule:
@@ -79,11 +78,7 @@ class Job:
         return cache(self._slowest)
 
     def _slowest(self, *ends: int) -> Link | None:
-        if ends[0] == ends[1]:
-            return None
-        ranks = [[self.mesh.rank(Coord(dp, rank, 0)) for rank in ends] for dp in range(self.mesh.dp)]
-        slowest = min((self.hardware.link(*pair) for pair in ranks), key=lambda link: link.bandwidth)
-        return replace(slowest, bandwidth=slowest.bandwidth * (self.mesh.tp if self.parted else 1))
+        return None if ends[0] == ends[1] else hop(self.mesh, self.hardware, *ends)
 
     @cached_property
     def links(self) -> tuple[Link | None, ...]:

@@ -32,6 +32,11 @@ class Stage:
     weight: float
     by_block: tuple[int, int] = (0, 0)
     """Bytes kept, and most bytes there, of a micro-batch that is computed again a block at a time."""
+    block_bytes: int = 0
+    """Of the latter, those of an open block; none where what is behind the blocks is more, and through before."""
+    in_blocks: tuple[int, int] = (0, 0)
+    """The units that are then computed again: what is before the first block and behind the last is not."""
+    block_seconds: float = 0.0
 
     def handed(self, nbytes: int) -> Stage:
         """The stage where so much of what it receives comes from its own rank, whose other stage holds it already."""
@@ -57,7 +62,7 @@ class Stage:
     @property
     def each_block(self) -> Front:
         """Only the way that recomputes all blocks, one at a time."""
-        return Front(np.array([self.by_block[0]]), np.array([self.forward]), (tuple(range(len(self.borders) - 1)),))
+        return Front(np.array([self.by_block[0]]), np.array([self.block_seconds]), (tuple(range(*self.in_blocks)),))
 
     def costs(self, recompute: float, kept: int) -> StageCosts:
         """What the simulator needs to know. What is sent is there twice once the op that saves it was run again."""
@@ -96,7 +101,8 @@ class Judged:
         stage, live = self.stages[index], self.timeline.peak_bytes[index]
         boundary = min(live, self.timeline.peak_live[index] * stage.live.boundary)
         parts = stage.parts
-        logits = 0 if self.recompute[index] else min(parts.logits * self.timeline.peak_live[index], live - boundary)
+        gone = self.recompute[index] and (stage.block_bytes or not stage.by_block[1])
+        logits = 0 if gone else min(parts.logits * self.timeline.peak_live[index], live - boundary)
         return StageMemory(
             parts.weights, parts.gradients, parts.optimizer, live - boundary - logits, boundary, logits, parts.workspace
         )
@@ -201,24 +207,42 @@ class Judge:
         first, last = int(problem.positions[start]), int(problem.positions[stop])
         borders = problem.borders.tolist()
         inside = borders[bisect_right(borders, first) : bisect_left(borders, last)]
-        parts = problem.memory.parts(first, last)
-        return Stage(
+        parts, units = problem.memory.parts(first, last), (first, *inside, last)
+        made = Stage(
             parts=parts,
             live=_live(parts),
-            borders=(first, *inside, last),
+            borders=units,
             forward=float(ops.forward[last] - ops.forward[first]),
             backward=float(ops.backward[last] - ops.backward[first]),
             weight=float(ops.weight[last] - ops.weight[first]),
-            by_block=self._by_block(first, last, parts.sent) if problem.job.recompute == "blocks" else (0, 0),
         )
+        return self._by_blocks(made) if problem.job.recompute == "blocks" else made
 
-    def _by_block(self, first: int, last: int, sent: int) -> tuple[int, int]:
-        """See ``Stage``; what is sent is computed again like the rest, so it is not kept."""
-        blocks = self.problem.blocks
+    def _by_blocks(self, stage: Stage) -> Stage:
+        """See ``Stage``; what is sent is computed again like the rest, so it is not kept. What is behind the blocks
+        is through its backward before the first of them is there again."""
+        problem, (first, *_, last) = self.problem, stage.borders
+        low, high = problem.in_blocks(first, last)
+        blocks = problem.blocks
         inside = blocks[(blocks > first) & (blocks < last)].tolist()
-        saved, near, far = self.problem.memory.kept_by((first, *inside, last))
-        kept = sum(near) + far - sent
-        return kept, kept + max(saved)
+        saved, near, far = problem.memory.kept_by((first, *inside, last))
+        before, behind, within = 0, 0, 0
+        for begin, nbytes in zip((first, *inside), saved, strict=True):
+            if begin < low:
+                before += nbytes
+            elif begin >= high:
+                behind += nbytes
+            else:
+                within = max(within, nbytes)
+        kept = sum(near) + far - stage.parts.sent + before
+        forward = problem.ops.forward
+        return replace(
+            stage,
+            by_block=(kept + behind, kept + max(behind, within)),
+            block_bytes=within if within >= behind else 0,
+            in_blocks=(bisect_left(stage.borders, low), bisect_left(stage.borders, high)),
+            block_seconds=float(forward[high] - forward[low]),
+        )
 
     def _only(self, stage: Stage, index: int) -> Front:
         job = self.problem.job

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from merak_like.partitioner.hardware import PRESETS, Hardware
-from merak_like.partitioner.mesh import Coord
+from merak_like.partitioner.placement import hop
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.schedules import AUTO, AUTO_V, data_builder
 from merak_like.partitioner.schedules.action import Action, Edges, Kind, Schedule, chain
@@ -51,8 +51,7 @@ def costs_of(plan: Plan) -> Costs:
     hops: dict[tuple[int, int], float] = {}
     for (source, target), size in nbytes.items():
         if hardware is not None and rank[source] != rank[target]:
-            ends = [[mesh.rank(Coord(dp, rank[stage], 0)) for stage in (source, target)] for dp in range(mesh.dp)]
-            hops[source, target] = max(hardware.link(*pair).seconds(size) for pair in ends)
+            hops[source, target] = hop(mesh, hardware, rank[source], rank[target]).seconds(size)
     return Costs(stages, hops)
 
 

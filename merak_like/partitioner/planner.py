@@ -122,9 +122,10 @@ def ask(
         raise ValueError(f"{software.kernels} kernels are planned from the fine trace: pass sources=")
     if sources is not None:
         graph = sources.base(mesh.tp)
+    device = hardware_named(hardware) if isinstance(hardware, str) else hardware
     of_rank = sources.rank(mesh.tp, software, sequence_parallel=sequence_parallel) if sources is not None else graph
     return Asked(
-        graph, of_rank, mesh, hardware_named(hardware) if isinstance(hardware, str) else hardware, batch, schedule,
+        graph, of_rank, mesh, replace(device, kernels=software.kernels), batch, schedule,
         stages_per_rank(schedule, chunks), known(recompute, "recompute", RECOMPUTE), memory_limit, states, zero,
         sequence_parallel, software,
     )  # fmt: skip
@@ -171,8 +172,7 @@ class Asked:
         """
         graph, mesh = self.of_rank, self.mesh
         limit = self.hardware.memory_limit if self.memory_limit is None else self.memory_limit
-        fused = self.software.kernels == "fused"
-        job = Job(mesh, self.hardware, self.schedule, micro_batches, limit, self.chunks, self.recompute, fused)
+        job = Job(mesh, self.hardware, self.schedule, micro_batches, limit, self.chunks, self.recompute)
         scale = self.batch / mesh.dp / micro_batches / traced_samples(graph)
         costs = op_costs(graph, self.hardware, scale=scale)
         cuts = find_cuts(graph)

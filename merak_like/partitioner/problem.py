@@ -103,6 +103,20 @@ class Problem:
         """Running sums of forward and backward."""
         return self.costs.seconds
 
+    def in_blocks(self, first: int, stop: int) -> tuple[int, int]:
+        """The ops of a range that are in blocks or between them; all where there are none."""
+        if not len(self.blocks):
+            return first, stop
+        low, high = (min(max(int(at), first), stop) for at in (self.blocks[0], self.blocks[-1]))
+        return low, high
+
+    @cached_property
+    def again(self) -> Floats:
+        """Running sums of what is computed again where all is: of the blocks alone where it is done by them."""
+        if self.job.recompute != "blocks" or not len(self.blocks):
+            return self.costs.forward
+        return self.ops.forward[self.positions.clip(self.blocks[0], self.blocks[-1])]
+
     @cached_property
     def urgent(self) -> Floats:
         """Running sums of what cannot be put off."""
@@ -160,9 +174,9 @@ class Problem:
     def _ranges(self, i: Ints, j: Ints) -> _Ranges:
         forward, urgent, (last_break, next_break, _) = self.costs.forward, self.urgent, self._after_break
         forwards, m = forward[j] - forward[i], self.job.micro_batches
-        whole, work = self.seconds[j] - self.seconds[i], urgent[j] - urgent[i]
+        whole, work, again = self.seconds[j] - self.seconds[i], urgent[j] - urgent[i], self.again[j] - self.again[i]
         return _Ranges(
-            i, j, forwards, m * whole, m * work, m * (whole + forwards), m * (work + forwards),
+            i, j, forwards, m * whole, m * work, m * (whole + again), m * (work + again),
             urgent[i] - urgent[last_break[i]], forward[i] - forward[last_break[i]],
             np.maximum(urgent[next_break[i]], urgent[j]) - urgent[i],
         )  # fmt: skip
@@ -257,7 +271,7 @@ class Problem:
         first, stop = span(self.size, width)
         first = first[:, :1]
         out, work = beyond(self.size, width), self.seconds[stop] - self.seconds[first]
-        forward = self.costs.forward[stop] - self.costs.forward[first]
+        forward = self.again[stop] - self.again[first]
         limit, needs = self.job.memory_limit * room, self.least_bytes(width)
 
         def cost(k: int) -> Floats:

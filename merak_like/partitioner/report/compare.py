@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -14,7 +13,7 @@ from rich.console import RenderableType
 
 from merak_like.partitioner.mesh import Coord
 from merak_like.partitioner.plan import Plan
-from merak_like.partitioner.planned import hardware_of, schedule_of
+from merak_like.partitioner.planned import costs_of, schedule_of
 from merak_like.partitioner.recorded import Recorded, Step
 from merak_like.partitioner.report import shares
 from merak_like.partitioner.report.lanes import (
@@ -33,7 +32,7 @@ from merak_like.partitioner.report.lanes import (
 from merak_like.partitioner.report.text import percent_text, seconds_text
 from merak_like.partitioner.schedules.action import Order, Schedule
 from merak_like.partitioner.schedules.passes import add_transfers
-from merak_like.partitioner.simulator import Costs, StageCosts, simulate
+from merak_like.partitioner.simulator import simulate
 
 APART = 3.0
 """Of two steps of which one takes more than so many times the other, each has its own scale: on one, it is a smear."""
@@ -90,20 +89,8 @@ def planned_step(plan: Plan, schedule: Schedule) -> Step:
 
     Where neither the plan nor a preset says how fast the links are, transfers take no time.
     """
-    stages = tuple(
-        StageCosts(s.forward_seconds, s.backward_seconds - s.weight_seconds, s.recompute_seconds, s.weight_seconds)
-        for s in plan.stages
-    )
-    crossing_bytes: Counter[tuple[int, int]] = Counter()
-    for crossing in plan.crossings:
-        crossing_bytes.update({(crossing.source, target): crossing.nbytes for target in crossing.targets})
-    hops: dict[tuple[int, int], float] = {}
-    if (hardware := hardware_of(plan)) is not None:
-        for edge, nbytes in crossing_bytes.items():
-            ends = [[plan.mesh.rank(Coord(dp, plan.stage_rank[s], 0)) for s in edge] for dp in range(plan.mesh.dp)]
-            hops[edge] = max(hardware.link(*pair).seconds(nbytes) for pair in ends)
-    edges = frozenset(crossing_bytes)
-    return Step.planned(simulate(add_transfers(schedule, edges), Costs(stages, hops), edges))
+    edges = frozenset((crossing.source, target) for crossing in plan.crossings for target in crossing.targets)
+    return Step.planned(simulate(add_transfers(schedule, edges), costs_of(plan), edges))
 
 
 def table(comparison: Comparison) -> RenderableType:
