@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from merak_like.split.connection import Waits
 from merak_like.split.halves import Halves
+from merak_like.split.layers import layers_of
 from merak_like.split.messages import Task
 
 
@@ -77,4 +78,5 @@ def memory_of(halves: Halves, task: Task, *, copies: int = 4) -> int:
     values = graph.values
     across = sum(values[spec.name].nbytes for spec in (*halves.sent, *halves.returned))
     live = min(task.window + 1, task.micro_batches)
-    return copies * weights_of(halves) + live * saved + 4 * task.micro_batches * across
+    layers = 2 * layers_of(halves).nbytes if task.average_edges else 0  # as they come, and until all are there
+    return copies * weights_of(halves) + live * saved + 4 * task.micro_batches * across + layers

@@ -89,6 +89,12 @@ class Registry:
                 f"group {group.name} keeps a checkpoint every {group.text.checkpoint_every} rounds, edges with it: say "
                 f"checkpoint_every: {group.text.checkpoint_every}, not {task.checkpoint_every}"
             )
+        if bool(group.text.average) != task.average_edges:
+            raise Refused(
+                f"group {group.name} averages the edges' own layers, an edge must agree: say average_edges: true"
+                if group.text.average
+                else f"group {group.name} does not average the edges' own layers: leave average_edges away"
+            )
         others = {session.task.micro_batches for session in group.live.values() if session.owner != owner}
         if group.text.phi and others - {task.micro_batches}:
             raise Refused(
