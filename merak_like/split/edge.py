@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from merak_like.runtime.batches import rows, split
-from merak_like.runtime.links import NoLinks
 from merak_like.runtime.optimizer import StepResult
 from merak_like.split import checkpoint
 from merak_like.split.ahead import Ahead
@@ -29,7 +28,7 @@ from merak_like.split.outline import beginning, outline
 from merak_like.split.programs import Half
 from merak_like.split.remembered import Remembered
 from merak_like.split.tls import Keys
-from merak_like.split.training import Training, optimizer_of
+from merak_like.split.training import Training, Word, optimizer_of
 from merak_like.split.wire import CHUNK, Key, Kind
 
 T = TypeVar("T")
@@ -41,15 +40,6 @@ class WentBack(RuntimeError):
     def __init__(self, step: int) -> None:
         super().__init__(f"edge and host have gone back to step {step}: feed the batches from there on again")
         self.step = step
-
-
-class _Word(NoLinks):
-    """The end of a step: the host has said that it is applied. Only then are the edge's own weights changed."""
-
-    wait: Callable[[], None]
-
-    def flush(self) -> None:
-        self.wait()
 
 
 class Edge:
@@ -67,7 +57,7 @@ class Edge:
         """
         self.task, self.example, self.folder, self.patience = task, example, Path(folder), patience
         self.device = torch.device(device)
-        self._word = _Word()
+        self._word = Word()
         self.exchange = Ahead(
             {"up": task.codec, "down": task.back_codec}, task.seed, self.device, frozen=task.frozen_edge
         )
@@ -129,9 +119,12 @@ class Edge:
         on_step: Callable[[int, StepResult], None] = lambda step, result: None,
     ) -> None:  # fmt: skip
         """Train until ``steps`` are done; ``batches(step)`` must give the same batch whenever it is asked."""
-        while (at := self.training.step) < steps:
+        while (at := self.training.step) < steps or self._owes:
             try:
-                on_step(at, self.step(batches(at), samples=samples(at) if samples is not None else None))
+                if at < steps:
+                    on_step(at, self.step(batches(at), samples=samples(at) if samples is not None else None))
+                else:
+                    self._through(self._average)  # of a last step whose mean did not come in time
             except WentBack:
                 continue
 

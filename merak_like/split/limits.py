@@ -22,6 +22,8 @@ class Limits:
     memory: int = 8 * 2**30
     """For all sessions together, reserved when each is opened."""
     message: int = 64 * 2**20
+    together: int = 1
+    """Most sessions with adapters whose micro-batches go through the frozen trunk in one pass; 1: each by itself."""
     rate: float = 0.0
     """Bytes a second taken from one connection; 0: any."""
     most: float = 1e6
