@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from merak_like.runtime.batches import split
 from merak_like.split.adapters import A, B, adapted
 from merak_like.split.edge import Edge
 from merak_like.split.half import Source
@@ -111,7 +112,8 @@ def alone(who: int, first: Mapping[str, Tensor], steps: int, kind: type[Deep] = 
     learner = torch.optim.AdamW(tensors.values(), lr=LEARNER.lr, weight_decay=LEARNER.weight_decay)
     for step in range(steps):
         learner.zero_grad()
-        whole(**batch_of(who, step))["loss"].backward()
+        for part in split(batch_of(who, step), 2):
+            (whole(**part)["loss"] / 2).backward()
         learner.step()
     return {name: tensor.detach() for name, tensor in tensors.items()}
 

@@ -95,6 +95,9 @@ class Pool:
         if len(asks) > 1 and self._proved.get(kind, True):
             try:
                 found = self._joint(kind, asks)
+                if asks[0].gradients is None and kind not in self._proved and not _same(found[0], asks[0]):
+                    raise Unfit("rows of a batch have to do with each other in this model")
+                self._proved[kind] = True
                 for ask, one in zip(asks, found, strict=True):
                     ask.found = one
                 self.sizes = [*self.sizes[-99:], len(asks)]
@@ -130,15 +133,14 @@ class Pool:
             models = [(count, ask.stage.programs.model) for count, ask in zip(counts, asks, strict=True)]
             with pass_of(programs.model, models):
                 if asks[0].gradients is None:
-                    return self._forward(kind, asks, counts, stage, batch, received)
+                    return self._forward(asks, counts, stage, batch, received)
                 return self._backward(asks, counts, stage, batch, received)
         finally:
             programs.model.train(mode)
 
     def _forward(
-        self, kind: tuple[Any, ...], asks: Sequence[Ask], counts: Sequence[int], stage: Shown, batch: Any,
-        received: Mapping[str, Tensor],
-    ) -> list[dict[str, Tensor]]:  # fmt: skip
+        self, asks: Sequence[Ask], counts: Sequence[int], stage: Shown, batch: Any, received: Mapping[str, Tensor]
+    ) -> list[dict[str, Tensor]]:
         with torch.no_grad():
             made = Shown.forward(stage, PASS, batch, received)
         found: list[dict[str, Tensor]] = [{} for _ in asks]
@@ -147,10 +149,6 @@ class Pool:
                 raise Unfit(f"{name} has no row for each sample")
             for ask, one, part in zip(asks, found, made[name].split(list(counts)), strict=True):
                 one[ask.stage.code.sent[place]] = part
-        if kind not in self._proved:
-            self._proved[kind] = _same(found[0], asks[0])
-            if not self._proved[kind]:
-                raise Unfit("rows of a batch have to do with each other in this model")
         return found
 
     def _backward(
