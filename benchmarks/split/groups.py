@@ -1,6 +1,6 @@
 """How well do clients learn who train one cloud half together, in turns or in rounds, with SGLR and with SplitFed?
 
-    pip install scikit-learn && OMP_NUM_THREADS=1 python -m benchmarks.split.groups        # some minutes; goes on if stopped
+    pip install scikit-learn && OMP_NUM_THREADS=1 python -m benchmarks.split.groups     # minutes; goes on if stopped
 
 One process computes what a host and its edges compute: who is due, who is drawn, rates and means are the package's own
 functions, and the tests hold edges and a host on a network to the same formulas (tests/test_split_groups.py).

@@ -123,6 +123,7 @@ class Pool:
         try:
             half = programs.at(batch)
             stage, values = half.stages[1], half.halves.trace.graph.values
+            assert isinstance(stage, Shown)
             ins = [[a.received[n] for n in a.stage.code.received] for a in asks]
             if len(stage.code.received) != len(ins[0]) or len(stage.code.sent) != len(asks[0].stage.code.sent):
                 raise Unfit("together they take another way through the model")

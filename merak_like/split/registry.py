@@ -34,6 +34,7 @@ from merak_like.split.half import Made, Source, build_half
 from merak_like.split.halves import halve
 from merak_like.split.helper import build_together
 from merak_like.split.joined import Pool
+from merak_like.split.layers import layers_of
 from merak_like.split.limits import Ledger, Limits, NoRoom, memory_of, weights_of
 from merak_like.split.messages import Hello, Task
 from merak_like.split.narrow import narrow, same
@@ -265,7 +266,8 @@ class Registry:
         if lora is not None:
             own = 4 * bytes_of(halves, model, lora)
             return weights_of(halves), own + memory_of(halves, hello.task, copies=0)
-        return 3 * weights_of(halves), memory_of(halves, hello.task, copies=copies)
+        mean = layers_of(halves).nbytes if hello.task.average_edges else 0
+        return 3 * weights_of(halves) + mean, memory_of(halves, hello.task, copies=copies)
 
     def make_room(self) -> None:
         """Write sessions that nobody has used for long to disk and give their memory back."""
