@@ -108,10 +108,8 @@ def adapted(model: nn.Module) -> Mapping[str, Adapted]:
 
 
 @contextmanager
-def pass_of(model: nn.Module, others: Sequence[tuple[int, nn.Module]]) -> Iterator[None]:
-    """Inside, a model's adapted layers take rows for these models, in this order."""
-    layers = adapted(model)
-    each = [(rows, adapted(other)) for rows, other in others]
+def pass_of(layers: Mapping[str, Adapted], each: Sequence[tuple[int, Mapping[str, Adapted]]]) -> Iterator[None]:
+    """Inside, a model's adapted layers take rows for those of other models, in this order."""
     for path, layer in layers.items():
         layer.together = [(rows, found[path]) for rows, found in each]
     try:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from merak_like.runtime.batches import rows, signature
-from merak_like.split.adapters import adapted, pass_of
+from merak_like.split.adapters import Adapted, adapted, pass_of
 from merak_like.split.elsewhere import Shown
 from merak_like.split.turn import Turn
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 PASS = -1
 """Where a stage keeps a pass for several."""
-CARRIERS = 16
-"""Sets of adapted layers whose programs for several are kept."""
+CARRIERS, KINDS = 16, 1024
+"""Sets of adapted layers whose programs for several are kept; kinds of micro-batches that are known."""
 
 
 class Unfit(ValueError):
@@ -55,11 +55,11 @@ class Ask:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What micro-batches that go together have in common."""
-        stage, model = self.stage, self.stage.programs.model
+        stage = self.stage
         flags = tuple(self.received[name].requires_grad for name in stage.code.received)
         return (
-            self.gradients is None, torch.is_grad_enabled(), model.training, stage.halves.digest,
-            signature(self.batch), tuple(adapted(model)), flags,
+            self.gradients is None, torch.is_grad_enabled(), stage.programs.model.training, stage.halves.digest,
+            signature(self.batch), tuple(stage.layers), flags,
         )  # fmt: skip
 
 
@@ -92,6 +92,8 @@ class Pool:
         return ask.found
 
     def _run(self, kind: tuple[Any, ...], asks: Sequence[Ask]) -> None:
+        if len(self._proved) > KINDS:
+            self._proved.clear()
         if len(asks) > 1 and self._proved.get(kind, True):
             try:
                 found = self._joint(kind, asks)
@@ -123,7 +125,7 @@ class Pool:
         try:
             half = programs.at(batch)
             stage, values = half.stages[1], half.halves.trace.graph.values
-            assert isinstance(stage, Shown)
+            assert isinstance(stage, Joined)
             ins = [[a.received[n] for n in a.stage.code.received] for a in asks]
             if len(stage.code.received) != len(ins[0]) or len(stage.code.sent) != len(asks[0].stage.code.sent):
                 raise Unfit("together they take another way through the model")
@@ -131,8 +133,7 @@ class Pool:
                 name: _cat(each, counts, values[name].shape)
                 for name, each in zip(stage.code.received, zip(*ins, strict=True), strict=True)
             }
-            models = [(count, ask.stage.programs.model) for count, ask in zip(counts, asks, strict=True)]
-            with pass_of(programs.model, models):
+            with pass_of(stage.layers, [(n, ask.stage.layers) for n, ask in zip(counts, asks, strict=True)]):
                 if asks[0].gradients is None:
                     return self._forward(asks, counts, stage, batch, received)
                 return self._backward(asks, counts, stage, batch, received)
@@ -177,6 +178,7 @@ class Joined(Shown):
 
     programs: HalfPrograms
     halves: Halves
+    layers: Mapping[str, Adapted]
     pool: Pool
     held: dict[int, tuple[Any, Mapping[str, Tensor]]]
     """What micro-batches that went with others have received."""
@@ -189,7 +191,7 @@ class Joined(Shown):
         if not halves.tailed or any(op.random or buffers & set(op.mutates) for op in ops):
             return stage
         stage.__class__ = cls
-        stage.__dict__.update(programs=programs, halves=halves, pool=pool, held={})
+        stage.__dict__.update(programs=programs, halves=halves, layers=adapted(programs.model), pool=pool, held={})
         return stage
 
     def forward(

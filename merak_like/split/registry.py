@@ -252,8 +252,7 @@ class Registry:
 
         Refuses another model or cut before any weights are made.
         """
-        lora = hello.task.lora
-        copies = 4 if group is None else 1
+        lora, copies = hello.task.lora, 4 if group is None else 1
         model = self.source.build().to("meta") if self.source.weights is not None else self.source.build()
         model.train()
         micro = split(example, hello.task.micro_batches)[0]
@@ -264,8 +263,7 @@ class Registry:
             return whole * 3, whole * copies
         halves = halve(trace(model, micro, self.source.loss_fn), self.cut)
         if lora is not None:
-            own = 4 * bytes_of(halves, model, lora)
-            return weights_of(halves), own + memory_of(halves, hello.task, copies=0)
+            return weights_of(halves), 4 * bytes_of(halves, model, lora) + memory_of(halves, hello.task, copies=0)
         mean = layers_of(halves).nbytes if hello.task.average_edges else 0
         return 3 * weights_of(halves) + mean, memory_of(halves, hello.task, copies=copies)
 
