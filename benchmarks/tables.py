@@ -244,6 +244,18 @@ def learning() -> str:
     return "\n".join([*lines, "", _setting({k: v for k, v in data["setting"].items() if k != "seeds"})])
 
 
+def groups() -> str:
+    """Accuracy of clients that train one cloud half together."""
+    data = json.loads((ROOT / "benchmarks/split/groups.json").read_text())
+    kinds = list(data["rows"])
+    lines = [f"| accuracy, unseen | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
+    for name in data["rows"][kinds[0]]:
+        runs = [data["rows"][kind].get(name, []) for kind in kinds]
+        cells = [f"{sum(r) / len(r):.1%} ({min(r):.1%} to {max(r):.1%}, {len(r)} seeds)" if r else "" for r in runs]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _setting(data["setting"])])
+
+
 def _setting(setting: dict[str, Any]) -> str:
     return "Setting: " + ", ".join(f"{key} {value}" for key, value in setting.items()) + "."
 
@@ -252,7 +264,8 @@ TABLES = {
     "tensor_parallel": tensor_parallel, "zero": zero, "alone": alone, "scaling": scaling,
     "whole": whole,
     "pipeline": pipeline, "overhead": overhead, "paced": paced,
-    "learning": learning, "published": published, "chosen": chosen, "every": every, "here": here,
+    "learning": learning, "groups": groups, "published": published, "chosen": chosen, "every": every,
+    "here": here,
 }  # fmt: skip
 
 

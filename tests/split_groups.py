@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,14 @@ def text(mode: str, *members: str, **more: Any) -> GroupText:
 
 def task(**more: Any) -> Task:
     """Of every member."""
-    usual = {"cut": CUT, "micro_batches": 2, "window": 2, "optimizer": EDGES, "checkpoint_every": 2, "group": "ward"}
+    usual: dict[str, Any] = {
+        "cut": CUT,
+        "micro_batches": 2,
+        "window": 2,
+        "optimizer": EDGES,
+        "checkpoint_every": 2,
+        "group": "ward",
+    }
     return Task(**{**usual, **more})
 
 
@@ -103,6 +111,7 @@ class Ward:
 
     def edge(self, name: str, *, patience: float = 60.0, folder: str = "", **more: Any) -> Edge:
         """A member's edge, not dialled yet."""
+        more = {"average_edges": bool(self.group.average), **more}
         self.edges[name] = Edge(
             self.source, task(**more), batch_of(name, 0, even=self.even), connect=f"127.0.0.1:{self.port}",
             folder=self.folder / (folder or name), keys=Keys(self.certificates, name), patience=patience,
@@ -164,7 +173,7 @@ def alone(
         for k, m in models.items()
     }
     losses: dict[str, dict[int, float]] = {name: {} for name in models}
-    at, steps = Place(), dict.fromkeys(models, 0)
+    at, steps, since = Place(), dict.fromkeys(models, 0), dict.fromkeys(models, 0)
     for _ in range(updates):
         who = expected(group, at)
         now = {n: t.clone() for n, t in first.state_dict().items() if n.startswith(MIDDLE)}
@@ -207,11 +216,27 @@ def alone(
             each = [buffers[name][n] for name in who]
             mean = sum((x * s for x, s in zip(each, shares, strict=True)), torch.zeros(()))
             b.copy_(mean if b.is_floating_point() else max(each))
+        for name in who:
+            since[name] += items[name]
         at = after(group, at, who)
+        if at.pending:
+            _average(models, since)
+            at, since = replace(at, pending=False), dict.fromkeys(models, 0)
     found = {n: t for n, t in first.state_dict().items() if n.startswith(MIDDLE)}
     for k, m in models.items():
         found |= {f"{k}/{n}": t for n, t in m.state_dict().items() if not n.startswith(MIDDLE)}
     return losses, found
+
+
+@torch.no_grad()
+def _average(models: Mapping[str, nn.Module], since: Mapping[str, int]) -> None:
+    """Every member's own layers become their mean, weighted by the samples each was trained on."""
+    states = {k: dict(m.named_parameters()) for k, m in models.items()}
+    own = [n for n in next(iter(states.values())) if not n.startswith(MIDDLE)]
+    means = {n: sum((state[n] * since[k] for k, state in states.items()), torch.zeros(())) for n in own}
+    for state in states.values():
+        for n in own:
+            state[n].copy_(means[n] / sum(since.values()))
 
 
 def _from_cut(model_: Any, x: Tensor, labels: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ def arm(fault: str, at: int) -> None:
     from merak_like.split import checkpoint
     from merak_like.split.connection import Connection
     from merak_like.split.elsewhere import Arrives, Leaves
+    from merak_like.split.exchange import Exchange
     from merak_like.split.group import Group
     from merak_like.split.registry import Registry
     from merak_like.split.session import Session
@@ -91,6 +92,19 @@ def arm(fault: str, at: int) -> None:
 
         setattr(kind, name, wrapped)
 
+    def before(kind: Any, name: str, due: Callable[..., bool]) -> None:
+        own = getattr(kind, name)
+
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if due(self, *args):
+                die()
+            return own(self, *args, **kwargs)
+
+        setattr(kind, name, wrapped)
+
+    def of_own(self: Any, *args: Any) -> bool:
+        return args[0] == "own" and self.step == at + 1
+
     def in_step(self: Any, *args: Any) -> bool:
         return self.exchange.step == at and args[0] == 1
 
@@ -104,6 +118,10 @@ def arm(fault: str, at: int) -> None:
         "up backward": lambda: after(Arrives, "backward", in_step),
         "stepped": lambda: after(Training, "run", lambda self, *_: self.step == at + 1),
         "applied": lambda: after(Group, "_apply", lambda _self, _parts, place: place.updates == at),
+        "gathered": lambda: after(Exchange, "take", of_own),
+        "averaged": lambda: before(Group, "save", lambda _, place=None: place is not None and place.round == at + 1),
+        "mean saved": lambda: after(Group, "save", lambda _, place=None: place is not None and place.round == at + 1),
+        "mean said": lambda: after(Exchange, "put", of_own),
         "group saved": lambda: after(Group, "save", lambda _, place=None: place is not None and place.updates > at),
         "saved": lambda: after(Training, "save_if_due", lambda self, *_: self.step == at + 1),
     }  # fmt: skip

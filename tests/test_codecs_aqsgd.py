@@ -297,3 +297,11 @@ def test_least_recently_used_goes_first():
     memory.put((1,), rows[:1], [0])
     memory.put((5,), rows[:1], [0])
     assert memory.state_dict()["order"].tolist() == [3, 4, 1, 5]
+
+
+def test_a_codec_says_whether_it_remembers_samples():
+    said = {
+        text: codec(text).remembers
+        for text in ("aqsgd(4)", "int8|aqsgd(2)", "aqsgd(2)+deflate", "topk(0.1)+int4", "c3sl(2)|int8")
+    }
+    assert list(said.values()) == [True, True, True, False, False]

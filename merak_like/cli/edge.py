@@ -73,6 +73,10 @@ class Setting(BaseModel):
     skip: str = "none"
     group: str | None = None
     """The group of the host's operator that this edge trains with."""
+    average_edges: bool = False
+    """Whether this edge's own layers may go to the host, to be averaged with those of its group."""
+    lora: dict[str, Any] | None = None
+    """``rank``, ``alpha`` and ``targets`` of adapters: the host trains these, and its weights stay as they are."""
     patience: float = 300.0
     device: str = "cpu"
     machines: Machines | None = None
@@ -186,12 +190,15 @@ def _train(setting: Setting, options: Options) -> None:
 
 def task_of(setting: Setting) -> Task:
     """The task that edge.yaml describes. Raises ValueError naming the field that is wrong."""
-    from merak_like.split.messages import OptimizerText, Task
+    from merak_like.split.messages import LoraText, OptimizerText, Task
 
     try:
         names = ("cut", "codec", "back_codec", "micro_batches", "window", "max_grad_norm", "seed", "checkpoint_every",
-                 "frozen_edge", "skip", "group")  # fmt: skip
-        return Task(optimizer=OptimizerText(**setting.optimizer), **{name: getattr(setting, name) for name in names})
+                 "frozen_edge", "skip", "group", "average_edges")  # fmt: skip
+        lora = None if setting.lora is None else LoraText(**setting.lora)
+        return Task(
+            optimizer=OptimizerText(**setting.optimizer), lora=lora, **{name: getattr(setting, name) for name in names}
+        )
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -36,6 +36,9 @@ def run(
     memory: Annotated[float, typer.Option("--memory", help="GB for all sessions together.")] = 8.0,
     sessions: Annotated[int, typer.Option("--sessions", help="Most sessions in memory.")] = 64,
     sessions_per_client: Annotated[int, typer.Option("--sessions-per-client")] = 4,
+    together: Annotated[
+        int, typer.Option("--together", help="Most sessions with adapters that go through the trunk in one pass.")
+    ] = 1,
     rate: Annotated[float, typer.Option("--rate", help="Bytes a second taken from one connection; 0: any.")] = 0.0,
     device: Annotated[str, typer.Option("--device")] = "cpu",
 ) -> None:
@@ -61,7 +64,12 @@ def run(
     source, waits = half_source(model, task=task, weights=weights), Waits()
     ranks = world_size()
     limits = Limits(
-        memory=int(memory * 2**30), sessions=sessions, sessions_per_client=sessions_per_client, rate=rate, waits=waits
+        memory=int(memory * 2**30),
+        sessions=sessions,
+        sessions_per_client=sessions_per_client,
+        rate=rate,
+        waits=waits,
+        together=together,
     )
     common: dict[str, Any] = {
         "listen": listen, "folder": state, "keys": Keys(keys, name) if keys is not None else None,

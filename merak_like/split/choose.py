@@ -13,9 +13,10 @@ from typing import Any
 
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.runtime.batches import rows, split
+from merak_like.runtime.codecs import codec
 from merak_like.split.coding import Measure, timed
 from merak_like.split.cut import Cut
-from merak_like.split.forecast import Forecast, changed, price, traced
+from merak_like.split.forecast import Forecast, changed, counted, traced
 from merak_like.split.half import Source
 from merak_like.split.halves import Halves, halve
 from merak_like.split.means import Means
@@ -65,22 +66,24 @@ def choose(
     counts = asked.micro_batches or tuple(n for n in MICRO_BATCHES if total % n == 0)
     if odd := [n for n in counts if total % n]:
         raise ValueError(f"a batch of {total} samples does not divide into {odd[0]} equal micro-batches")
+    known = {text: codec(text) for text in asked.codecs}
     found, refused = list[Forecast](), dict[str, str]()
     for count in counts:
         for cut, halves in _cuts(source, task, split(batch, count)[0], asked, refused):
-            for codec in asked.codecs:
-                if "aqsgd" in codec and not asked.samples:
-                    refused[codec] = "it remembers samples: let data return (batch, sample ids)"
+            for text, made in known.items():
+                if made.remembers and not asked.samples:
+                    refused[text] = "it remembers samples: let data return (batch, sample ids)"
                     continue
                 this = task.model_copy(
-                    update={"cut": cut, "codec": codec, "back_codec": codec if asked.tail else task.back_codec,
+                    update={"cut": cut, "codec": text, "back_codec": text if asked.tail else task.back_codec,
                             "micro_batches": count}
                 )  # fmt: skip
                 parts = [halves] * count
-                if why := _too_much(price(parts, this, batch, samples=asked.samples), means):
-                    refused[f"{cut}, {codec}, {count} micro-batches"] = why
+                way = counted(parts, this, batch, samples=asked.samples)
+                if why := _too_much(way.told, means):
+                    refused[f"{cut}, {text}, {count} micro-batches"] = why
                 else:
-                    found.append(price(parts, this, batch, means, samples=asked.samples, measure=measure))
+                    found.append(way.walked(means, measure))
     if not found:
         least = "; ".join(f"{what}: {why}" for what, why in list(refused.items())[:3]) or "the model has no blocks"
         raise ValueError(f"no way to split fits: {least}")

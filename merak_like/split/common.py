@@ -21,6 +21,7 @@ from merak_like.split import checkpoint
 from merak_like.split.checkpoint import State
 from merak_like.split.groups import GroupText
 from merak_like.split.half import Made
+from merak_like.split.layers import weighted
 from merak_like.split.training import optimizer_of, rate
 
 
@@ -62,7 +63,7 @@ class Common:
         for name, own in self.buffers.items():
             each = [part.buffers[name] for part in parts]
             if own.dtype.is_floating_point:
-                own.copy_(_sum(list(zip(shares, each, strict=True))))
+                own.copy_(weighted(shares, each))
             else:  # a count of batches
                 own.copy_(torch.stack(each).amax(0) if own.dtype != torch.bool else each[0])
 

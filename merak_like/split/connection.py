@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from merak_like.split.messages import Failed, parse
-from merak_like.split.wire import CHUNK, HEADER, Assembler, Key, Kind, WireError, frames, wire_bytes
+from merak_like.split.wire import BEGINNINGS, CHUNK, HEADER, Assembler, Key, Kind, WireError, frames, wire_bytes
 
 
 class Lost(ConnectionError):
@@ -60,6 +60,8 @@ class Connection:
         self.room = 0
         """Most bytes of tensors that may wait here to be used."""
         self.micro_batches = 0
+        self.pieces = 0
+        """Of an edge's own layers; 0: they are not taken here."""
         self.bytes: Counter[str] = Counter()
         """"sent" and "received", headers included."""
         self.by_kind: Counter[str] = Counter()
@@ -73,7 +75,7 @@ class Connection:
         self._turn = threading.Condition()
         self._wake = asyncio.Event()
         self._step: Key | None = None
-        """The BEGIN of the step under way."""
+        """The beginning of the step under way."""
         self._tasks = [self._loop.create_task(job()) for job in (self._read, self._write, self._ping)]
 
     # --- for the threads of engines ---------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ class Connection:
         return body
 
     def begun(self, timeout: float = 1.0) -> tuple[Key, bytes] | None:
-        """Wait a while for the BEGIN of any step; None where none came. Raises Lost."""
+        """Wait a while for the beginning of any step; None where none came. Raises Lost."""
         with self._turn:
             self._turn.wait_for(lambda: self._error is not None or self._begin() is not None, timeout)
             if (key := self._begin()) is not None:
@@ -107,7 +109,7 @@ class Connection:
             return None
 
     def _begin(self) -> Key | None:
-        return next((key for key in self._inbox if key.kind is Kind.BEGIN), None)
+        return next((key for key in self._inbox if key.kind in BEGINNINGS), None)
 
     def ended(self) -> None:
         """The step under way is over: another may begin."""
@@ -171,12 +173,16 @@ class Connection:
     def _allow(self, key: Key, chunk: int) -> None:
         """Refuse what is not due before it is read: of no step under way, of no micro-batch, or a second time."""
         if key.kind.tensors:
-            if self._step is None or key.step != self._step.step or key.micro_batch >= self.micro_batches:
+            step = self._step
+            most = self.pieces if step is not None and step.kind is Kind.GATHER else self.micro_batches
+            if step is None or key.step != step.step or key.micro_batch >= most:
                 raise WireError(f"{key} is not due")
             if chunk == 0 and key in self._seen:
                 raise WireError(f"{key} came before: a replayed frame")
             self._seen.add(key)
-        elif key.kind is Kind.BEGIN:
+        elif key.kind in BEGINNINGS:
+            if key.kind is Kind.GATHER and not self.pieces:
+                raise WireError(f"{key}: layers are not averaged here")
             if self._step is not None:
                 raise WireError(f"{key} begins while step {self._step.step} is under way")
         elif key.kind is not Kind.PING and (key in self._inbox or key.micro_batch):
@@ -190,7 +196,7 @@ class Connection:
         if key.kind is Kind.BYE:
             raise Lost("the other end has closed the session's connection")
         with self._turn:
-            if key.kind is Kind.BEGIN:
+            if key.kind in BEGINNINGS:
                 self.expect(key)
             if key.kind.tensors:
                 self._in += len(body)

@@ -6,32 +6,32 @@ both have it once; only when a side had to be restarted from its checkpoint does
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from merak_like.runtime.batches import rows, split
-from merak_like.runtime.links import NoLinks
 from merak_like.runtime.optimizer import StepResult
 from merak_like.split import checkpoint
 from merak_like.split.ahead import Ahead
 from merak_like.split.connection import Connection, Lost, Told, Waits
 from merak_like.split.dialler import Dialler
 from merak_like.split.half import Source, build_half
+from merak_like.split.layers import layers_of, trade
 from merak_like.split.messages import Done, Hello, Task, Welcome, parse
-from merak_like.split.outline import LEAST_ID, beginning, outline
+from merak_like.split.outline import beginning, outline
+from merak_like.split.programs import Half
+from merak_like.split.remembered import Remembered
 from merak_like.split.tls import Keys
-from merak_like.split.training import Training, optimizer_of
+from merak_like.split.training import Training, Word, optimizer_of
 from merak_like.split.wire import CHUNK, Key, Kind
+
+T = TypeVar("T")
 
 
 class WentBack(RuntimeError):
@@ -40,15 +40,6 @@ class WentBack(RuntimeError):
     def __init__(self, step: int) -> None:
         super().__init__(f"edge and host have gone back to step {step}: feed the batches from there on again")
         self.step = step
-
-
-class _Word(NoLinks):
-    """The end of a step: the host has said that it is applied. Only then are the edge's own weights changed."""
-
-    wait: Callable[[], None]
-
-    def flush(self) -> None:
-        self.wait()
 
 
 class Edge:
@@ -66,7 +57,7 @@ class Edge:
         """
         self.task, self.example, self.folder, self.patience = task, example, Path(folder), patience
         self.device = torch.device(device)
-        self._word = _Word()
+        self._word = Word()
         self.exchange = Ahead(
             {"up": task.codec, "down": task.back_codec}, task.seed, self.device, frozen=task.frozen_edge
         )
@@ -80,14 +71,16 @@ class Edge:
         self._connection: Connection | None = None
         self._host_step = 0
         self._done = Done()
-        self._secret = secrets.token_bytes(16)
-        self.session: str | None = None
-        """The session's name on the host."""
+        self._known = Remembered(self.folder, task)
+        self._owes = False  # our own layers, to be averaged
         self.queued = 0.0
         """Seconds that the host's computations waited for their turn."""
         self.bytes: Counter[str] = Counter()
         """Bytes on the socket, headers included: "sent" and "received", and the same by kind of message."""
-        self._again()
+        if self._known.session is not None:
+            if not (steps := checkpoint.whole(self.folder)):
+                raise ValueError(f"{self.folder} names a session and has no whole checkpoint to go on with")
+            self.training.go_to(steps[-1])
 
     # --- what people call -------------------------------------------------------------------------------------------
 
@@ -96,15 +89,27 @@ class Edge:
         """Steps done."""
         return self.training.step
 
+    @property
+    def session(self) -> str | None:
+        """The session's name on the host."""
+        return self._known.session
+
+    @session.setter
+    def session(self, name: str | None) -> None:
+        self._known.session = name
+
     def step(self, batch: Any, *, samples: Sequence[int] | None = None) -> StepResult:
         """Train on one batch. ``samples`` are ids of its samples, for codecs with memory; they travel disguised.
 
         Raises WentBack where a side had to go back to a checkpoint, FloatingPointError for numbers that are not finite
         (nothing is changed), Lost when no host answers for long, ValueError for what the host refuses.
+        In a group that averages the edges' own layers, the last step of a round waits for the others.
         """
-        result = self._through(batch, samples, self.training.run)
-        self._host_step, told = self.training.step, self._done.save
-        if self.training.due if told is None else told:
+        result = self._through(lambda: self._attempt(batch, samples, self.training.run))
+        self._host_step, told = self.training.step, self._done
+        if told.owes:
+            self._through(self._average)
+        elif self.training.due if told.save is None else told.save:
             self.save()
         return result
 
@@ -114,15 +119,18 @@ class Edge:
         on_step: Callable[[int, StepResult], None] = lambda step, result: None,
     ) -> None:  # fmt: skip
         """Train until ``steps`` are done; ``batches(step)`` must give the same batch whenever it is asked."""
-        while (at := self.training.step) < steps:
+        while (at := self.training.step) < steps or self._owes:
             try:
-                on_step(at, self.step(batches(at), samples=samples(at) if samples is not None else None))
+                if at < steps:
+                    on_step(at, self.step(batches(at), samples=samples(at) if samples is not None else None))
+                else:
+                    self._through(self._average)  # of a last step whose mean did not come in time
             except WentBack:
                 continue
 
     def evaluate(self, batch: Any) -> StepResult:
         """The loss on a batch in evaluation mode."""
-        return self._through(batch, None, self.training.evaluate, training=False)
+        return self._through(lambda: self._attempt(batch, None, self.training.evaluate, training=False))
 
     def predict(self, batch: Any) -> dict[str, Tensor]:
         """The model's outputs for a batch in evaluation mode, by name. Raises ValueError where the host has them."""
@@ -168,15 +176,13 @@ class Edge:
 
     # --- a step, until it is through --------------------------------------------------------------------------------
 
-    def _through(
-        self, batch: Any, samples: Sequence[int] | None, do: Callable[[Any], StepResult], *, training: bool = True
-    ) -> StepResult:
+    def _through(self, attempt: Callable[[], T]) -> T:
         end = time.monotonic() + self.patience
         pause = 0.05
         while True:
             try:
                 self._connect()
-                return self._attempt(batch, samples, do, training)
+                return attempt()
             except Lost as error:
                 self._leave()
                 self._dialler.next()
@@ -197,12 +203,13 @@ class Edge:
             pause = min(5.0, 2 * pause)
 
     def _attempt(
-        self, batch: Any, samples: Sequence[int] | None, do: Callable[[Any], StepResult], training: bool
+        self, batch: Any, samples: Sequence[int] | None, do: Callable[[Any], StepResult], *, training: bool = True
     ) -> StepResult:
+        self._average()
         connection, step = self._connection, self.training.step
         assert connection is not None
         parts = split(batch, self.task.micro_batches)
-        ids = [] if samples is None else [self._disguised(sample) for sample in samples]
+        ids = [] if samples is None else [self._known.disguised(sample) for sample in samples]
         if ids and len(ids) != rows(batch):
             raise ValueError(f"{len(ids)} sample ids for a batch of {rows(batch)} samples: give one for each")
         mode = self.training.made.model.training
@@ -223,17 +230,34 @@ class Edge:
 
         self._word.wait = wait
         result = do(batch)
+        self._owes = self._done.owes
         self.queued += self._done.queued
         self._count(connection)
         loss = result.loss if half.halves.tailed else self._done.loss
         return StepResult(loss if loss is not None else float("nan"), result.grad_norm, result.tokens)
+
+    def _average(self) -> None:
+        """Let the host average this edge's own layers with the others', if it is time. A checkpoint is written."""
+        if not self._owes:
+            return
+        if not self.task.average_edges:
+            raise ValueError("the host asks for this edge's own layers: its task does not say average_edges")
+        assert self._connection is not None
+        layers = layers_of(self._example_half().halves)
+        trade(layers, self.training.made.model, self.exchange, self._connection, self.training.step)
+        self._owes = False
+        self._count(self._connection)
+        self.save()
+
+    def _example_half(self) -> Half:
+        return self.training.made.programs.at(split(self.example, self.task.micro_batches)[0])
 
     def _connect(self) -> None:
         """Have a connection with an open session, at a step both sides agree on. Raises WentBack."""
         if self._connection is not None and not self._connection.closed:
             return
         self._leave()
-        half = self.training.made.programs.at(split(self.example, self.task.micro_batches)[0])
+        half = self._example_half()
         hello = Hello(
             task=self.task, example=outline(self.example), digest=half.halves.digest, session=self.session,
             step=self.training.step, saved=tuple(sorted(self.training.saved())), probe=self.training.made.probe,
@@ -244,9 +268,11 @@ class Edge:
         connection.assembler.largest = welcome.largest
         connection.room = 2 * self.task.micro_batches * max(welcome.largest, 1)
         connection.micro_batches = self.task.micro_batches
-        if self.session is None:
-            self.session = welcome.session
-            self._remember()
+        self._owes = welcome.owes
+        if self._known.session is None:
+            self._known.session = welcome.session
+            self.save()
+            self._known.keep()
         self._host_step, at = welcome.step, self.training.step
         if welcome.step not in (at, at + 1):
             self.training.go_to(welcome.step)
@@ -265,33 +291,3 @@ class Edge:
         for counted in (connection.bytes, connection.by_kind):
             self.bytes.update(counted)
             counted.clear()
-
-    # --- what outlives the process ----------------------------------------------------------------------------------
-
-    def _again(self) -> None:
-        """Go on where an edge before, with the same folder, has stopped."""
-        path = self.folder / "session.json"
-        if not path.is_file():
-            return
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if Task.model_validate(known["task"], strict=False) != self.task:
-            raise ValueError(f"{path} belongs to another task: take another folder, or the task it was begun with")
-        self.session, self._secret = known["session"], bytes.fromhex(known["secret"])
-        steps = checkpoint.whole(self.folder)
-        if not steps:
-            raise ValueError(f"{self.folder} names a session and has no whole checkpoint to go on with")
-        self.training.go_to(steps[-1])
-
-    def _remember(self) -> None:
-        self.save()
-        known = {"session": self.session, "secret": self._secret.hex(), "task": self.task.model_dump(mode="json")}
-        draft = self.folder / ".session.json"
-        draft.write_text(json.dumps(known), encoding="utf-8")
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.rename(self.folder / "session.json")
-
-    def _disguised(self, sample: int) -> int:
-        """An id that is the same at every visit and says nothing of the sample, nor by its digits."""
-        digest = hashlib.blake2b(str(int(sample)).encode(), key=self._secret, digest_size=8).digest()
-        return LEAST_ID + int.from_bytes(digest, "little") % (9 * LEAST_ID)

@@ -3,6 +3,7 @@
     link    forward                     backward
     up      edge's head -> cloud        gradients come back
     down    cloud -> edge's tail        gradients come back
+    own     the edge's layers           their mean over a group comes back; never through a codec
 
 The two codecs of a value are kept equal by the frames. A step that fails is done again from its beginning, so what the
 codecs remembered at its beginning can be had back.
@@ -22,11 +23,12 @@ from merak_like.runtime.codecs import Codec, Context, codec
 from merak_like.runtime.links import Spec
 from merak_like.split.wire import Key, Kind, WireError, pack, unpack
 
-Link = Literal["up", "down"]
+Link = Literal["up", "down", "own"]
 Way = Literal["forward", "backward"]
 KINDS: Mapping[tuple[Link, Way], Kind] = {
     ("up", "forward"): Kind.UP_FORWARD, ("up", "backward"): Kind.UP_BACKWARD,
     ("down", "forward"): Kind.DOWN_FORWARD, ("down", "backward"): Kind.DOWN_BACKWARD,
+    ("own", "forward"): Kind.OWN, ("own", "backward"): Kind.MEAN,
 }  # fmt: skip
 
 
@@ -150,7 +152,7 @@ class Exchange:
 
     def _codec(self, link: Link, place: int, spec: Spec) -> Codec:
         """By place, not by name: traces of other shapes name the same value otherwise."""
-        if not coded(spec, frozen=self.frozen):
+        if link == "own" or not coded(spec, frozen=self.frozen):
             return codec("identity")
         return self._codecs.setdefault((link, place), codec(self._texts[link]))
 

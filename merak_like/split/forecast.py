@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from merak_like.split.timeline import RESOURCES, Around, Walked, Work, walk
 from merak_like.split.wire import CHUNK, FROM_EDGE, wire_bytes
 from merak_like.split.wire import Kind as Says
 
+SENT_BEGIN, RECEIVED_DONE = "sent BEGIN", "received DONE"
 STATES = {"adamw": 2, "adam": 2, "sgd": 1}
 """Numbers that an optimizer keeps beside each weight, at most."""
 
@@ -124,43 +125,70 @@ def price(
     measure: Measure = timed,
 ) -> Forecast:  # fmt: skip
     """What the task takes, cut so; ``halves`` are those of its micro-batches."""
+    found = counted(halves, task, batch, samples=samples)
+    return found.told if means is None else found.walked(means, measure)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A way to run a step of which bytes are known, and seconds are not yet."""
+
+    told: Forecast
+    halves: Sequence[Halves]
+    task: Task
+    messages: Mapping[int, Mapping[Says, Said]]
+    """By the ``id`` of the halves of a micro-batch; those alike are one."""
+    sizes: Mapping[int, Mapping[Says, int]]
+
+    def walked(self, means: Means, measure: Measure) -> Forecast:
+        """The same with its step walked on these machines and this line."""
+        task, halves = self.task, self.halves
+        worked = {
+            key: _work(one, task, means, self.messages[key], self.sizes[key], measure)
+            for key, one in {id(one): one for one in halves}.items()
+        }
+        works = [worked[id(one)] for one in halves]
+        updates = _update(halves[0], (0, 2), task, means.edge), _update(halves[0], (1,), task, means.host)
+        around = Around(self.told.by_kind[SENT_BEGIN], self.told.by_kind[RECEIVED_DONE], *updates)
+        said: dict[Side, tuple[Action, ...]] = {
+            side: tuple(
+                map(Action.parse, orders(side, Cut.parse(task.cut), task.micro_batches, task.window)[0].split())
+            )
+            for side in ("edge", "host")
+        }
+        walked = walk(said, works, around, means.uplink, means.downlink)
+        saved = {
+            name: walked.seconds - walk(said, works, around, means.uplink, means.downlink, faster={name: 2.0}).seconds
+            for name in RESOURCES
+        }
+        binds = max(saved, key=lambda name: saved[name])
+        if saved[binds] < 0.05 * walked.seconds:
+            binds = "latency"
+        return replace(self.told, walked=walked, binds=binds, saves=saved.get(binds, 0.0))
+
+
+def counted(halves: Sequence[Halves], task: Task, batch: Any, *, samples: bool = False) -> Counted:
+    """Bytes and memory of the task, cut so."""
     ids = (LEAST_ID,) * (rows(batch) if samples else 0)
-    begin = wire_bytes(len(beginning(batch, halves[0], ids).body()))
     alike = {id(one): one for one in halves}
     messages = {key: _messages(one, task) for key, one in alike.items()}
     sizes = {
         key: {says: _size(specs, text, way, task) for says, (specs, text, way) in one.items()}
         for key, one in messages.items()
     }
-    done = wire_bytes(Done.SIZE)
-    by_kind = {"sent BEGIN": begin, "received DONE": done}
+    by_kind = {
+        SENT_BEGIN: wire_bytes(len(beginning(batch, halves[0], ids).body())), RECEIVED_DONE: wire_bytes(Done.SIZE),
+    }  # fmt: skip
     for one in halves:
         for says, count in sizes[id(one)].items():
             name = f"{'sent' if says in FROM_EDGE else 'received'} {says.name}"
             by_kind[name] = by_kind.get(name, 0) + count
     largest = max(halves, key=lambda one: one.sent[0].shape[:1])
-    edge, host = _edge_memory(largest, task, max(sum(one.values()) for one in sizes.values())), memory_of(largest, task)
-    if means is None:
-        return Forecast(task.cut, _codec_text(task), task.micro_batches, by_kind, edge, host, None)
-    worked = {key: _work(one, task, means, messages[key], sizes[key], measure) for key, one in alike.items()}
-    works = [worked[id(one)] for one in halves]
-    updates = _update(halves[0], (0, 2), task, means.edge), _update(halves[0], (1,), task, means.host)
-    around = Around(begin, done, *updates)
-    told: dict[Side, tuple[Action, ...]] = {
-        side: tuple(map(Action.parse, orders(side, Cut.parse(task.cut), task.micro_batches, task.window)[0].split()))
-        for side in ("edge", "host")
-    }
-    walked = walk(told, works, around, means.uplink, means.downlink)
-    saved = {
-        name: walked.seconds - walk(told, works, around, means.uplink, means.downlink, faster={name: 2.0}).seconds
-        for name in RESOURCES
-    }
-    binds = max(saved, key=lambda name: saved[name])
-    if saved[binds] < 0.05 * walked.seconds:
-        binds = "latency"
-    return Forecast(
-        task.cut, _codec_text(task), task.micro_batches, by_kind, edge, host, walked, binds, saved.get(binds, 0.0)
+    edge = _edge_memory(largest, task, max(sum(one.values()) for one in sizes.values()))
+    told = Forecast(
+        task.cut, _codec_text(task), task.micro_batches, by_kind, edge, memory_of(largest, task), walked=None
     )
+    return Counted(told, halves, task, messages, sizes)
 
 
 Said = tuple[Sequence[Spec], str, Way]

@@ -1,7 +1,7 @@
 """A group on its host: shared weights, the sessions that train them, and one checkpoint of all of it.
 
 folder/<group>/step-N/     the N-th checkpoint: weights, optimizer, whose turn it is; of each session its step, what its
-                           codecs remember and what was said to its edge last
+                           codecs remember and what was said to its edge last; the last mean of the edges' layers
 
 So after a crash an edge that did or did not hear of its last step goes on all the same. An edge that was restarted from
 an older checkpoint takes the whole group back with it.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -21,9 +21,10 @@ from torch import Tensor
 from merak_like.runtime.finite import Guard
 from merak_like.runtime.optimizer import Slot, StepResult, Update
 from merak_like.split import checkpoint
+from merak_like.split.averages import Averages, Brought
 from merak_like.split.checkpoint import State
 from merak_like.split.common import Common, Part
-from merak_like.split.groups import GroupText, Place, chosen, due, saves
+from merak_like.split.groups import GroupText, Place, averages, chosen, due, saves
 from merak_like.split.half import Brief, Made
 from merak_like.split.pooled import Pooled
 from merak_like.split.rounds import Busy, Meeting, Rounds
@@ -50,6 +51,16 @@ class Contributes(Update):
         return result
 
 
+@dataclass(frozen=True)
+class After:
+    """What follows a member's step."""
+
+    save: bool
+    """Its edge must keep what it then has."""
+    average: int
+    """The round that its edge's own layers are averaged for; 0: they are not now."""
+
+
 class Group:
     """One group of a host."""
 
@@ -59,6 +70,7 @@ class Group:
     ) -> None:  # fmt: skip
         self.name, self.text, self.folder, self.turn = name, text, folder, turn
         self.rounds = Rounds(name, text, self._apply, self._end, note, stopping)
+        self.averages = Averages(self.rounds, self._due, note)
         self.common: Common | None = None
         self.live: dict[str, Session] = {}
         self.resting: dict[str, State] = {}
@@ -129,15 +141,18 @@ class Group:
             self.live.pop(session.id, None)
 
     @contextmanager
-    def step(self, session: Session, there: Callable[[], bool]) -> Iterator[bool]:
-        """A step of a session is inside; whether its edge must keep what it has after it."""
+    def step(self, session: Session, there: Callable[[], bool]) -> Iterator[After]:
+        """A step of a session is inside; what follows it."""
+        if self.averages.of < session.owes:
+            raise Refused(f"the edge's own layers of round {session.owes} are due before its next step")
         with self.rounds.seat(session.owner, there) as meeting:
             assert self.common is not None
             self._at_work[session.owner] = session, meeting
             try:
                 session.training.put_buffers(self.common.buffers)
                 self._blend(session, meeting)
-                yield saves(self.text, self.rounds.at, meeting.who)
+                at, who = self.rounds.at, meeting.who
+                yield After(saves(self.text, at, who), averages(self.text, at, who))
             finally:  # a session that is put away gives its memory back
                 del self._at_work[session.owner]
 
@@ -153,6 +168,18 @@ class Group:
                 return self.rounds.pool(meeting, member, who, micro_batch, values)
 
         exchange.blend = blend if member in who else None
+
+    def average(
+        self, session: Session, pieces: Mapping[str, Tensor], there: Callable[[], bool]
+    ) -> Mapping[str, Tensor]:
+        """Give a session's own layers to the mean that they are due for; the mean. Only where the turn is held."""
+        with self.turn.away():
+            return self.averages.bring(session.owner, session.owes, Brought(session.items, pieces), there)
+
+    def _due(self, round_: int) -> set[str]:
+        """Whose layers are due for the mean of a round."""
+        resting = {s.facts["owner"] for s in self.resting.values() if s.facts.get("owes") == round_}
+        return resting | {session.owner for session in self.live.values() if session.owes == round_}
 
     @contextmanager
     def look(self, session: Session) -> Iterator[None]:
@@ -180,12 +207,13 @@ class Group:
         assert self.common is not None
         common = self.common.state()
         sessions = {**self.resting, **{id_: session.state() for id_, session in self.live.items()}}
-        tensors = dict(common.tensors)
+        tensors = {**common.tensors, **checkpoint.under("mean/", self.averages.mean)}
         for id_, state in sessions.items():
             tensors |= checkpoint.under(f"session/{id_}/", state.tensors)
         facts = {
             **common.facts, "group": self.text.model_dump(mode="json"), "place": asdict(at or self.rounds.at),
-            "away": sorted(self.rounds.away), "sessions": {id_: dict(state.facts) for id_, state in sessions.items()},
+            "away": sorted(self.rounds.away), "averaged": self.averages.of,
+            "sessions": {id_: dict(state.facts) for id_, state in sessions.items()},
         }  # fmt: skip
         number = (checkpoint.steps(self.folder) or [0])[-1] + 1
         checkpoint.save(self.folder, number, State(tensors, facts), keep=KEEP)
@@ -231,6 +259,7 @@ class Group:
     def _take_up(self, state: State) -> None:
         assert self.common is not None
         self.common.restore(state)
+        self.averages.go_to(state.facts.get("averaged", 0), checkpoint.of("mean/", state.tensors))
         self._rest(state)
         for id_, session in self.live.items():
             session.resume(self.resting.pop(id_, None))

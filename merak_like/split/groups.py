@@ -36,6 +36,8 @@ class GroupText(Message):
     """Limits each client's gradient of the shared weights, before they are put together."""
     most_norm: Annotated[float, Field(gt=0)] = 1e6
     """A client's gradient beyond this norm is refused, and nothing is changed."""
+    average: Count = 0
+    """Rounds after which the edges' own layers are averaged, weighted by the items each was trained on; 0: never."""
     wait: Annotated[float, Field(gt=0)] = 300.0
     """Seconds that those who are there wait for the others."""
     lost: Literal["wait", "skip"] = "wait"
@@ -53,6 +55,8 @@ class GroupText(Message):
         idle += ["turn"] if self.mode == "parallel" and self.turn != 1 else []
         if idle:
             raise ValueError(f"{', '.join(idle)} means nothing in a {self.mode} group: leave it away")
+        if self.average and self.mode == "sequential" and self.lost == "skip":
+            raise ValueError("average in turns waits for every member: say lost: wait, or mode: parallel")
         return self
 
 
@@ -89,6 +93,8 @@ class Place:
     """Whose turn it is in a sequential group."""
     done: int = 0
     """Steps of that turn that are done."""
+    pending: bool = False
+    """Whether the edges' own layers are to be averaged before the next update."""
 
 
 def expected(text: GroupText, at: Place, away: Collection[str] = ()) -> tuple[str, ...]:
@@ -102,6 +108,11 @@ def expected(text: GroupText, at: Place, away: Collection[str] = ()) -> tuple[st
 
 def after(text: GroupText, at: Place, who: tuple[str, ...]) -> Place:
     """Where the group is when these have made an update."""
+    now = _after(text, at, who)
+    return replace(now, pending=now.round > at.round and _every(text.average, now.round))
+
+
+def _after(text: GroupText, at: Place, who: tuple[str, ...]) -> Place:
     if text.mode == "parallel":
         return replace(at, updates=at.updates + 1, round=at.round + 1)
     index = text.members.index(who[0])
@@ -114,19 +125,38 @@ def after(text: GroupText, at: Place, who: tuple[str, ...]) -> Place:
     return replace(now, round=now.round + (following == 0), member=following, done=0)
 
 
-def saves(text: GroupText, at: Place, who: tuple[str, ...]) -> bool:
-    """Whether those who now make an update must keep what they have after it: the group will, when the round ends.
+def ending(text: GroupText, at: Place, who: tuple[str, ...]) -> int:
+    """The round that ends with the update that these now make, as far as they are concerned; 0: none does.
 
-    In turns that is the last step of each member's turn.
+    In turns that is so after the last step of each member's turn.
     """
     now = after(text, at, who)
-    ending = now.round if now.round > at.round else at.round + 1
-    return ending % text.checkpoint_every == 0 and now.done == 0
+    return (now.round if now.round > at.round else at.round + 1) if now.done == 0 else 0
+
+
+def averages(text: GroupText, at: Place, who: tuple[str, ...]) -> int:
+    """The round at whose end the layers of those who now make an update are averaged; 0: not after this one."""
+    last = ending(text, at, who)
+    return last if _every(text.average, last) else 0
+
+
+def saves(text: GroupText, at: Place, who: tuple[str, ...]) -> bool:
+    """Whether those who now make an update must keep what they have after it: the group will, when the round ends."""
+    return _kept(text, ending(text, at, who))
 
 
 def due(text: GroupText, before: Place, now: Place) -> bool:
-    """Whether the group writes a checkpoint: the round that ended was the last of ``checkpoint_every``."""
-    return now.round > before.round and now.round % text.checkpoint_every == 0
+    """Whether the group writes a checkpoint: at the end of a round that is kept, its average included."""
+    ended = now.round > before.round or before.pending
+    return ended and not now.pending and _kept(text, now.round)
+
+
+def _kept(text: GroupText, round_: int) -> bool:
+    return _every(text.checkpoint_every, round_) or _every(text.average, round_)
+
+
+def _every(count: int, round_: int) -> bool:
+    return bool(count and round_) and round_ % count == 0
 
 
 def chosen(text: GroupText, at: Place, who: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -27,10 +27,12 @@ from merak_like.runtime.links import DistLinks, Links
 from merak_like.runtime.materialize import fill
 from merak_like.runtime.optimizer import Slot, Update
 from merak_like.runtime.watch import Watch
+from merak_like.split.adapters import adapt
 from merak_like.split.crew import Crew
 from merak_like.split.cut import Cut
 from merak_like.split.enduring import Together
 from merak_like.split.exchange import Exchange
+from merak_like.split.joined import Pool
 from merak_like.split.messages import Task
 from merak_like.split.narrow import narrow
 from merak_like.split.order import Side, orders
@@ -69,14 +71,14 @@ class Made:
 def build_half(
     side: Side, source: Source, task: Task, example: Any, exchange: Exchange, *, links: Links,
     optimizer: OptimizerFactory | None, device: torch.device, crew: Crew | None = None,
-    adapt: Callable[[nn.Module, Iterable[str]], None] | None = None,
     shared: Mapping[str, nn.Parameter] | None = None, learn: Callable[[Sequence[Slot]], Update] | None = None,
+    pool: Pool | None = None,
 ) -> Made:  # fmt: skip
     """Build one side of a task.
 
-    ``example`` is a batch as steps will see it. ``adapt(model, names)`` may change the half's modules before it is
-    traced. ``crew`` are the ranks of a host; each builds its part. ``shared`` are parameters, by first names, that this
-    half has in common with others; ``learn`` makes another end of a step than an optimizer's.
+    ``example`` is a batch as steps will see it. ``crew`` are the ranks of a host; each builds its part. ``shared`` are
+    parameters, by first names, that this half has in common with others; ``learn`` makes another end of a step than an
+    optimizer's; ``pool`` lets micro-batches of several halves go through at once.
 
     Raises ValueError for a model that cannot be cut so, and for weights that are not there.
     """
@@ -89,10 +91,12 @@ def build_half(
     probe = narrow(model, micro, cut, source, skip=task.skip, side=side)
     if task.frozen_edge:
         freeze_head(model, micro, cut, source)
-    if adapt is not None:
+    if side == "host" and task.lora is not None:
         first = HalfPrograms(side, model, cut, exchange, torch.device("cpu"), source.loss_fn).at(micro).halves
-        adapt(model, first.params(1))
-    here = partial(HalfPrograms, side, model, cut, exchange, device, source.loss_fn, ranks=world.size, rank=world.rank)
+        adapt(model, first, task.lora, seed=task.seed, device=device)
+    here = partial(
+        HalfPrograms, side, model, cut, exchange, device, source.loss_fn, ranks=world.size, rank=world.rank, pool=pool
+    )
     programs = here()
     half = programs.at(micro)
     own = [stage for stage in half.holds if programs.stage_rank[stage] == world.rank]

@@ -15,8 +15,7 @@ from merak_like.split.enduring import Enduring
 from merak_like.split.exchange import Exchange
 from merak_like.split.half import Made, Source, build_half
 from merak_like.split.messages import Begin, Task
-from merak_like.split.outline import blank
-from merak_like.split.session import batch_of
+from merak_like.split.outline import batch_of, blank
 from merak_like.split.training import Training, optimizer_of
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from merak_like.split.connection import Waits
 from merak_like.split.halves import Halves
+from merak_like.split.layers import layers_of
 from merak_like.split.messages import Task
 
 
@@ -21,6 +22,8 @@ class Limits:
     memory: int = 8 * 2**30
     """For all sessions together, reserved when each is opened."""
     message: int = 64 * 2**20
+    together: int = 1
+    """Most sessions with adapters whose micro-batches go through the frozen trunk in one pass; 1: each by itself."""
     rate: float = 0.0
     """Bytes a second taken from one connection; 0: any."""
     most: float = 1e6
@@ -77,4 +80,5 @@ def memory_of(halves: Halves, task: Task, *, copies: int = 4) -> int:
     values = graph.values
     across = sum(values[spec.name].nbytes for spec in (*halves.sent, *halves.returned))
     live = min(task.window + 1, task.micro_batches)
-    return copies * weights_of(halves) + live * saved + 4 * task.micro_batches * across
+    layers = 2 * layers_of(halves).nbytes if task.average_edges else 0  # as they come, and until all are there
+    return copies * weights_of(halves) + live * saved + 4 * task.micro_batches * across + layers

@@ -36,6 +36,16 @@ class OptimizerText(Message):
     """Steps until the rate has fallen to 0; 0: it does not fall."""
 
 
+class LoraText(Message):
+    """Adapters of a session on a frozen trunk (see ``adapters``)."""
+
+    rank: Annotated[int, Field(ge=1, le=4096)] = 8
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Adapters count alpha / rank times; None: twice."""
+    targets: Annotated[tuple[Word, ...], Field(max_length=64, strict=False)] = ()
+    """Last parts of the names of the layers that get adapters; none: every linear layer that the half calls."""
+
+
 class Task(Message):
     """What both ends must agree on before anything is trained."""
 
@@ -59,6 +69,10 @@ class Task(Message):
     group: Word | None = None
     """The group whose cloud half is trained together; None: a half of one's own. There the host's operator says how the
     cloud's half learns, and ``optimizer`` and ``max_grad_norm`` are the edge's alone."""
+    lora: LoraText | None = None
+    """Train adapters on the host's frozen weights, which all such sessions have in common, instead of a half."""
+    average_edges: bool = False
+    """Whether the edge's own trained layers may go to the host, to be averaged with those of its group."""
 
 
 class Hello(Message):
@@ -86,6 +100,8 @@ class Welcome(Message):
     """The step to go on with; one more than the edge's where the host has done that step already."""
     largest: Annotated[int, Field(ge=0)]
     """Most bytes of one message of tensors."""
+    owes: bool = False
+    """Whether the edge's own layers are due, to be averaged, before the next step."""
 
 
 class Begin(Message):
@@ -114,6 +130,8 @@ class Done(Message):
     """Seconds this step waited for its turn on the host."""
     save: bool | None = None
     """In a group: whether the edge must keep a checkpoint of this step, as the host does. None: when it is due."""
+    owes: bool = False
+    """In a group: whether the edge's own layers are due now, to be averaged."""
 
     def body(self) -> bytes:
         """As it travels: JSON, and blanks behind it."""

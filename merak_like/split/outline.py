@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merak_like.runtime.batches import split
 from merak_like.split.halves import LABELS, MASK, Halves
 from merak_like.split.messages import Begin
 from merak_like.split.wire import WireError
@@ -122,3 +123,37 @@ def width_of(said: Any) -> int:
         case {"m": {"attention_mask": {"s": [int(), int(width)]}}} if 0 <= width <= MOST_ELEMENTS:
             return width
     raise WireError(f"lengths came without an {MASK} (samples, tokens) in the batch's outline")
+
+
+def batch_of(begin: Begin) -> Any:
+    """The batch of a step as far as the host may know it. Raises WireError for what is none."""
+    mask = None if begin.lengths is None else mask_of(begin.lengths, width_of(begin.outline))
+    return blank(begin.outline, mask, None if begin.labels is None else _labels(begin.labels))
+
+
+def parts_of(batch: Any, count: int) -> list[Any]:
+    """Its micro-batches. Raises WireError where it has too few rows."""
+    try:
+        return split(batch, count)
+    except ValueError as error:
+        raise WireError(str(error)) from None
+
+
+def samples_of(ids: tuple[int, ...], parts: list[int]) -> list[tuple[int, ...]]:
+    """The ids of each micro-batch's samples. Raises WireError for too many or too few."""
+    if not ids:
+        return [()] * len(parts)
+    if len(ids) != sum(parts):
+        raise WireError(f"{len(ids)} sample ids came for {sum(parts)} samples")
+    found, at = [], 0
+    for count in parts:
+        found.append(tuple(ids[at : at + count]))
+        at += count
+    return found
+
+
+def _labels(said: Any) -> torch.Tensor:
+    try:
+        return torch.tensor(said)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise WireError(f"{LABELS} are no tensor: {str(error)[:100]}") from None

@@ -29,6 +29,7 @@ from merak_like.split.elsewhere import Arrives, Leaves, Shown
 from merak_like.split.enduring import Sturdy
 from merak_like.split.exchange import Exchange
 from merak_like.split.halves import Halves, halve, spec_of
+from merak_like.split.joined import Joined, Pool
 from merak_like.split.order import Side, stage_rank
 from merak_like.split.parts import borders
 
@@ -52,9 +53,11 @@ class HalfPrograms:
 
     def __init__(
         self, side: Side, model: nn.Module, cut: Cut, exchange: Exchange, device: torch.device, loss_fn: LossFn | None,
-        *, ranks: int = 1, rank: int = 0,
+        *, ranks: int = 1, rank: int = 0, pool: Pool | None = None,
     ) -> None:  # fmt: skip
-        """``ranks`` is how many a host's half is on; the first batch that is asked for decides where it is cut."""
+        """``ranks`` is how many a host's half is on; the first batch that is asked for decides where it is cut.
+        ``pool`` is of halves whose micro-batches may go through together."""
+        self.pool = pool
         self.side: Side = side
         self.model, self.cut, self.exchange = model, cut, exchange
         self.device, self.loss_fn = device, loss_fn
@@ -155,7 +158,8 @@ class HalfPrograms:
     def _own(self, halves: Halves, starts: tuple[int, ...], part: int) -> Stage:
         code = build_stage(halves.trace, self.model, starts, part)
         if self._ranks == 1:
-            return Shown(code, halves.trace.inputs, self.device, Counter[int]())
+            alone = Shown(code, halves.trace.inputs, self.device, Counter[int]())
+            return alone if self.pool is None else Joined.of(alone, self, halves, self.pool)
         stage = Sturdy(code, halves.trace.inputs, self.device, Counter[int]())
         graph = halves.trace.graph
         named = {**graph.values, **{name: graph.values[value] for name, value in graph.outputs.items()}}

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from merak_like.partitioner.tracer import trace
 from merak_like.runtime.batches import split
 from merak_like.runtime.links import NoLinks
 from merak_like.split import checkpoint
+from merak_like.split.adapters import bytes_of
 from merak_like.split.checkpoint import State
 from merak_like.split.crew import Crew
 from merak_like.split.cut import Cut
@@ -31,6 +33,8 @@ from merak_like.split.group import Group
 from merak_like.split.half import Made, Source, build_half
 from merak_like.split.halves import halve
 from merak_like.split.helper import build_together
+from merak_like.split.joined import Pool
+from merak_like.split.layers import layers_of
 from merak_like.split.limits import Ledger, Limits, NoRoom, memory_of, weights_of
 from merak_like.split.messages import Hello, Task
 from merak_like.split.narrow import narrow, same
@@ -38,11 +42,13 @@ from merak_like.split.outline import blank
 from merak_like.split.pooled import Pooled
 from merak_like.split.rounds import Busy
 from merak_like.split.session import Refused, Session
-from merak_like.split.training import Training
+from merak_like.split.training import Training, optimizer_of
 from merak_like.split.turn import Turn
 
 UNKNOWN = "There is no such session."
 """For a session of nobody and for one of somebody else alike."""
+TRUNK = "trunk"
+"""The frozen weights, in the ledger."""
 NO_GROUP = "There is no such group."
 """For a group that is none and for one that this client may not join alike."""
 
@@ -58,6 +64,9 @@ class Registry:
         self.source, self.cut, self.folder, self.limits = source, cut, folder, limits
         self.turn, self.device, self.crew = turn, device, crew
         self.ledger = Ledger(limits.memory)
+        self.trunk: Mapping[str, nn.Parameter] | None = None
+        """Frozen weights of all sessions that train adapters, once there is one."""
+        self.pool = Pool(turn, limits.together) if limits.together > 1 else None
         self.live: dict[str, Session] = {}
         self._lock = threading.Lock()
 
@@ -68,6 +77,8 @@ class Registry:
         """
         if str(self.cut) != hello.task.cut:
             raise Refused(f"this host serves the cut {self.cut}, not {hello.task.cut}")
+        if hello.task.lora is not None and (hello.task.group is not None or not self.crew.world.alone):
+            raise Refused("adapters are trained by a session of its own, on a host of one rank: leave group away")
         with self._lock:  # sessions of a group come and go in it
             group = None if hello.task.group is None else self._group(hello.task, owner)
             if hello.session is None:
@@ -88,6 +99,12 @@ class Registry:
             raise Refused(
                 f"group {group.name} keeps a checkpoint every {group.text.checkpoint_every} rounds, edges with it: say "
                 f"checkpoint_every: {group.text.checkpoint_every}, not {task.checkpoint_every}"
+            )
+        if bool(group.text.average) != task.average_edges:
+            raise Refused(
+                f"group {group.name} averages the edges' own layers, an edge must agree: say average_edges: true"
+                if group.text.average
+                else f"group {group.name} does not average the edges' own layers: leave average_edges away"
             )
         others = {session.task.micro_batches for session in group.live.values() if session.owner != owner}
         if group.text.phi and others - {task.micro_batches}:
@@ -156,6 +173,8 @@ class Registry:
                 once, needs = self._needs(hello, example, group)
             if group is not None and group.common is None:
                 self.ledger.reserve(f"group {group.name}", once)
+            if task.lora is not None and self.trunk is None:
+                self.ledger.reserve(TRUNK, once)
             self.ledger.reserve(id_, needs)
             # One rank lets others compute while it waits for its edge; several would lose step.
             kind, away = (Exchange, self.turn.away) if self.crew.world.alone else (Enduring, nullcontext)
@@ -166,7 +185,9 @@ class Registry:
             )  # fmt: skip
             order = {"session": id_, "task": task.model_dump(mode="json"), "example": hello.example}
             with self.turn.held(), self.crew.together("open", **order):
-                if group is None:
+                if task.lora is not None:
+                    made = self._on_trunk(task, example, exchange)
+                elif group is None:
                     made = build_together(self.source, task, example, exchange, self.device, self.crew)
                 else:
                     made = self._shared(task, example, exchange, owner, group)
@@ -181,6 +202,8 @@ class Registry:
             self.ledger.release(id_)
             if group is not None and group.common is None:
                 self.ledger.release(f"group {group.name}")
+            if task.lora is not None and self.trunk is None:
+                self.ledger.release(TRUNK)
             raise
         self.live[id_] = session
         return session
@@ -197,6 +220,21 @@ class Registry:
             raise Refused(f"this session would train other weights than group {group.name}: {odd}; is skip the same?")
         return made
 
+    def _on_trunk(self, task: Task, example: Any, exchange: Exchange) -> Made:
+        """A half of adapters alone: all else is the trunk, which is there once."""
+        build = partial(build_half, "host", self.source, example=example, links=NoLinks(), device=self.device)
+        if self.trunk is None:
+            whole = build(
+                task=task.model_copy(update={"lora": None, "seed": 0}),
+                exchange=Exchange({}, 0, self.device),
+                optimizer=None,
+            )
+            named = dict(whole.model.named_parameters())
+            self.trunk = {name: named[name] for name in whole.own if name in named}
+        return build(
+            task=task, exchange=exchange, optimizer=optimizer_of(task.optimizer), shared=self.trunk, pool=self.pool
+        )
+
     def _accept(self, session: Session, alike: bool) -> None:
         if not alike:
             raise Refused(
@@ -210,11 +248,11 @@ class Registry:
             )
 
     def _needs(self, hello: Hello, example: Any, group: Group | None) -> tuple[int, int]:
-        """Bytes of a group and of a session, from a trace without weights.
+        """Bytes of a group or the trunk, and of a session, from a trace without weights.
 
         Refuses another model or cut before any weights are made.
         """
-        copies = 4 if group is None else 1
+        lora, copies = hello.task.lora, 4 if group is None else 1
         model = self.source.build().to("meta") if self.source.weights is not None else self.source.build()
         model.train()
         micro = split(example, hello.task.micro_batches)[0]
@@ -224,7 +262,10 @@ class Registry:
             whole = sum(p.nbytes for p in model.parameters())  # an upper bound: the changed layer has fewer
             return whole * 3, whole * copies
         halves = halve(trace(model, micro, self.source.loss_fn), self.cut)
-        return 3 * weights_of(halves), memory_of(halves, hello.task, copies=copies)
+        if lora is not None:
+            return weights_of(halves), 4 * bytes_of(halves, model, lora) + memory_of(halves, hello.task, copies=0)
+        mean = layers_of(halves).nbytes if hello.task.average_edges else 0
+        return 3 * weights_of(halves) + mean, memory_of(halves, hello.task, copies=copies)
 
     def make_room(self) -> None:
         """Write sessions that nobody has used for long to disk and give their memory back."""

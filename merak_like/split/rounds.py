@@ -77,6 +77,8 @@ class Rounds:
                 if not self.meeting.seated:
                     self.meeting = self._next()
                 self.change.notify_all()
+            if self.at.pending:
+                raise Busy(f"group {self.name} waits for the edges' layers of round {self.at.round}, to average them")
             self.wait(lambda: self._may(member), member, there=there)
             meeting = self.meeting
             meeting.seated.add(member)
@@ -93,20 +95,24 @@ class Rounds:
         with self.change:
             meeting.left.add(member)
             if meeting.left == set(meeting.who):
-                before, self.at = self.at, after(self.text, self.at, meeting.who)
-                try:
-                    self._end(before, self.at)
-                except BaseException as error:
-                    self.broken = error
-                    raise
-                finally:
-                    meeting.over = True
-                    self.meeting = self._next()
-                    self.change.notify_all()
+                meeting.over = True
+                self.move(after(self.text, self.at, meeting.who))
             else:
                 self.change.wait_for(lambda: meeting.over or self.broken is not None, self.text.wait)
             if self.broken is not None:
                 raise Busy(f"group {self.name} is out of step until its host is started again: {self.broken}")
+
+    def move(self, now: Place) -> None:
+        """Something has ended, and the group is at the next place."""
+        before, self.at = self.at, now
+        try:
+            self._end(before, now)
+        except BaseException as error:
+            self.broken = error
+            raise
+        finally:
+            self.meeting = self._next()
+            self.change.notify_all()
 
     def _may(self, member: str) -> bool:
         meeting = self.meeting

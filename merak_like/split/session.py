@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from merak_like.runtime.batches import rows, split
+from merak_like.runtime.batches import rows
 from merak_like.runtime.links import Spec
 from merak_like.runtime.optimizer import StepResult
 from merak_like.split import checkpoint
@@ -23,10 +23,10 @@ from merak_like.split.checkpoint import State
 from merak_like.split.connection import Connection
 from merak_like.split.crew import Crew
 from merak_like.split.exchange import Link, Way
-from merak_like.split.halves import LABELS
+from merak_like.split.layers import layers_of
 from merak_like.split.messages import Begin, Done, Hello, parse
 from merak_like.split.metrics import Metrics
-from merak_like.split.outline import blank, mask_of, width_of
+from merak_like.split.outline import batch_of, blank, parts_of, samples_of
 from merak_like.split.programs import Half
 from merak_like.split.rounds import Busy
 from merak_like.split.training import Training
@@ -34,7 +34,7 @@ from merak_like.split.turn import Turn
 from merak_like.split.wire import Key, Kind, WireError
 
 if TYPE_CHECKING:
-    from merak_like.split.group import Group
+    from merak_like.split.group import After, Group
 
 
 class Refused(ValueError):
@@ -52,10 +52,16 @@ class Session:
         self.training, self.turn, self.crew, self.group = training, turn, crew, group
         self.training.exchange.keep_log = True
         self.used = time.monotonic()
-        first = _split(blank(hello.example), hello.task.micro_batches)[0]
-        self.largest = self._largest(training.made.programs.at(first))
+        half = training.made.programs.at(parts_of(blank(hello.example), hello.task.micro_batches)[0])
+        self.layers = layers_of(half.halves) if hello.task.average_edges else None
+        """The edge's own, where they are averaged."""
+        self.largest = self._largest(half)
         self.last: tuple[int, list[tuple[Key, bytes]], Done] | None = None
         """The last step, what was said in it, and its end."""
+        self.owes = 0
+        """In a group: the round for whose mean the edge's own layers are due, or have been since the last step."""
+        self.items = 0
+        """That its edge has trained on since the mean before."""
         self._lock = threading.Lock()
         self._connection: Connection | None = None
 
@@ -75,6 +81,9 @@ class Session:
         connection.micro_batches = self.task.micro_batches
         connection.assembler.largest = self.largest
         connection.room = 2 * self.task.micro_batches * self.largest
+        if self.layers is not None:
+            connection.pieces = len(self.layers.pieces)
+            connection.room = max(connection.room, connection.pieces * self.largest)
         try:
             yield
         finally:
@@ -123,17 +132,17 @@ class Session:
             for i, (_, body) in enumerate(self.last[1] if self.last else ())
         }
         codecs = {name: t.clone() for name, t in self.training.settled().items()}
-        return State(
-            {**said, **checkpoint.under("codec/", codecs)}, {**self.facts(), "step": self.training.step, "last": last}
-        )
+        facts = {"step": self.training.step, "last": last, "owes": self.owes, "items": self.items}
+        return State({**said, **checkpoint.under("codec/", codecs)}, {**self.facts(), **facts})
 
     def resume(self, state: State | None) -> None:
         """Be where a group's checkpoint knows this session; None: it had not begun."""
-        self.last, self.training.engine.steps = None, 0
+        self.last, self.training.engine.steps, self.owes, self.items = None, 0, 0, 0
         self.training.exchange.load_state_dict({} if state is None else checkpoint.of("codec/", state.tensors))
         if state is None:
             return
         self.training.engine.steps = int(state.facts["step"])
+        self.owes, self.items = int(state.facts.get("owes", 0)), int(state.facts.get("items", 0))
         if (last := state.facts["last"]) is not None:
             bodies = [state.tensors[f"said/{i}"].numpy().tobytes() for i in range(len(last["keys"]))]
             keys = [Key(Kind(kind), step, micro_batch) for kind, step, micro_batch in last["keys"]]
@@ -151,13 +160,39 @@ class Session:
                 continue
             key, body = found
             self.used = time.monotonic()
-            begin = parse(Begin, body)
-            again = key.step == self.training.step - 1
-            done = self._step(key.step, begin, connection) if begin.training else self._look(key, begin, connection)
-            if begin.training:
-                metrics.add("merak_replays_total" if again else "merak_steps_total")
+            done = (
+                self._average(key, connection)
+                if key.kind is Kind.GATHER
+                else self._begun(key, body, connection, metrics)
+            )
             connection.ended()
             connection.send(Key(Kind.DONE, key.step), done.body())
+
+    def _begun(self, key: Key, body: bytes, connection: Connection, metrics: Metrics) -> Done:
+        begin = parse(Begin, body)
+        if not begin.training:
+            return self._look(key, begin, connection)
+        again = key.step == self.training.step - 1
+        done = self._step(key.step, begin, connection)
+        metrics.add("merak_replays_total" if again else "merak_steps_total")
+        return done
+
+    def _average(self, key: Key, connection: Connection) -> Done:
+        """Take the edge's own layers and give it the mean instead; the session is at the same step before and after."""
+        if self.group is None or self.layers is None or not self.owes or key.step != self.training.step:
+            raise WireError(f"{key}: no layers of this edge are due")
+        exchange, pieces = self.training.exchange, self.layers.pieces
+        exchange.keep_log = False
+        exchange.begin(connection, key.step, [])
+        try:
+            with self.turn.held():
+                brought = {p.name: exchange.take("own", "forward", i, [p])[p.name] for i, p in enumerate(pieces)}
+                mean = self.group.average(self, brought, lambda: not connection.closed)
+                for i, piece in enumerate(pieces):
+                    exchange.put("own", "backward", i, mean, [piece])
+        finally:
+            exchange.keep_log = True
+        return Done()
 
     def _step(self, step: int, begin: Begin, connection: Connection) -> Done:
         if self.last is not None and self.last[0] == step and self.training.step == step + 1:
@@ -170,13 +205,17 @@ class Session:
             done = self._do(step, begin, connection, None)
             self.training.save_if_due(self.facts())
             return done
-        with self.group.step(self, lambda: not connection.closed) as save:
-            return self._do(step, begin, connection, save)
+        with self.group.step(self, lambda: not connection.closed) as after:
+            return self._do(step, begin, connection, after)
 
-    def _do(self, step: int, begin: Begin, connection: Connection, save: bool | None) -> Done:
+    def _do(self, step: int, begin: Begin, connection: Connection, after: After | None) -> Done:
         result, queued = self._run(begin, connection, self.training.run)
         loss = result.loss if self.training.made.programs.cut.back is None else None
-        done = Done(loss=loss, queued=queued, save=save)
+        done = Done(loss=loss, queued=queued)
+        if after is not None:
+            self.items = result.tokens + (0 if self.owes else self.items)
+            self.owes = after.average
+            done = Done(loss=loss, queued=queued, save=after.save, owes=bool(after.average))
         self.last = (step, self.training.exchange.log, done)
         return done
 
@@ -195,7 +234,7 @@ class Session:
         if self.training.made.programs.cut.back is not None and begin.labels is not None:
             raise WireError("labels came for a cut with a tail on the edge: they have no place here")
         batch = batch_of(begin)
-        parts = _split(batch, self.task.micro_batches)
+        parts = parts_of(batch, self.task.micro_batches)
         mode = self.training.made.model.training
         with self.turn.held():
             self.training.made.model.train(begin.training)
@@ -213,7 +252,7 @@ class Session:
                     "the batch is larger than the one the session was opened with: open it with the largest"
                 )
             self._try(parts, training=begin.training)
-            samples = _samples(begin.samples, [rows(part) for part in parts])
+            samples = samples_of(begin.samples, [rows(part) for part in parts])
             self.training.exchange.begin(connection, self.training.step, samples, training=begin.training)
             before = len(self.turn.waited)
             with self.crew.together("step", session=self.id, begin=begin.model_dump(mode="json")):
@@ -237,40 +276,9 @@ class Session:
         halves, exchange = half.halves, self.training.exchange
         links: dict[Link, Sequence[Spec]] = {"up": halves.sent, "down": halves.returned if halves.tailed else ()}
         ways: tuple[Way, Way] = ("forward", "backward")
-        return max(exchange.bytes_of(link, way, specs) for link, specs in links.items() for way in ways)
+        own = 0 if self.layers is None else exchange.bytes_of("own", "forward", self.layers.pieces[:1])
+        return max(own, *(exchange.bytes_of(link, way, specs) for link, specs in links.items() for way in ways))
 
     def close(self) -> None:
         """Let go of the half."""
         self.training.close()
-
-
-def batch_of(begin: Begin) -> Any:
-    """The batch of a step as far as the host may know it. Raises WireError for what is none."""
-    mask = None if begin.lengths is None else mask_of(begin.lengths, width_of(begin.outline))
-    return blank(begin.outline, mask, None if begin.labels is None else _labels(begin.labels))
-
-
-def _split(batch: Any, count: int) -> list[Any]:
-    try:
-        return split(batch, count)
-    except ValueError as error:
-        raise WireError(str(error)) from None
-
-
-def _samples(ids: tuple[int, ...], parts: list[int]) -> list[tuple[int, ...]]:
-    if not ids:
-        return [()] * len(parts)
-    if len(ids) != sum(parts):
-        raise WireError(f"{len(ids)} sample ids came for {sum(parts)} samples")
-    found, at = [], 0
-    for count in parts:
-        found.append(tuple(ids[at : at + count]))
-        at += count
-    return found
-
-
-def _labels(said: Any) -> torch.Tensor:
-    try:
-        return torch.tensor(said)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise WireError(f"{LABELS} are no tensor: {str(error)[:100]}") from None

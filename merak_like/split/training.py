@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from merak_like.runtime.links import NoLinks
 from merak_like.runtime.optimizer import StepResult
 from merak_like.split import checkpoint
 from merak_like.split.checkpoint import State
@@ -44,6 +45,15 @@ def rate(text: OptimizerText, step: int, scale: float = 1.0) -> float:
     if text.steps <= text.warmup:
         return scale * text.lr
     return scale * text.lr * max(0.0, (text.steps - step) / (text.steps - text.warmup))
+
+
+class Word(NoLinks):
+    """The end of a step: the host has said that it is applied. Only then are the edge's own weights changed."""
+
+    wait: Callable[[], None]
+
+    def flush(self) -> None:
+        self.wait()
 
 
 class Training:

@@ -39,6 +39,8 @@ class Kind(IntEnum):
     ERROR = 5
     BYE = 6
     PING = 7
+    GATHER = 8
+    """Edge to host: the edge's own layers follow, to be averaged with those of its group."""
     UP_FORWARD = 16
     """Edge to host: what the edge's head sends."""
     UP_BACKWARD = 17
@@ -47,6 +49,10 @@ class Kind(IntEnum):
     """Host to edge: what the cloud's half returns."""
     DOWN_BACKWARD = 19
     """Edge to host: its gradient."""
+    OWN = 20
+    """Edge to host: a piece of the edge's own layers."""
+    MEAN = 21
+    """Host to edge: that piece of the mean."""
 
     @property
     def tensors(self) -> bool:
@@ -54,8 +60,11 @@ class Kind(IntEnum):
         return self >= Kind.UP_FORWARD
 
 
-FROM_EDGE = frozenset({Kind.HELLO, Kind.BEGIN, Kind.BYE, Kind.PING, Kind.ERROR, Kind.UP_FORWARD, Kind.DOWN_BACKWARD})
-FROM_HOST = frozenset({Kind.WELCOME, Kind.DONE, Kind.ERROR, Kind.BYE, Kind.PING, Kind.UP_BACKWARD, Kind.DOWN_FORWARD})
+BEGINNINGS = frozenset({Kind.BEGIN, Kind.GATHER})
+"""After one of these, tensors of its step may come."""
+EITHER = {Kind.ERROR, Kind.BYE, Kind.PING}
+FROM_EDGE = frozenset({Kind.HELLO, *BEGINNINGS, *EITHER, Kind.UP_FORWARD, Kind.DOWN_BACKWARD, Kind.OWN})
+FROM_HOST = frozenset({Kind.WELCOME, Kind.DONE, *EITHER, Kind.UP_BACKWARD, Kind.DOWN_FORWARD, Kind.MEAN})
 
 
 class Key(NamedTuple):

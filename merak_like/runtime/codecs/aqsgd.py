@@ -53,6 +53,10 @@ class AqSgd(Codec):
     capacity: int = 2**30
     memory: Memory = field(init=False, repr=False)
 
+    @property
+    def remembers(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         if self.store not in STORES:
             raise ValueError(f"{self.text}: store must be one of {', '.join(STORES)}, found {self.store!r}")

@@ -33,6 +33,10 @@ class Chain(Codec):
     def text(self) -> str:
         return "+".join(codec.text for codec in self.codecs)
 
+    @property
+    def remembers(self) -> bool:
+        return any(codec.remembers for codec in self.codecs)
+
     def pack(self, x: Tensor, context: Context) -> tuple[Tensor, bytes]:
         sides = b""
         for codec in self.codecs:
@@ -88,6 +92,10 @@ class Duplex(Codec):
     @property
     def text(self) -> str:
         return f"{self.forward.text}|{self.backward.text}"
+
+    @property
+    def remembers(self) -> bool:
+        return self.forward.remembers or self.backward.remembers
 
     def pack(self, x: Tensor, context: Context) -> tuple[Tensor, bytes]:
         return self._of(context).pack(x, replace(context, paired=False))

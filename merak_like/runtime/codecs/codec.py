@@ -82,6 +82,11 @@ class Codec(ABC):
 
     name: ClassVar[str]
 
+    @property
+    def remembers(self) -> bool:
+        """Whether it keeps something of each sample, by the ids in the context."""
+        return False
+
     @abstractmethod
     def pack(self, x: Tensor, context: Context) -> tuple[Tensor, bytes]:
         """The body, on x's device, and the side."""

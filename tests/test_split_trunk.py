@@ -1,0 +1,254 @@
+"""Sessions that train adapters on one frozen trunk: its weights are there once, micro-batches of several go through in
+one pass, and each session's numbers are those it has alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from merak_like.runtime.batches import split
+from merak_like.split.adapters import A, B, adapted
+from merak_like.split.edge import Edge
+from merak_like.split.half import Source
+from merak_like.split.host import Host
+from merak_like.split.limits import Limits
+from merak_like.split.messages import LoraText, OptimizerText, Task
+from tests import split_models
+
+CUT = "front:back"
+LEARNER = OptimizerText(name="adamw", lr=1e-2, weight_decay=0.1)
+
+
+class Deep(nn.Module):
+    """A middle to adapt, with a matrix that no layer's call reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.back = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.wide, self.thin, self.read = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.front(x).tanh()
+        x = x + self.thin(nn.functional.gelu(self.wide(x)))
+        logits = self.back(x + nn.functional.linear(x, self.read.weight))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Mixing(Deep):
+    """Rows have to do with each other."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.front(x).tanh()
+        x = self.thin(nn.functional.gelu(self.wide(x)))
+        logits = self.back(x - x.mean(0))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def model(kind: type[Deep] = Deep) -> Deep:
+    torch.manual_seed(0)
+    return kind().double()
+
+
+def batch_of(who: int, step: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(100 * who + step)
+    return {"x": torch.randn(8, 8, generator=draw, dtype=torch.float64), "labels": torch.arange(8) % 3}
+
+
+def task(who: int, **more: Any) -> Task:
+    """Clients have adapters of different ranks."""
+    usual: dict[str, Any] = {
+        "cut": CUT, "micro_batches": 2, "window": 2, "optimizer": LEARNER, "seed": who, "checkpoint_every": 2,
+        "lora": LoraText(rank=2 + who),
+    }  # fmt: skip
+    return Task(**{**usual, **more})
+
+
+@contextmanager
+def hosted(folder: Path, kind: type[Deep] = Deep, **limits: Any) -> Iterator[tuple[Host, Callable[..., Edge]]]:
+    """A host, and what makes edges of it."""
+    whole, edges = model(kind), list[Edge]()
+    source = Source(lambda: copy.deepcopy(whole))
+    with Host(source, CUT, listen="127.0.0.1:0", folder=folder / "host", limits=Limits(**limits)) as host:
+
+        def edge(who: int, **more: Any) -> Edge:
+            edges.append(
+                Edge(source, task(who, **more), batch_of(who, 0), connect=f"127.0.0.1:{host.port}",
+                     folder=folder / str(who), patience=60)
+            )  # fmt: skip
+            return edges[-1]
+
+        try:
+            yield host, edge
+        finally:
+            for one in edges:
+                one.close()
+
+
+def held(host: Host, edge: Edge) -> nn.Module:
+    """The half of an edge's session."""
+    assert edge.session is not None
+    return host.registry.live[edge.session].training.made.model
+
+
+def alone(who: int, first: Mapping[str, Tensor], steps: int, kind: type[Deep] = Deep) -> dict[str, Tensor]:
+    """What one process makes of the same batches with adapters that begin so."""
+    whole = model(kind)
+    tensors = {name: tensor.clone().requires_grad_() for name, tensor in first.items()}
+    for path in ("wide", "thin"):
+        a, b = tensors[f"{path}.{A}"], tensors[f"{path}.{B}"]
+        whole.get_submodule(path).register_forward_hook(lambda _, args, y, a=a, b=b: y + 2 * args[0] @ a.T @ b.T)
+    for name, parameter in whole.named_parameters():
+        parameter.requires_grad_(name.startswith(("front", "back")))
+        tensors |= {name: parameter} if parameter.requires_grad else {}
+    learner = torch.optim.AdamW(tensors.values(), lr=LEARNER.lr, weight_decay=LEARNER.weight_decay)
+    for step in range(steps):
+        learner.zero_grad()
+        for part in split(batch_of(who, step), 2):
+            (whole(**part)["loss"] / 2).backward()
+        learner.step()
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def of_adapters(half: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in half.named_parameters() if name.endswith((A, B))}
+
+
+def furthest(host: Host, edge: Edge, expected: Mapping[str, Tensor]) -> float:
+    found = {**of_adapters(held(host, edge)), **edge.state_dict()}
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - tensor).abs().max()) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(("together", "kind"), [(4, Deep), (4, Mixing), pytest.param(1, Deep, marks=pytest.mark.slow)])
+def test_each_session_has_the_numbers_it_has_alone(together: int, kind: type[Deep], tmp_path: Path):
+    """Three at once, with adapters of three ranks; where rows have to do with each other none go together."""
+    with hosted(tmp_path, kind, together=together) as (host, made):
+        edges = [made(who) for who in range(3)]
+        for who, edge in enumerate(edges):
+            edge.evaluate(batch_of(who, 0))
+        before = [of_adapters(held(host, edge)) for edge in edges]
+        trunk = {name: p.clone() for name, p in (host.registry.trunk or {}).items()}
+        with ThreadPoolExecutor(3) as pool:
+            with host.turn.held():  # all are in line before one computes
+                steps = [pool.submit(edge.step, batch_of(who, 0)) for who, edge in enumerate(edges)]
+                end = monotonic() + 60
+                while len(host.turn._line) < 4 and monotonic() < end:
+                    sleep(0.01)
+            for step in steps:
+                step.result()
+            for work in [pool.submit(e.train, lambda s, who=w: batch_of(who, s), 4) for w, e in enumerate(edges)]:
+                work.result()
+        for who, edge in enumerate(edges):
+            assert furthest(host, edge, alone(who, before[who], 4, kind)) < 1e-10
+            assert any(float(t.abs().max()) > 0 for n, t in of_adapters(held(host, edge)).items() if n.endswith(B))
+        halves = [dict(held(host, edge).named_parameters()) for edge in edges]
+        for name, before_all in trunk.items():
+            assert torch.equal(halves[0][name], before_all)  # frozen
+            assert len({half[name].data_ptr() for half in halves}) == 1  # and there once
+        if together > 1:
+            assert host.registry.pool is not None
+            assert (max(host.registry.pool.sizes) > 1) == (kind is Deep)
+
+
+def test_a_session_is_admitted_by_what_it_adds(tmp_path: Path):
+    with hosted(tmp_path) as (host, made):
+        sizes = [0]
+        for who in range(2):
+            edge = made(who)
+            edge.evaluate(batch_of(who, 0))
+            sizes.append(host.registry.ledger.held - sizes[0])
+        weights = sum(p.nbytes for p in (host.registry.trunk or {}).values())
+        adds = host.registry.ledger._held[edge.session or ""]
+        assert sizes[2] == sizes[1] + adds
+        own = sum(p.nbytes for p in held(host, edge).parameters() if p.requires_grad)
+        assert own * 4 < adds < own * 4 + weights  # adapters, their gradients and moments; activations
+
+
+def test_a_session_goes_on_after_its_host_was_started_again(tmp_path: Path):
+    """To the bit, and its checkpoint has adapters and no trunk."""
+    kept = []
+    for again in (False, True):
+        folder = tmp_path / str(again)
+        with hosted(folder) as (host, made):
+            edge = made(0)
+            edge.train(lambda step: batch_of(0, step), 3)
+            kept.append({**of_adapters(held(host, edge)), **edge.state_dict()} if not again else {})
+            if not again:
+                edge.train(lambda step: batch_of(0, step), 5)
+                kept[0] = {**of_adapters(held(host, edge)), **edge.state_dict()}
+            else:
+                state = host.registry.live[edge.session or ""].training.state()
+                assert {n for n in state.tensors if n.startswith("model/")} == {
+                    f"model/{path}.{key}" for path in ("wide", "thin") for key in (A, B)
+                }
+        if again:
+            with hosted(folder) as (host, made):
+                edge = made(0)
+                assert edge.step_number == 2
+                edge.train(lambda step: batch_of(0, step), 5)
+                kept[1] = {**of_adapters(held(host, edge)), **edge.state_dict()}
+    assert kept[0].keys() == kept[1].keys()
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+
+
+def test_adapters_that_cannot_be_are_refused(tmp_path: Path):
+    with hosted(tmp_path) as (_, made):
+        with pytest.raises(ValueError, match=r"no layer .* is called read: there are thin, wide"):
+            made(0, lora=LoraText(targets=("read", "wide"))).step(batch_of(0, 0))
+        with pytest.raises(ValueError, match="adapters are trained by a session of its own"):
+            made(1, group="ward").step(batch_of(1, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "cut", "targets"),
+    [
+        ("bert", "bert.encoder.layer.0:bert.pooler.dense", ("query", "value")),
+        ("gpt2", "transformer.h.0:transformer.ln_f", ("c_attn", "c_fc")),
+        ("llama", "model.layers.0:model.norm", ()),
+    ],
+)
+def test_models_of_transformers_are_adapted(name: str, cut: str, targets: tuple[str, ...], tmp_path: Path):
+    """Padding and all: two sessions in one pass have the losses and adapters that each has on a host of its own."""
+    whole, batch = getattr(split_models, name)()
+    whole = whole.double()
+    source = Source(lambda: copy.deepcopy(whole))
+    found: list[list[Any]] = []
+    for together in (1, 4):
+        limits = Limits(together=together)
+        with Host(source, cut, listen="127.0.0.1:0", folder=tmp_path / f"{together}", limits=limits) as host:
+            edges = [
+                Edge(source, Task(cut=cut, lora=LoraText(rank=2, targets=targets), optimizer=LEARNER, seed=seed), batch,
+                     connect=f"127.0.0.1:{host.port}", folder=tmp_path / f"{together}-{seed}")
+                for seed in range(2)
+            ]  # fmt: skip
+            for edge in edges:
+                edge.evaluate(batch)
+            with ThreadPoolExecutor(2) as pool:
+                with host.turn.held():
+                    steps = [pool.submit(edge.step, batch) for edge in edges]
+                    end = monotonic() + 60
+                    while len(host.turn._line) < 3 and monotonic() < end:
+                        sleep(0.01)
+                for step in steps:
+                    step.result()
+                losses = [edge.step(batch).loss for edge in edges]
+            assert adapted(held(host, edges[0]))
+            found.append([losses, [of_adapters(held(host, edge)) for edge in edges]])
+            if together > 1:
+                assert host.registry.pool is not None
+                assert max(host.registry.pool.sizes) == 2
+            for edge in edges:
+                edge.close()
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-10)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert max(float((one[n] - other[n]).abs().max()) for n in one) < 1e-10
