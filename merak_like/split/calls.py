@@ -219,7 +219,7 @@ class _Call(asyncio.Transport):
             while True:
                 await self._room.wait()
                 data = await self._read()
-                if data is aio.EOF:
+                if data is aio.EOF:  # pyright: ignore[reportAttributeAccessIssue] (its stubs lack it)
                     self._protocol.eof_received()
                     return
                 self._protocol.data_received(data)
