@@ -39,14 +39,17 @@ class Pair:
     """A host and an edge in one process, over loopback."""
 
     def __init__(self, folder: Path, model: nn.Module, batch: Any, what: Task, *, proxy: Proxy | None = None,
-                 limits: Limits | None = None) -> None:  # fmt: skip
+                 limits: Limits | None = None, scheme: str = "") -> None:  # fmt: skip
         self.source = Source(lambda: copy.deepcopy(model))
-        self.host = Host(self.source, what.cut, listen="127.0.0.1:0", folder=folder / "host", limits=limits).start()
+        self.host = Host(
+            self.source, what.cut, listen=f"{scheme}127.0.0.1:0", folder=folder / "host", limits=limits
+        ).start()
         self.proxy = proxy
         if proxy is not None:
             proxy.target = self.host.port
         port = proxy.port if proxy is not None else self.host.port
-        self.edge = Edge(self.source, what, batch, connect=f"127.0.0.1:{port}", folder=folder / "edge", patience=20)
+        connect = f"{scheme}127.0.0.1:{port}"
+        self.edge = Edge(self.source, what, batch, connect=connect, folder=folder / "edge", patience=20)
 
     @property
     def weights(self) -> dict[str, Tensor]:

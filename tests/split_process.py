@@ -140,7 +140,7 @@ def arm(fault: str, at: int) -> None:
 
 def host(say: Callable[[dict[str, Any]], None], folder: str, port: int = 0, fault: str = "", at: int = 0,
          model: str = "tests.split_models:tiny", cut: str = "layers.0:layers.3", keys: str = "",
-         groups: Mapping[str, Any] | None = None) -> None:  # fmt: skip
+         groups: Mapping[str, Any] | None = None, scheme: str = "") -> None:  # fmt: skip
     """A host on loopback; says its port; ends on SIGTERM."""
     from merak_like.split.groups import group_of
     from merak_like.split.half import Source
@@ -149,7 +149,7 @@ def host(say: Callable[[dict[str, Any]], None], folder: str, port: int = 0, faul
 
     arm(fault, at)
     served = Host(
-        Source(lambda: made(model)), cut, listen=f"127.0.0.1:{port}", folder=folder,
+        Source(lambda: made(model)), cut, listen=f"{scheme}127.0.0.1:{port}", folder=folder,
         keys=Keys(Path(keys), "host") if keys else None,
         groups={name: group_of(entry, name) for name, entry in (groups or {}).items()},
     )  # fmt: skip
@@ -184,7 +184,7 @@ def blocks(say: Callable[[dict[str, Any]], None], folder: str, first: int, stop:
 
 
 def edge(say: Callable[[dict[str, Any]], None], folder: str, ports: list[int], steps: int, task: dict[str, Any],
-         fault: str = "", at: int = 0, model: str = "tests.split_models:tiny") -> None:  # fmt: skip
+         fault: str = "", at: int = 0, model: str = "tests.split_models:tiny", scheme: str = "") -> None:  # fmt: skip
     """An edge that trains; says the losses it saw."""
     from merak_like.split.edge import Edge
     from merak_like.split.half import Source
@@ -196,7 +196,7 @@ def edge(say: Callable[[dict[str, Any]], None], folder: str, ports: list[int], s
     losses: dict[int, float] = {}
     known = Edge(
         Source(lambda: made(model)), Task.model_validate(task, strict=False), tiny_batch(0),
-        connect=[f"127.0.0.1:{port}" for port in ports], folder=folder, patience=30,
+        connect=[f"{scheme}127.0.0.1:{port}" for port in ports], folder=folder, patience=30,
     )  # fmt: skip
     with known:
         known.train(

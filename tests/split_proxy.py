@@ -1,4 +1,4 @@
-"""A wire tap between edge and host: keeps every byte, and cuts the connection at a frame of one's choice."""
+"""A wire tap between edge and host: keeps every byte, and cuts the connection at a frame of one's choice, or a byte."""
 
 from __future__ import annotations
 
@@ -69,3 +69,25 @@ class Proxy:
 
     def close(self) -> None:
         self._socket.close()
+
+
+class Raw(Proxy):
+    """Knows nothing of frames, as for gRPC, and cuts once, after so many bytes from the edge."""
+
+    def __init__(self, cut_after: int | None = None) -> None:
+        self.cut_after = cut_after
+        super().__init__(0)
+
+    def _pass(self, name: str, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while part := source.recv(1024):
+                self.seen[name] += part
+                if self.cut_after is not None and len(self.seen["up"]) > self.cut_after:
+                    self.cut_after = None
+                    self.cuts += 1
+                    break
+                sink.sendall(part)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()

@@ -133,7 +133,7 @@ RULES: dict[str, Rule] = {
     ),
     "deepspeed has one door": Names(package("deepspeed"), door=("runtime/deepspeed_zero.py",)),
     "cryptography has one door": Names(package("cryptography"), door=("split/keys.py",)),
-    "grpc has one door": Names(package("grpc"), door=("split/*",)),
+    "grpc has one door": Names(package("grpc"), door=("split/calls.py",)),
     "matplotlib has one door": Names(package("matplotlib"), door=("*/report/*",)),
     "the environment has one reader": Names(
         r"os\.(environb?|getenvb?|putenv|unsetenv)(\..*)?", door=("runtime/initialize.py",)

@@ -74,16 +74,24 @@ def test_the_halves_are_the_model(undisturbed: tuple[dict[str, Tensor], Any]):
 
 
 def slow_but(places: Sequence[str], *usual: str) -> list[Any]:
-    """A restart takes seconds: only some places are tried every time."""
-    return [pytest.param(place, marks=[] if place in usual else [pytest.mark.slow]) for place in places]
+    """A restart takes seconds: only some places are tried every time, and over gRPC one."""
+    return [
+        pytest.param(place, scheme, marks=[] if scheme + place in usual else [pytest.mark.slow])
+        for scheme in ("", "grpc://")
+        for place in places
+    ]
 
 
-@pytest.mark.parametrize("place", slow_but(PLACES, "up backward", "stepped"))
-def test_host_killed(place: str, nursery: Nursery, undisturbed: tuple[dict[str, Tensor], Any], tmp_path: Path):
-    host = nursery.start("host", folder=str(tmp_path / "host"), fault=place, at=AT)
-    edge = train(nursery, tmp_path, [host["port"]])
+@pytest.mark.parametrize(("place", "scheme"), slow_but(PLACES, "up backward", "stepped", "grpc://stepped"))
+def test_host_killed(
+    place: str, scheme: str, nursery: Nursery, undisturbed: tuple[dict[str, Tensor], Any], tmp_path: Path
+):
+    if scheme:
+        pytest.importorskip("grpc")
+    host = nursery.start("host", folder=str(tmp_path / "host"), fault=place, at=AT, scheme=scheme)
+    edge = train(nursery, tmp_path, [host["port"]], scheme=scheme)
     assert nursery.wait(host["pid"])["status"] == -signal.SIGKILL
-    again = nursery.start("host", folder=str(tmp_path / "host"), port=host["port"])
+    again = nursery.start("host", folder=str(tmp_path / "host"), port=host["port"], scheme=scheme)
     told = nursery.wait(edge)
     assert told["status"] == 0, told
     assert told["losses"] == undisturbed[1]
@@ -92,13 +100,19 @@ def test_host_killed(place: str, nursery: Nursery, undisturbed: tuple[dict[str, 
     assert nursery.wait(again["pid"])["status"] == 0
 
 
-@pytest.mark.parametrize("place", slow_but(["up forward", "down backward", "stepped", "half written"], "stepped"))
-def test_edge_killed_and_back(place: str, nursery: Nursery, undisturbed: tuple[dict[str, Tensor], Any], tmp_path: Path):
+@pytest.mark.parametrize(
+    ("place", "scheme"), slow_but(["up forward", "down backward", "stepped", "half written"], "stepped")
+)
+def test_edge_killed_and_back(
+    place: str, scheme: str, nursery: Nursery, undisturbed: tuple[dict[str, Tensor], Any], tmp_path: Path
+):
+    if scheme:
+        pytest.importorskip("grpc")
     at = AT if place != "half written" else EVERY + 1
-    host = nursery.start("host", folder=str(tmp_path / "host"))
-    edge = train(nursery, tmp_path, [host["port"]], fault=place, at=at)
+    host = nursery.start("host", folder=str(tmp_path / "host"), scheme=scheme)
+    edge = train(nursery, tmp_path, [host["port"]], fault=place, at=at, scheme=scheme)
     assert nursery.wait(edge)["status"] == -signal.SIGKILL
-    told = nursery.wait(train(nursery, tmp_path, [host["port"]]))
+    told = nursery.wait(train(nursery, tmp_path, [host["port"]], scheme=scheme))
     assert told["status"] == 0, told
     assert same(weights(tmp_path), undisturbed[0])
     os.kill(host["pid"], signal.SIGTERM)

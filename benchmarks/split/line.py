@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,13 @@ from merak_like.split.messages import OptimizerText, Task
 from merak_like.split.tls import Keys
 
 RATE = 20e6
-BATCH, TOKENS, LAYERS, MICRO_BATCHES, STEPS = 64, 64, 3, 16, 6
+BATCH, TOKENS, LAYERS, MICRO_BATCHES, STEPS = 64, 64, 3, 16, 5
 PORT = 7750
 CUT = "bert.encoder.layer.0:bert.pooler.dense"
-ROWS = ((128, "identity", 8), (128, "identity", 1), (256, "identity", 8), (256, "aqsgd(4)|int8", 8))
-"""Width of the model, codec, micro-batches under way at once."""
+ROWS = ((128, "identity", (1, 2, 4, 8)), (256, "identity", (4,)), (256, "aqsgd(4)|int8", (4,)))
+"""Width of the model, codec, micro-batches under way at once: an edge each, in one process, one after the other."""
+
+Row = tuple[int, str, tuple[int, ...]]
 
 
 def model(width: int) -> torch.nn.Module:
@@ -67,17 +70,18 @@ def main() -> None:
     for row in ROWS:
         with two_hosts() as hosts, tempfile.TemporaryDirectory() as folder:
             found = run(hosts, Path(folder), row)
-        longer = max(found["sending"], found["free"])
-        print(
-            f"| {row[0]} | `{row[1].replace('|', chr(92) + '|')}` | {row[2]} | {found['bytes']:,} | "
-            f"{found['sending']:.2f} s | {found['free']:.2f} s | {found['held']:.2f} s | "
-            f"{found['held'] / longer - 1:+.0%} | {found['predicted']:.2f} s |",
-            flush=True,
-        )
+        for window, one in zip(row[2], found, strict=True):
+            longer = max(one["sending"], one["free"])
+            print(
+                f"| {row[0]} | `{row[1].replace('|', chr(92) + '|')}` | {window} | {one['bytes']:,} | "
+                f"{one['sending']:.2f} s | {one['free']:.2f} s | {one['held']:.2f} s | "
+                f"{one['held'] / longer - 1:+.0%} | {one['predicted']:.2f} s |",
+                flush=True,
+            )
 
 
-def run(hosts: Hosts, folder: Path, row: tuple[int, str, int]) -> dict[str, float]:
-    """One row: an edge and a host over mutual TLS, first without a limit, then with."""
+def run(hosts: Hosts, folder: Path, row: Row) -> list[dict[str, float]]:
+    """A host and its edges over mutual TLS, first without a limit, then with; what was found for each edge."""
     keys.init(folder / "keys")
     keys.issue(folder / "keys", "host", hosts=[ADDRESS.format(2)])
     keys.issue(folder / "keys", "ann")
@@ -88,45 +92,61 @@ def run(hosts: Hosts, folder: Path, row: tuple[int, str, int]) -> dict[str, floa
     )  # fmt: skip
     with start(1, "host") as host, start(0, "edge") as edge:
         assert edge.stdin is not None
-        assert edge.stdout is not None
         try:
-            found: dict[str, float] = json.loads(edge.stdout.readline())
+            free = heard(edge)
             hosts.shape_one(0, RATE, burst="32kb")
             edge.stdin.write("go on\n")
             edge.stdin.flush()
-            found |= json.loads(edge.stdout.readline())
+            held = heard(edge)
             edge.wait(60)
         finally:
             edge.kill()
             host.kill()
-    return found
+    return [one | other for one, other in zip(free, held, strict=True)]
 
 
-def play_host(folder: Path, row: tuple[int, str, int]) -> None:
+def heard(edge: subprocess.Popen[str]) -> list[dict[str, float]]:
+    """The next line of a process. Raises SystemExit where it has ended without."""
+    assert edge.stdout is not None
+    if not (line := edge.stdout.readline()):
+        raise SystemExit(f"the edge ended with {edge.wait(60)}; what went wrong is above")
+    return json.loads(line)
+
+
+def play_host(folder: Path, row: Row) -> None:
     """Serve until killed."""
     there = Host(Source(partial(model, row[0])), CUT, listen=f"{ADDRESS.format(2)}:{PORT}", folder=folder / "host",
                  keys=Keys(folder / "keys", "host"))  # fmt: skip
     there.run()
 
 
-def play_edge(folder: Path, row: tuple[int, str, int]) -> None:
-    """Train without a limit, say how long a step took, wait for a line, and go on with it."""
-    width, codec, window = row
+def play_edge(folder: Path, row: Row) -> None:
+    """Train without a limit, say how long a step took, wait for a line, and go on with it; each edge in turn."""
+    width, codec, windows = row
     ids = torch.randint(1, 1000, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
-    task = Task(cut=CUT, codec=codec, micro_batches=MICRO_BATCHES, window=window, checkpoint_every=1000,
-                optimizer=OptimizerText(lr=1e-4))  # fmt: skip
-    source = Source(partial(model, width))
-    here = this_machine()
-    told = forecast(source, task, batch, Means(here, here, line("20 Mbit"), line("10 Gbit")), samples=True)
-    with Edge(source, task, batch, connect=f"{ADDRESS.format(2)}:{PORT}", folder=folder / "edge",
-              keys=Keys(folder / "keys", "ann")) as edge:  # fmt: skip
-        free, _ = steps(edge, batch)
-        say({"free": free, "predicted": told.seconds})
+    source, here = Source(partial(model, width)), this_machine()
+    means = Means(here, here, line("20 Mbit"), line("10 Gbit"))
+    tasks = [
+        Task(cut=CUT, codec=codec, micro_batches=MICRO_BATCHES, window=window, checkpoint_every=1000,
+             optimizer=OptimizerText(lr=1e-4))
+        for window in windows
+    ]  # fmt: skip
+    told = [forecast(source, task, batch, means, samples=True) for task in tasks]
+    with ExitStack() as opened:
+        edges = [
+            opened.enter_context(
+                Edge(source, task, batch, connect=f"{ADDRESS.format(2)}:{PORT}", folder=folder / f"edge-{task.window}",
+                     keys=Keys(folder / "keys", "ann"))
+            )
+            for task in tasks
+        ]  # fmt: skip
+        free = [steps(edge, batch)[0] for edge in edges]
+        say([{"free": seconds, "predicted": each.seconds} for seconds, each in zip(free, told, strict=True)])
         sys.stdin.readline()
-        held, sent = steps(edge, batch)
-        assert sent == told.sent
-        say({"held": held, "bytes": sent, "sending": 8 * sent / RATE})
+        held = [steps(edge, batch) for edge in edges]
+        assert [sent for _, sent in held] == [each.sent for each in told]
+        say([{"held": seconds, "bytes": sent, "sending": 8 * sent / RATE} for seconds, sent in held])
 
 
 def steps(edge: Edge, batch: Any) -> tuple[float, int]:
@@ -140,7 +160,7 @@ def steps(edge: Edge, batch: Any) -> tuple[float, int]:
     return min(seconds[2:]), sent
 
 
-def say(found: dict[str, float]) -> None:
+def say(found: list[dict[str, float]]) -> None:
     """To the process that started this one."""
     print(json.dumps(found), flush=True)
 

@@ -98,7 +98,8 @@ def run(
     """Train with a host: data, labels and the edge's layers stay here. Prints one JSON line a step.
 
     ``plan`` and ``leakage`` need no host. ``plan`` ranks cuts, ranks, codecs and numbers of micro-batches for the
-    ``machines`` of the file; ``leakage`` measures how many tokens a decoder finds again in what would be sent.
+    ``machines`` of the file; ``leakage`` measures how many tokens, or how much of an image, a decoder finds
+    again in what would be sent.
     """
     if action not in ACTIONS:
         raise ValueError(f"no action {action!r}: there are {', '.join(ACTIONS)}")
@@ -242,12 +243,14 @@ def _means(machines: Machines | None) -> Means | None:
 
 
 def _leakage(setting: Setting, options: Options) -> None:
+    from merak_like.split.image_leakage import image_leakage, images_of
     from merak_like.split.leakage import leakage
 
     data = batches(setting.data)
     source = half_source(setting.model, task=setting.hf_task, weights=setting.weights)
-    count = max(8, min(setting.steps, 64))
-    typer.echo(str(leakage(source, task_of(setting), [_batch(data(step)) for step in range(count)])))
+    asked = [_batch(data(step)) for step in range(max(8, min(setting.steps, 64)))]
+    measure = image_leakage if images_of(asked[0][0]) is not None else leakage
+    typer.echo(str(measure(source, task_of(setting), asked)))
 
 
 def _batch(found: Any) -> tuple[Any, Sequence[int] | None]:

@@ -22,7 +22,9 @@ def run(
         str,
         typer.Option("--generate", help="FIRST:STOP, blocks to generate with, instead of --cut; see docs/split.md."),
     ] = "",
-    listen: Annotated[str, typer.Option("--listen", help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:7750",
+    listen: Annotated[
+        str, typer.Option("--listen", help="HOST:PORT or grpc://HOST:PORT; port 0 takes a free one.")
+    ] = "127.0.0.1:7750",
     state: Annotated[Path, typer.Option("--state", help="Folder of sessions and the audit log.")] = Path("host"),
     groups: Annotated[
         Path | None, typer.Option("--groups", help="YAML of clients that train one half together; see docs/split.md.")
@@ -104,6 +106,7 @@ def _until_drained(host: Host) -> None:
 
 def _ready(host: Host) -> None:
     typer.echo(
-        f"listening on {host.address[0]}:{host.port}" + (f", status on {host.status_port}" if host.status_port else "")
+        f"listening on {host.place._replace(port=host.port)}"
+        + (f", status on {host.status_port}" if host.status_port else "")
     )
     sys.stdout.flush()  # whoever starts hosts waits for this line

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from merak_like.split.connection import Connection, Lost, Waits
-from merak_like.split.tls import Keys, address, require_safe
+from merak_like.split.tls import Keys, require_safe
+from merak_like.split.transport import place, transport
 from merak_like.split.wire import FROM_HOST
 
 T = TypeVar("T")
@@ -19,14 +19,14 @@ class Dialler:
     """Dials the hosts of a list, one after the other."""
 
     def __init__(self, hosts: Sequence[str], keys: Keys | None, insecure: bool, waits: Waits, window: int) -> None:
-        """``hosts`` are HOST:PORT. Raises ValueError for one beyond this machine without keys."""
+        """``hosts`` are HOST:PORT or grpc://HOST:PORT. Raises ValueError for one beyond this machine without keys."""
         if not hosts:
             raise ValueError("no host to dial: give at least one HOST:PORT")
-        self.hosts = [address(host) for host in hosts]
-        for host, _ in self.hosts:
-            require_safe(host, keys, insecure)
+        self.hosts = [place(host) for host in hosts]
+        for each in self.hosts:
+            require_safe(each.host, keys, insecure)
         self.waits, self.window = waits, window
-        self._tls = keys.client() if keys is not None else None
+        self._transports = {one.scheme: transport(one.scheme, keys, server=False) for one in self.hosts}
         self._at = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="merak-edge", daemon=True)
@@ -37,19 +37,19 @@ class Dialler:
 
         Raises Lost, or PermissionError for a host that is not who it should be.
         """
-        host, port = self.hosts[self._at if at is None else at]
+        where = self.hosts[self._at if at is None else at]
 
         async def connect() -> Connection:
             async with asyncio.timeout(self.waits.hello):
-                reader, writer = await asyncio.open_connection(host, port, ssl=self._tls, limit=2**21)
+                reader, writer = await self._transports[where.scheme].dial(where.host, where.port)
             return Connection(reader, writer, FROM_HOST, self.waits, window=self.window)
 
         try:
             return self._run(connect())
-        except ssl.SSLCertVerificationError as error:
-            raise PermissionError(f"{host}:{port} is not the host it should be: {error.verify_message}") from None
+        except PermissionError as error:
+            raise PermissionError(f"{where} is not the host it should be: {error}") from None
         except (OSError, TimeoutError) as error:
-            raise Lost(f"{host}:{port} does not answer: {str(error) or type(error).__name__}") from None
+            raise Lost(f"{where} does not answer: {str(error) or type(error).__name__}") from None
 
     def next(self) -> None:
         """Dial the next host from now on."""

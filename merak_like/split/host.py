@@ -35,6 +35,7 @@ from merak_like.split.rounds import Busy
 from merak_like.split.session import Refused
 from merak_like.split.status import serve_status
 from merak_like.split.tls import REFUSED, Keys, address, identity, require_safe
+from merak_like.split.transport import place, transport
 from merak_like.split.turn import Turn
 from merak_like.split.wire import FROM_EDGE, Key, Kind, WireError, frames
 
@@ -47,16 +48,17 @@ class Host:
         insecure: bool = False, limits: Limits | None = None, status: str | None = None,
         device: torch.device | str = "cpu", crew: Crew | None = None, groups: Mapping[str, GroupText] | None = None,
     ) -> None:  # fmt: skip
-        """``folder`` keeps sessions and the audit log. ``status`` is HOST:PORT for /healthz and /metrics.
-        ``groups`` are those of clients that train one half together, by name.
+        """``listen`` is HOST:PORT, or grpc://HOST:PORT. ``folder`` keeps sessions and the audit log. ``status`` is
+        HOST:PORT for /healthz and /metrics. ``groups`` are those of clients that train one half together, by name.
         ``crew`` are the ranks that share the cloud's half, of which this is the first; the others run ``Helper``.
 
         Raises ValueError for a cut that is none, for an address beyond this machine without keys, and for groups that
         cannot be.
         """
         self.limits, self.keys = limits or Limits(), keys
-        self.address = address(listen)
-        require_safe(self.address[0], keys, insecure)
+        self.place = place(listen)
+        require_safe(self.place.host, keys, insecure)
+        self._transport = transport(self.place.scheme, keys, server=True)
         here = torch.device(device)
         self.crew = crew or Crew(World(0, 1, here, timedelta(seconds=600)))
         self._check(groups or {})
@@ -139,12 +141,10 @@ class Host:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        context = self.keys.server() if self.keys is not None else None
-        server = await asyncio.start_server(
-            self._accept, *self.address, ssl=context, limit=2**21, backlog=128,
-            **({"ssl_handshake_timeout": self.limits.waits.hello} if context else {}),
-        )  # fmt: skip
-        self.port = server.sockets[0].getsockname()[1]
+        door = await self._transport.listen(
+            self.place.host, self.place.port, self._accept, hello=self.limits.waits.hello, most=self.limits.connections
+        )
+        self.port = door.port
         status = await serve_status(address(self._status), self._text, self.draining) if self._status else None
         self.status_port = status.sockets[0].getsockname()[1] if status else 0
         self._listening.set()
@@ -154,7 +154,7 @@ class Host:
             self.metrics.set("merak_connections", len(self._now))
             self.metrics.set("merak_reserved_bytes", self.registry.ledger.held)
         self.draining.set()
-        server.close()
+        door.close()
         with suppress(TimeoutError):
             async with asyncio.timeout(self.limits.waits.step):
                 while self._now:
@@ -162,6 +162,7 @@ class Host:
         for connection in list(self._now):
             connection.close()
         await self._loop.run_in_executor(None, self.registry.close)
+        await door.ended()
         if status is not None:
             status.close()
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merak_like.split.tls import AUTHORITY, REVOKED
 
@@ -94,6 +94,19 @@ def revoke(folder: Path, name: str) -> int:
         file.flush()
         os.fsync(file.fileno())
     return serial
+
+
+class Certificate:
+    """One that came as bytes, in the words of ``ssl``: its names and serial number, as ``identity`` asks for them."""
+
+    def __init__(self, pem: bytes) -> None:
+        self._is = x509.load_pem_x509_certificate(pem)
+
+    def getpeercert(self) -> dict[str, Any]:
+        """See ``ssl.SSLSocket``."""
+        names = self._is.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        subject = tuple((("commonName", str(name.value)),) for name in names)
+        return {"serialNumber": f"{self._is.serial_number:X}", "subject": subject}
 
 
 def _builder(

@@ -11,9 +11,9 @@ well, and proves nothing by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from merak_like.runtime.batches import rows
 from merak_like.runtime.codecs import Context, codec
 from merak_like.runtime.codecs.loopback import Loopback
-from merak_like.runtime.links import NoLinks
+from merak_like.runtime.links import NoLinks, Spec
 from merak_like.split.binarised import leak_loss
 from merak_like.split.exchange import Exchange
 from merak_like.split.half import Made, Source, build_half
@@ -56,12 +56,7 @@ class Leakage:
             f"a decoder finds {self.recovered:.1%} of {self.tokens} unseen tokens again (always the most frequent one: "
             f"{self.majority:.1%}), from {self.numbers} numbers a token; distance correlation {self.correlation:.2f}. "
             f"Whoever reads what is sent can read {judged} of the text; a better decoder reads more."
-        ) + (
-            f" From the gradients that are sent {self.labels:.1%} of the labels are found (always the most frequent "
-            f"one: {self.labels_majority:.1%})."
-            if self.labels is not None
-            else ""
-        )
+        ) + of_labels(self.labels, self.labels_majority)
 
 
 def leakage(
@@ -74,31 +69,62 @@ def leakage(
     """
     if len(batches) < 4 or TOKENS not in batches[0][0]:
         raise ValueError(f"a leakage report needs four or more batches with {TOKENS}, found {len(batches)}")
-    device = torch.device("cpu")
-    exchange = Exchange({"up": "identity", "down": "identity"}, 0, device)
-    alone = task.model_copy(update={"micro_batches": 1})
-    made = build_half("edge", source, alone, batches[0][0], exchange, links=NoLinks(), optimizer=None, device=device)
-    link = Loopback(codec(task.codec), codec(task.codec))
+    heard = overhear(source, task, batches, a_row_a_token, seed)
     pairs: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad():
-        for step, (batch, ids) in enumerate(batches):
-            sent = _sent(made, batch)
-            samples = tuple(ids) if ids is not None else tuple(range(step * rows(batch), (step + 1) * rows(batch)))
-            arrived = link(sent, Context(step, samples=samples))
-            kept = batch["attention_mask"].flatten() != 0 if "attention_mask" in batch else slice(None)
-            pairs.append((arrived.flatten(0, 1).float()[kept], batch[TOKENS].flatten()[kept]))
-    told = [_gradients(made, batch, task.back_codec, seed + step) for step, (batch, _) in enumerate(batches)]
-    made.engine.close()
+    for arrived, (batch, _) in zip(heard.arrived, batches, strict=True):
+        kept = batch["attention_mask"].flatten() != 0 if "attention_mask" in batch else slice(None)
+        pairs.append((arrived.flatten(0, 1).float()[kept], batch[TOKENS].flatten()[kept]))
     asked = max(1, len(pairs) // 4)
     z, tokens = (torch.cat(part) for part in zip(*pairs[:-asked], strict=True))
     z_new, tokens_new = (torch.cat(part) for part in zip(*pairs[-asked:], strict=True))
     most = int(tokens.bincount().argmax())
     recovered = _decoder_score(z, tokens, z_new, tokens_new, steps, seed)
-    table = _embedded(made.model, tokens_new[:600])
+    table = _embedded(heard.model, tokens_new[:600])
     return Leakage(
         recovered, float((tokens_new == most).float().mean()), distance_correlation(table, z_new[:600]), z.shape[1],
-        len(tokens_new), *_label_score([pair for pair in told if pair is not None], asked, steps, seed),
+        len(tokens_new), *label_score(heard, steps, seed),
     )  # fmt: skip
+
+
+class Overheard(NamedTuple):
+    """What whoever reads the wire sees of some batches."""
+
+    model: nn.Module
+    arrived: list[Tensor]
+    """One value of each batch, as it comes out of the codec."""
+    gradients: list[tuple[Tensor, Tensor]]
+    """What the tail sends back, a row a sample, and the labels; of none where it has no label a sample."""
+
+
+def overhear(
+    source: Source, task: Task, batches: Sequence[tuple[Any, Sequence[int] | None]],
+    which: Callable[[Any, Sequence[Spec]], Spec], seed: int,
+) -> Overheard:  # fmt: skip
+    """Run the edge's head and both ends of the codecs on some batches; ``which`` picks what to listen to."""
+    device = torch.device("cpu")
+    exchange = Exchange({"up": "identity", "down": "identity"}, 0, device)
+    alone = task.model_copy(update={"micro_batches": 1})
+    made = build_half("edge", source, alone, batches[0][0], exchange, links=NoLinks(), optimizer=None, device=device)
+    link = Loopback(codec(task.codec), codec(task.codec))
+    arrived = list[Tensor]()
+    with torch.no_grad():
+        for step, (batch, ids) in enumerate(batches):
+            half = made.programs.at(batch)
+            sent = half.stages[0].forward(0, batch, {})[which(batch, half.halves.sent).name]
+            samples = tuple(ids) if ids is not None else tuple(range(step * rows(batch), (step + 1) * rows(batch)))
+            arrived.append(link(sent, Context(step, samples=samples)))
+    told = [_gradients(made, batch, task.back_codec, seed + step) for step, (batch, _) in enumerate(batches)]
+    made.engine.close()
+    return Overheard(made.model, arrived, [pair for pair in told if pair is not None])
+
+
+def a_row_a_token(batch: Any, sent: Sequence[Spec]) -> Spec:
+    """The one value with a row a token."""
+    shape = tuple(batch[TOKENS].shape)
+    found = [s for s in sent if s.dtype.is_floating_point and s.shape[:2] == shape and len(s.shape) == 3]
+    if len(found) != 1:
+        raise ValueError(f"the cut sends {[s.shape for s in sent]}: no single value has a row a token")
+    return found[0]
 
 
 def _gradients(made: Made, batch: Any, text: str, seed: int) -> tuple[Tensor, Tensor] | None:
@@ -127,9 +153,10 @@ def _gradients(made: Made, batch: Any, text: str, seed: int) -> tuple[Tensor, Te
     return (torch.cat(rows_, 1), labels) if rows_ else None
 
 
-def _label_score(
-    pairs: Sequence[tuple[Tensor, Tensor]], asked: int, steps: int, seed: int
-) -> tuple[float | None, float]:
+def label_score(heard: Overheard, steps: int, seed: int) -> tuple[float | None, float]:
+    """Share of the last quarter's labels that a classifier finds in the gradients, and of the most frequent label."""
+    pairs = heard.gradients
+    asked = max(1, len(heard.arrived) // 4)
     if len(pairs) <= asked:
         return None, 0.0
     g, labels = (torch.cat(part) for part in zip(*pairs[:-asked], strict=True))
@@ -139,15 +166,14 @@ def _label_score(
     return _decoder_score(g, labels, g_new, labels_new, steps, seed), majority
 
 
-def _sent(made: Any, batch: Any) -> Tensor:
-    """The one value of a batch that has a row a token."""
-    half = made.programs.at(batch)
-    values = half.stages[0].forward(0, batch, {})
-    shape = tuple(batch[TOKENS].shape)
-    found = [s for s in half.halves.sent if s.dtype.is_floating_point and s.shape[:2] == shape and len(s.shape) == 3]
-    if len(found) != 1:
-        raise ValueError(f"the cut sends {[s.shape for s in half.halves.sent]}: no single value has a row a token")
-    return values[found[0].name]
+def of_labels(share: float | None, majority: float) -> str:
+    """For people."""
+    if share is None:
+        return ""
+    return (
+        f" From the gradients that are sent {share:.1%} of the labels are found (always the most frequent one: "
+        f"{majority:.1%})."
+    )
 
 
 def _decoder_score(z: Tensor, tokens: Tensor, z_new: Tensor, tokens_new: Tensor, steps: int, seed: int) -> float:
