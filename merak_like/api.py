@@ -106,13 +106,13 @@ def auto_parallel(
     traced or cut, memory that does not suffice, and ranks that do not agree.
     """
     degrees = {axis: degree_of(axis, degree) for axis, degree in (("dp", dp), ("pp", pp), ("tp", tp))}
+    if ds_config is not None:
+        given = (optimizer, rate, micro_batches, max_grad_norm, precision, zero, zero_backend)
+        told = arguments(ds_config, degrees, rows(example), dict(zip(ARGUMENTS, given, strict=True)))
+        optimizer, rate, micro_batches, max_grad_norm, precision, zero, zero_backend = told.values()
     level, form = level_of(zero, zero_backend, optimizer is not None), form_of(sequence_parallel)
     chosen = None in (*degrees.values(), level, form)
     mesh = Mesh(world_size()) if chosen else Mesh(*(degree or 1 for degree in degrees.values()))
-    if ds_config is not None:
-        given = (optimizer, rate, micro_batches, max_grad_norm, precision, level or 0, zero_backend)
-        told = arguments(ds_config, degrees, rows(example), dict(zip(ARGUMENTS, given, strict=True)))
-        optimizer, rate, micro_batches, max_grad_norm, precision, level, zero_backend = told.values()
     spread = spreading_of(level or 0, zero_backend, mesh)
     if spread.deepspeed and optimizer is None:
         raise ValueError(f"zero_backend={zero_backend!r} spreads an optimizer's state: pass optimizer= too")

@@ -120,6 +120,22 @@ def test_on_several_ranks_as_in_one_process(call: Call, result: Callable[[Call],
     assert ours.metric == pytest.approx(theirs.metric)
 
 
+BEST = [
+    Call(f"best-{zero}-{bf16}", "tests.trainer_runs:back_to_the_best", {"dp": 2, "pp": 1, "zero": zero, "bf16": bf16})
+    for zero, bf16 in ((3, False), (1, True), (2, False))
+]
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    "call", [pytest.param(call, id=call.name, marks=[pytest.mark.slow] * bool(i)) for i, call in enumerate(BEST)]
+)
+def test_best_weights_come_back_where_they_are_spread(call: Call, result: Callable[[Call], list[Any]]) -> None:
+    """With zero=3 the rows of a weight met the whole of it, which torch refuses; masters of bf16 kept the last ones."""
+    assert all(result(call))
+
+
 SPEAKING = [
     Call(f"speaks-{dp}x{pp}x{tp}", "tests.trainer_runs:speaks", {"dp": dp, "pp": pp, "tp": tp})
     for dp, pp, tp in ((1, 1, 2), (2, 1, 1), (1, 2, 2))

@@ -29,16 +29,16 @@ class Parallelism(Section):
     """``auto``: chosen for the ranks that torchrun started, and anew when it starts others."""
     pp: Degree = 1
     tp: Degree = 1
-    zero: Literal[0, 1, 2, 3] = 0
-    """Spread over replicas: 1 the optimizer's state, 2 the gradients too, 3 the weights too."""
+    zero: Literal[0, 1, 2, 3, "auto"] = 0
+    """Spread over replicas: 1 the optimizer's state, 2 the gradients too, 3 the weights too; ``auto``: chosen."""
     zero_backend: Literal["own", "deepspeed", "deepspeed-offload"] | None = None
     """Who spreads: ourselves, or DeepSpeed's optimizer at level 1, with its state on the CPU too."""
     ds_config: Path | None = None
     """A DeepSpeed configuration; what stands there as "auto" is what these settings say."""
     fuse: bool = True
     """Run activations that the model spells out as one kernel."""
-    sequence_parallel: bool = False
-    """Divide activations outside of sharded weights among tensor-parallel ranks too."""
+    sequence_parallel: bool | Literal["auto"] = False
+    """Divide activations outside of sharded weights among tensor-parallel ranks too; ``auto``: chosen."""
     tp_shares: Count = 1
     """Parts of a micro-batch, the tensor-parallel sums of one under the compute of another."""
     schedule: str = "1f1b"
@@ -60,8 +60,8 @@ class Parallelism(Section):
         degrees = self.degrees
         if self.plan is not None and "auto" in degrees.values():
             raise ValueError("parallelism.plan has its degrees: give these instead of auto, or leave the plan out")
-        if self.tp == 1 and (self.sequence_parallel or self.tp_shares > 1):
-            key = "sequence_parallel" if self.sequence_parallel else "tp_shares"
+        if self.tp == 1 and (self.sequence_parallel is True or self.tp_shares > 1):
+            key = "sequence_parallel" if self.sequence_parallel is True else "tp_shares"
             raise ValueError(f"parallelism.{key} is about tensor-parallel ranks: say parallelism.tp=2 or more with it")
         if self.zero == 3 and (self.pp, self.tp) != (1, 1):
             raise ValueError(
