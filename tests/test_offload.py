@@ -132,7 +132,9 @@ def test_model_is_left_without_hooks() -> None:
     """They stayed when the engine was closed, and counted the calls of whoever had the model next."""
     model = Model()
     for _ in range(2):
-        engine = auto_parallel(model, example=BATCH, hardware="a100-80gb", device="cpu", methods=[Offload(r"blocks\.1")])
+        engine = auto_parallel(
+            model, example=BATCH, hardware="a100-80gb", device="cpu", methods=[Offload(r"blocks\.1")]
+        )
         assert model.blocks[1]._forward_hooks
         engine.step(BATCH)
         engine.close()

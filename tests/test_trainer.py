@@ -28,6 +28,7 @@ from merak_like.trainer.settings import (
     Logging,
     Optimizer,
     Parallelism,
+    Profile,
     Schedule,
     Settings,
     Training,
@@ -99,7 +100,10 @@ def test_early_stopping_stops(tmp_path: Path) -> None:
 
 
 def test_a_run_leaves_its_numbers_and_a_model_that_loads(tmp_path: Path) -> None:
-    asked = quick(tmp_path, training=Training(epochs=2.0, batch=8))
+    asked = quick(
+        tmp_path, training=Training(epochs=2.0, batch=8, deterministic=True, check_every=4),
+        logging=Logging(every=4, console=False, profile=Profile(at=2, steps=2)),
+    )  # fmt: skip
     trainer = Trainer(build("llama"), asked, data("llama", 36, 1), data("llama", 10, 2))
     said: list[str] = []
     trainer.journal.say = said.append  # type: ignore[method-assign]
@@ -109,6 +113,8 @@ def test_a_run_leaves_its_numbers_and_a_model_that_loads(tmp_path: Path) -> None
     trainer.save(tmp_path / "model")
     looked = trainer.evaluate()
     trainer.close()
+    assert not torch.are_deterministic_algorithms_enabled(), "as it was before"
+    assert json.loads((tmp_path / "profile/rank-0.json").read_text())["traceEvents"]
     lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert summary["train_steps"] == 9 == trainer.state.step  # two epochs of 4.5 batches
     assert [line["step"] for line in lines if "loss" in line] == [4, 8, 9]

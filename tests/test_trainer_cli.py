@@ -136,6 +136,22 @@ def test_a_dry_run_plans_and_trains_nothing(here: Path, capsys: pytest.CaptureFi
     assert not Path("out/metrics.jsonl").exists()
 
 
+def test_a_dry_run_is_of_the_run_that_was_asked_for(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It planned without ZeRO, precision and methods: as much memory as a run without them would take."""
+
+    def fullest(*changes: str) -> dict[str, int]:
+        run(capsys, "train", "run.yaml", "--dry-run", "parallelism.micro_batches=1", "training.batch=8", *changes)
+        return dict(Plan.load("out/plan.json").memory_bytes[0])
+
+    plain, spread = fullest("parallelism.dp=2"), fullest("parallelism.dp=2", "parallelism.zero=1")
+    assert spread["optimizer"] < 0.6 * plain["optimizer"]
+    lowered = fullest("parallelism.dp=2", "precision=bf16")
+    assert lowered["activations"] < 0.6 * plain["activations"]
+    assert "no module has such a path" in refused(
+        capsys, "train", "run.yaml", "--dry-run", "methods.offload.blocks=nothing"
+    )
+
+
 def test_a_run_from_texts_to_a_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = run(capsys, "train", "run.yaml", "checkpoints.every=3", "training.steps=3")
     assert "3 steps in" in said

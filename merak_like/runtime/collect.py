@@ -190,8 +190,17 @@ def agree(facts: Mapping[str, str], world: World, watch: Watch) -> None:
 
 def agree_on_weights(tensors: Mapping[str, Tensor], world: World, watch: Watch) -> None:
     """Raise ValueError on every rank, naming the odd ones, unless all that hold a tensor hold the same numbers."""
+    if theirs := odd_weights(tensors, world, watch):
+        raise ValueError(
+            f"the ranks do not start from the same weights: {theirs}: call torch.manual_seed on every rank before the "
+            "model is built, build it on the meta device, or pass weights="
+        )
+
+
+def odd_weights(tensors: Mapping[str, Tensor], world: World, watch: Watch) -> str:
+    """Which ranks hold other numbers than the rest that hold the same tensors; empty if none does. Every rank asks."""
     if world.alone:
-        return
+        return ""
     said: list[Any] = [None] * world.size
     with watch.waiting("the fingerprints of all weights"):
         dist.all_gather_object(said, _fingerprints(tensors))
@@ -203,12 +212,7 @@ def agree_on_weights(tensors: Mapping[str, Tensor], world: World, watch: Watch) 
         for rank, value in prints.items():
             if value != usual:
                 odd.setdefault(rank, []).append(name)
-    if odd:
-        theirs = "; ".join(f"rank {rank} has its own {names[0]} ({len(names)} differ)" for rank, names in odd.items())
-        raise ValueError(
-            f"the ranks do not start from the same weights: {theirs}: call torch.manual_seed on every rank before the "
-            "model is built, build it on the meta device, or pass weights="
-        )
+    return "; ".join(f"rank {rank} has its own {names[0]} ({len(names)} differ)" for rank, names in odd.items())
 
 
 def _fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -175,6 +175,11 @@ class Training(Section):
     """How many steps in a row may be left out because their loss or gradients are not finite; the next one stops the
     run."""
 
+    check_every: Count | None = None
+    """Steps between two looks whether ranks that hold the same weights still do, bit for bit."""
+    deterministic: bool = False
+    """Refuse operations of torch that may give other bits the next time, and choose the others."""
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
@@ -214,6 +219,14 @@ class Checkpoints(Section):
     """Write them while training goes on."""
 
 
+class Profile(Section):
+    """torch's profiler, and on a GPU what is allocated where."""
+
+    at: Count = 5
+    """The first step that is recorded, of those that a process makes."""
+    steps: Count = 3
+
+
 class Logging(Section):
     """Where numbers go besides the console and ``metrics.jsonl``."""
 
@@ -221,6 +234,8 @@ class Logging(Section):
     console: bool = True
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     project: str = "merak"
+    profile: Profile | None = None
+    """Record some steps of each rank into ``profile/``."""
 
 
 class Settings(Section):
@@ -239,3 +254,8 @@ class Settings(Section):
     logging: Logging = Logging()
     folder: Path = Path("runs/run")
     """Where all files of the run go."""
+
+    @property
+    def lowered(self) -> str | None:
+        """The precision as ``auto_parallel`` has it; None where the model computes in its own, or under autocast."""
+        return None if self.precision in ("fp32", "autocast") else self.precision

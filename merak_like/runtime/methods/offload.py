@@ -11,7 +11,7 @@ Weights, buffers and small tensors stay. On a CPU both memories are one: the sam
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from merak_like.runtime.methods.planned_bytes import with_kept_elsewhere
 from merak_like.runtime.methods.wrapped import AfterSum
 from merak_like.runtime.stage_code import Piece
 
-ALL = ".*"
+ALL, AUTO = ".*", "auto"
 SMALLEST = 16 * 2**10
 """Bytes that are worth a copy of their own."""
 BANDWIDTH = 20e9
@@ -38,6 +38,9 @@ AHEAD = 64 * 2**20
 
 class Offload(Method):
     """Keeps activations of the modules whose path matches ``blocks``, all by default, in the machine's memory.
+
+    With ``"auto"`` ``auto_parallel`` chooses among the blocks of the model those for which this costs less than to keep
+    them, where they do not fit, or to compute them again; it may be none, and on a CPU always is.
 
     ``bandwidth`` is what the planner counts with; a copy costs it what the layer's own work does not hide. ``ahead``
     are bytes on their way back at once. What is computed again keeps nothing, so nothing of it goes out.
@@ -52,6 +55,10 @@ class Offload(Method):
         self._parking: Parking | None = None
         self._inside, self._plans = 0, True
         self._stays: set[int] = set()
+
+    def of(self, paths: Sequence[str]) -> Offload:
+        """The same for these modules."""
+        return Offload("|".join(re.escape(path) for path in paths), bandwidth=self.bandwidth, ahead=self.ahead)
 
     @property
     def parking(self) -> Parking:
@@ -75,6 +82,11 @@ class Offload(Method):
         Of a shard, on tensor-parallel ranks, it counts nothing. Raises ValueError where no module has such a path.
         """
         named = self._named(model)
+        if self.blocks == AUTO and not named:
+            raise ValueError(
+                "Offload('auto') chooses blocks while a plan is made: beside plan= say those that it was made with, as "
+                "its notes have them, Offload('...')"
+            )
         if not named:
             some = ", ".join(repr(name) for name, _ in list(model.named_modules())[1:6])
             raise ValueError(f"Offload(blocks={self.blocks!r}): no module has such a path; there are {some}")
