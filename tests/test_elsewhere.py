@@ -55,16 +55,17 @@ def graph() -> ProxyGraph:
 def plan(away: Any, pp: int, bandwidth: float, limit: int | None = None, **more: Any) -> Plan:
     there = with_kept_elsewhere(graph(), tuple(away), SMALLEST, bandwidth)
     return make_plan(
-        there, Mesh(pp=pp), hardware="a100-80gb", batch=64, micro_batches=4, memory_limit=limit, thorough=False, **more
-    )
+        there, Mesh(pp=pp), hardware="a100-80gb", batch=64, micro_batches=4, memory_limit=limit, schedule="gpipe",
+        thorough=False, **more,
+    )  # fmt: skip
 
 
 def bytes_of(one: Plan) -> int:
-    return max(sum(kinds.values()) for kinds in one.memory_bytes)
+    return max(kinds["total"] for kinds in one.memory_bytes)
 
 
 @pytest.mark.parametrize("pp", [1, 2])
-@pytest.mark.parametrize("bandwidth", [3e8, 5e9, 1e12])
+@pytest.mark.parametrize("bandwidth", [1e6, 3e7, 1e12])
 @pytest.mark.parametrize("share", [0.2, 0.7])
 def test_choice_is_the_best_of_all(pp: int, bandwidth: float, share: float) -> None:
     """A slow link computes again, a fast one copies, and between them some do this and some that."""
@@ -83,7 +84,7 @@ def test_choice_is_the_best_of_all(pp: int, bandwidth: float, share: float) -> N
     found = chosen(stages, seconds)
     every = [seconds(some) for count in range(BLOCKS + 1) for some in combinations(names, count)]
     assert seconds(found) == pytest.approx(min(every), rel=1e-9)
-    assert bandwidth == 5e9 or bool(found) == (bandwidth > 5e9), found
+    assert bandwidth == 3e7 or bool(found) == (bandwidth > 3e7), found
 
 
 def test_many_blocks_are_looked_at_in_steps_that_halve() -> None:
@@ -109,15 +110,15 @@ def test_many_blocks_are_looked_at_in_steps_that_halve() -> None:
 
 
 def test_engine_has_the_choice() -> None:
-    limit = int(bytes_of(plan((), 1, 1e12, recompute="full")) * 1.05)
-    asked: dict[str, Any] = {"schedule": "1f1b", "hardware": "a100-80gb", "memory_limit": limit, "fuse": True}
+    most, least = (bytes_of(plan((), 1, 1e12, recompute=name)) for name in ("none", "full"))
+    limit = (most + least) // 2
+    asked: dict[str, Any] = {"schedule": "gpipe", "hardware": "a100-80gb", "memory_limit": limit, "fuse": True}
     given = [Offload("auto", bandwidth=1e12)], Model(), None, BATCH, Mesh(), 4, Spreading(), Precision()
     (found,) = settled(*given, on_cpu=False, **asked)  # type: ignore[misc]
-    assert repr(found).startswith(r"Offload(blocks='blocks\\.0|blocks")
+    assert repr(found).startswith(r"Offload(blocks='blocks\\.0")
     assert settled(*given, on_cpu=True, **asked) == ()  # type: ignore[misc]
     again, away = (
-        alone(Model(), Mesh(), BATCH, micro_batches=4, hardware="a100-80gb", memory_limit=limit, methods=methods)
-        for methods in ((), given[0])
+        alone(Model(), Mesh(), BATCH, micro_batches=4, methods=methods, **asked) for methods in ((), given[0])
     )
     assert away.step_seconds < again.step_seconds
     engine = auto_parallel(Model(), example=BATCH, hardware="a100-80gb", device="cpu", methods=given[0])

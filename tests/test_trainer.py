@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCal
 from transformers import Trainer as HF
 
 from merak_like.api import auto_parallel
+from merak_like.partitioner.report.text import bytes_text
 from merak_like.trainer.evaluation import enough
 from merak_like.trainer.generate import generate
 from merak_like.trainer.groups import decayed, optimizer_factory
@@ -110,6 +111,7 @@ def test_a_run_leaves_its_numbers_and_a_model_that_loads(tmp_path: Path) -> None
     summary = trainer.train()
     (beside,) = said  # the third step, beside the plan
     assert re.match(r"a step takes \S+ \w+ \(planned for a100-80gb: .*\), of it the pipeline idles \d.* % \(pl", beside)
+    assert beside.endswith(f"(planned for the model: {bytes_text(trainer.engine.plan.memory_bytes[0]['total'])})")
     trainer.save(tmp_path / "model")
     looked = trainer.evaluate()
     trainer.close()

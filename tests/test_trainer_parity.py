@@ -204,6 +204,35 @@ def test_what_would_not_be_exact_is_refused(tmp_path: Path) -> None:
         HFTrainer(build("llama"), asked, train_dataset=samples, eval_dataset=samples).train(resume_from_checkpoint=True)
 
 
+def test_step_that_is_left_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' loop takes a loss that is nan out of the mean that it logs (``logging_nan_inf_filter``)."""
+    said: list[str] = []
+    monkeypatch.setattr("merak_like.hf.trainer.logger.warning", said.append)
+    asked = arguments(str(tmp_path), 4, 2)
+    asked.max_steps, asked.eval_strategy, asked.save_strategy, asked.load_best_model_at_end = 2, "no", "no", False
+    model = build("llama")
+    trainer = HFTrainer(
+        model, asked, train_dataset=data("llama", 16, 1), engine={"hardware": "a100-80gb", "skip_not_finite": 1}
+    )
+    first = next(model.parameters())
+    hook = first.register_hook(lambda gradient: gradient * float("nan"))
+    trainer.add_callback(After(hook.remove))
+    trainer.train()
+    assert trainer.engine is not None
+    trainer.engine.close()
+    assert said == [f"step 1 left out: loss {trainer.state.log_history[0]['loss']}, gradient norm nan"]
+
+
+class After(TrainerCallback):
+    """Does something when the first step is over."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._act()
+
+
 def test_hf_trainer_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """Stopped by a signal in the midst of its second epoch; the newest checkpoint there was cut off by a kill."""
 
