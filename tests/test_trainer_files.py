@@ -128,11 +128,12 @@ def test_parquet_and_saved_datasets_are_read(tmp_path: Path) -> None:
     """Where their packages are."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     records = [{"text": "abc", "kind": "law"}, {"text": "defg", "kind": "art"}]
-    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    table = pyarrow.Table.from_pylist(records)
+    parquet.write_table(table, tmp_path / "a.parquet")
     made = read(Data(train=str(tmp_path / "a.parquet"), seq=10), tmp_path / "cache")
     assert bytes(made.train[0][0].tolist()) == b"abc\0defg\0\0"
     datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_list(records).save_to_disk(str(tmp_path / "saved"))
+    datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint="one").save_to_disk(str(tmp_path / "saved"))
     for asked in ("auto", "datasets"):
         made = read(Data(train=str(tmp_path / "saved"), format=asked, label="kind"), tmp_path / "cache")
         assert (made.classes, [sample["labels"] for sample in made.train]) == (("art", "law"), [1, 0])

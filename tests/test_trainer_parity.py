@@ -210,27 +210,30 @@ def test_step_that_is_left_out_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("merak_like.hf.trainer.logger.warning", said.append)
     asked = arguments(str(tmp_path), 4, 2)
     asked.max_steps, asked.eval_strategy, asked.save_strategy, asked.load_best_model_at_end = 2, "no", "no", False
-    model = build("llama")
     trainer = HFTrainer(
-        model, asked, train_dataset=data("llama", 16, 1), engine={"hardware": "a100-80gb", "skip_not_finite": 1}
-    )
-    first = next(model.parameters())
-    hook = first.register_hook(lambda gradient: gradient * float("nan"))
-    trainer.add_callback(After(hook.remove))
+        build("llama"), asked, train_dataset=data("llama", 16, 1),
+        engine={"hardware": "a100-80gb", "skip_not_finite": 1},
+    )  # fmt: skip
+    trainer.add_callback(Spoilt(trainer))
     trainer.train()
     assert trainer.engine is not None
     trainer.engine.close()
     assert said == [f"step 1 left out: loss {trainer.state.log_history[0]['loss']}, gradient norm nan"]
 
 
-class After(TrainerCallback):
-    """Does something when the first step is over."""
+class Spoilt(TrainerCallback):
+    """A gradient of the first step is nan."""
 
-    def __init__(self, act: Callable[[], None]) -> None:
-        self._act = act
+    def __init__(self, trainer: HFTrainer) -> None:
+        self._trainer, self._hook = trainer, None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._hook is None:
+            first: Any = next(iter(self._trainer.engine.model.parameters()))  # type: ignore[union-attr]
+            self._hook = first.register_hook(lambda gradient: gradient * float("nan"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._act()
+        self._hook.remove()  # type: ignore[union-attr]
 
 
 def test_hf_trainer_goes_on_bit_for_bit(tmp_path: Path) -> None:
