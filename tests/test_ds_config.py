@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from merak_like import api, auto_parallel
+from merak_like import auto_parallel
 from merak_like.ds_config.keys import KEYS, settled
 from merak_like.ds_config.rates import rate_of
 from merak_like.ds_config.read import Choices, read
@@ -326,20 +326,6 @@ def test_engine_trains_as_the_configuration_says(tmp_path: Path) -> None:
     ours.close()
     assert rates == [0.0, 0.0, 0.25, 0.5]
     assert moved == pytest.approx([0.0, 0.0, 0.25 * 0.01, 0.5 * 0.01], rel=1e-3, abs=1e-9), "clipped to 0.01"
-
-
-def test_level_is_chosen_for_the_configurations_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def best(*given: Any) -> Any:
-        asked.append(given[3])
-        return found(*given)
-
-    found = api.best_layout
-    monkeypatch.setattr(api, "best_layout", best)
-    engine({"optimizer": {"type": "SGD", "params": {"lr": 0.5}}}, zero="auto").close()
-    engine({}, zero="auto").close()
-    assert [one.zero for one in asked] == [None], "nothing to spread without an optimizer"
 
 
 def test_engine_says_what_it_decides_itself_and_what_is_said_twice() -> None:

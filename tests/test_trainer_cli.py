@@ -172,6 +172,7 @@ def test_a_run_from_texts_to_a_model(here: Path, capsys: pytest.CaptureFixture[s
     assert [line["step"] for line in lines if "loss" in line] == [2, 3, 4, 6]
     assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
 
+    assert "<svg" in Path("out/report.html").read_text(), "drawn at the end"
     assert "wrote" in run(capsys, "report", "out")
     html = Path("out/report.html").read_text()
     assert html == page(Path("out"))

@@ -30,6 +30,7 @@ from merak_like.trainer.data.build import Datasets, datasets, rows_of, split
 from merak_like.trainer.data.collate import Collate, stack
 from merak_like.trainer.evaluation import accuracy
 from merak_like.trainer.loop import Trainer
+from merak_like.trainer.report import REPORT, page
 
 SYNTHETIC = 1024
 """Samples of ``data.train: synthetic``."""
@@ -166,7 +167,7 @@ def planned(run: Run, prepared: Prepared) -> Plan:
 
 
 def start(run: Run) -> tuple[dict[str, float], bool]:
-    """Train as the run says; its folder then has the plan, the metrics, the checkpoints and the model in ``model/``.
+    """Train as the run says; its folder then has plan, metrics, checkpoints, a page and the model in ``model/``.
 
     Whether it came to the end: a run that a signal interrupts has its checkpoint, but no model yet.
     """
@@ -182,6 +183,8 @@ def start(run: Run) -> tuple[dict[str, float], bool]:
     if not trainer.interrupted:
         trainer.save(run.folder / "model")
     trainer.close()
+    if rank() == 0:
+        (run.folder / REPORT).write_text(page(run.folder), encoding="utf-8")
     return summary, not trainer.interrupted
 
 
