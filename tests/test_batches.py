@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from merak_like import auto_parallel
 from merak_like.runtime import rng
 from merak_like.runtime.batches import rows, signature, split, to_device
+from merak_like.runtime.predict import predict
 
 CPU = torch.device("cpu")
 Pair = namedtuple("Pair", "left right")
@@ -67,15 +68,16 @@ class Guess(nn.Module):
         torch.manual_seed(0)
         self.layer = nn.Linear(3, 4)
 
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self.layer(x), labels)
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.layer(x)
+        return nn.functional.cross_entropy(logits, labels), logits
 
 
 def test_micro_batch_without_items_counts_nothing() -> None:
     """Its mean is 0/0. A step with such a one was refused, though the mean over the batch is a number."""
     batch = {"x": torch.randn(6, 3), "labels": torch.tensor([1, -100, -100, -100, 3, 2])}
     whole = Guess()
-    loss = whole(**batch)
+    loss, logits = whole(**batch)
     loss.backward()
     count = lambda batch: int((batch["labels"] != -100).sum())  # noqa: E731
     engine = auto_parallel(
@@ -84,7 +86,9 @@ def test_micro_batch_without_items_counts_nothing() -> None:
     assert engine.step(batch).loss == pytest.approx(loss.item())
     for name, gradient in engine.full_gradients().items():
         torch.testing.assert_close(gradient, whole.get_parameter(name).grad)
-    assert engine.evaluate(batch).loss == pytest.approx(loss.item())
+    result, made = predict(engine, batch)
+    assert result.loss == pytest.approx(loss.item())
+    torch.testing.assert_close(*made.values(), logits.detach())  # its own outputs all the same
     with pytest.raises(ValueError, match=r"the batch has no item to learn from \(every label is ignored\)"):
         engine.step(batch | {"labels": torch.full((6,), -100)})
     engine.close()

@@ -165,7 +165,8 @@ def test_a_run_from_texts_to_a_model(here: Path, capsys: pytest.CaptureFixture[s
         assert not Path("of-rank-1").exists()
     assert "3 steps in" in run(capsys, "train", "run.yaml", "checkpoints.every=3", "checkpoints.resume=true")
     left = {path.name for path in Path("out").iterdir()}
-    assert left == {"config.resolved.yaml", "plan.json", "env.json", "metrics.jsonl", "checkpoints", "data", "model"}
+    written = {"config.resolved.yaml", "plan.json", "env.json", "metrics.jsonl", "checkpoints", "model", "report.html"}
+    assert left == written | {"data"}
     assert load(Path("out/config.resolved.yaml")).checkpoints.every == 3
     assert json.loads(Path("out/env.json").read_text())["packages"]["torch"]
     lines = read_metrics(Path("out"))

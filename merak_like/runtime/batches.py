@@ -37,7 +37,7 @@ def split(batch: Any, parts: int) -> list[Any]:
 
 
 def filled(parts: Sequence[Any], weights: Sequence[int]) -> list[Any]:
-    """The parts, and one that has items in the place of each that has none.
+    """The parts to learn from, and one that has items in the place of each that has none.
 
     What has none has no share in the loss, but its own mean would be 0/0, and so would be its gradients.
     """

@@ -119,7 +119,7 @@ class Engine(Lasting):
                 f"{'the batch has' if batch_is_global else 'a replica has'} no item to learn from (every label is "
                 "ignored), so its mean loss is not a number: leave such samples out, or put them beside others"
             )
-        self._batches = filled(parts, weights)[own]
+        self._batches = (filled(parts, weights) if training or self.model.training else parts)[own]
         total = int(counts["items"])
         self._shares = [weight / total for weight in weights[own]]
         self._running = [self._programs.at(part) for part in self._batches]
@@ -207,7 +207,7 @@ class Engine(Lasting):
     def _numbers(self, squares: float) -> tuple[float, float]:
         """The step's loss and gradient norm, the same on every rank."""
         told = self._losses.items() if self.groups.coord.tp == 0 else ()  # all tensor-parallel ranks have the same
-        loss = sum(float(x) * self._shares[i] for i, x in told)
+        loss = sum(float(x) * self._shares[i] for i, x in told if self._shares[i])
         numbers = {"loss": loss, "squares": squares, "signals": float(self._signals.seen)}
         agreed = agree_on(numbers, self.world, self._watch)
         self.stopping = self.stopping or agreed["signals"] > 0
