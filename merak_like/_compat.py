@@ -224,3 +224,13 @@ def as_in_a_real_run() -> Iterator[Callable[[], bool]]:
     finally:
         if before is not None:
             setattr(module, "is_fake_tensor", before)  # noqa: B010
+
+
+def record_memory(on: bool) -> None:
+    """Begin, or end, to remember what is allocated on GPUs and by which line."""
+    torch.cuda.memory._record_memory_history("all" if on else None)
+
+
+def dump_memory(path: Any) -> None:
+    """Write what was remembered, for pytorch.org/memory_viz."""
+    torch.cuda.memory._dump_snapshot(str(path))

@@ -14,20 +14,19 @@ from torch import nn
 
 from merak_like import __version__
 from merak_like.choosing import best_layout, degree_of, form_of, level_of
+from merak_like.deciding import cut, divided, micro_batch, settled
 from merak_like.ds_config.rates import Rate
 from merak_like.ds_config.read import ARGUMENTS, arguments
 from merak_like.habits import habits
 from merak_like.partitioner.executable import ENGINE
-from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.hardware import Hardware
 from merak_like.partitioner.layouts import Wanted
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
-from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.this_machine import this_machine
 from merak_like.partitioner.tracer import LossFn
 from merak_like.runtime import collect
-from merak_like.runtime.batches import LossWeight, rows, signature, split, to_device
+from merak_like.runtime.batches import LossWeight, rows
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.fully_sharded import Whole
 from merak_like.runtime.groups import make_groups
@@ -41,7 +40,6 @@ from merak_like.runtime.optimizer import Update
 from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.programs import Programs
 from merak_like.runtime.spreading import spreading_of
-from merak_like.runtime.tensor_parallel.sharding import sharding
 from merak_like.runtime.watch import Watch
 
 Degree = int | str
@@ -106,13 +104,13 @@ def auto_parallel(
     traced or cut, memory that does not suffice, and ranks that do not agree.
     """
     degrees = {axis: degree_of(axis, degree) for axis, degree in (("dp", dp), ("pp", pp), ("tp", tp))}
+    if ds_config is not None:
+        given = (optimizer, rate, micro_batches, max_grad_norm, precision, zero, zero_backend)
+        told = arguments(ds_config, degrees, rows(example), dict(zip(ARGUMENTS, given, strict=True)))
+        optimizer, rate, micro_batches, max_grad_norm, precision, zero, zero_backend = told.values()
     level, form = level_of(zero, zero_backend, optimizer is not None), form_of(sequence_parallel)
     chosen = None in (*degrees.values(), level, form)
     mesh = Mesh(world_size()) if chosen else Mesh(*(degree or 1 for degree in degrees.values()))
-    if ds_config is not None:
-        given = (optimizer, rate, micro_batches, max_grad_norm, precision, level or 0, zero_backend)
-        told = arguments(ds_config, degrees, rows(example), dict(zip(ARGUMENTS, given, strict=True)))
-        optimizer, rate, micro_batches, max_grad_norm, precision, level, zero_backend = told.values()
     spread = spreading_of(level or 0, zero_backend, mesh)
     if spread.deepspeed and optimizer is None:
         raise ValueError(f"zero_backend={zero_backend!r} spreads an optimizer's state: pass optimizer= too")
@@ -144,34 +142,35 @@ def auto_parallel(
             raise ValueError(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
             )
-        micro = _micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
+        micro = micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
+        if plan is None:
+            methods = settled(
+                methods, model, loss_fn, example, mesh, micro_batches, spread, precise, schedule=schedule,
+                chunks=chunks, recompute=recompute, hardware=hardware or "a100-80gb", memory_limit=memory_limit,
+                fuse=fuse, on_cpu=world.device.type == "cpu",
+            )  # fmt: skip
         plugged = Methods(
             methods,
             Job(plan.schedule if plan else schedule, mesh.tp, tp_shares, spread.zero, precise.compute is not None),
         )
-        if spread.weights and mesh.dp > 1:
-            parts, recompute = Whole(model, loss_fn), "none" if recompute == "auto" else recompute
-        else:
-            parts = sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel, fuse)
+        parts, recompute = divided(
+            model, loss_fn, mesh, spread, recompute=recompute, tp_shares=tp_shares, sequence_parallel=sequence_parallel,
+            fuse=fuse,
+        )  # fmt: skip
         parts = plugged.around(parts, model)
         # on the CPU whatever the device, so that a plan does not depend on where it was made
         rough = parts.trace(micro, "cpu")
         proof = collect.from_first(partial(parts.prove, rough, micro) if world.rank == 0 else None, world, watch)
         parts.believe(proof)
-        graph = parts.graph(rough)
-        if plan is None:
-            decide = partial(
-                _plan, mesh=mesh, samples=rows(example), schedule=schedule, chunks=chunks, recompute=recompute,
-                hardware=hardware or "a100-80gb", memory_limit=memory_limit, sharding=proof.sharding,
-                zero=spread.zero, sequence_parallel=sequence_parallel,
+        if plan is not None:
+            parts.graph(rough)  # it decides how weights lie
+        else:
+            plan, rough, micro = cut(
+                parts, rough, micro, example, mesh, micro_batches, proof, schedule=schedule, chunks=chunks,
+                recompute=recompute, hardware=hardware or "a100-80gb", memory_limit=memory_limit, zero=spread.zero,
+                sequence_parallel=sequence_parallel,
                 states=precise.states(elsewhere=spread.offload and world.device.type != "cpu"),
             )  # fmt: skip
-            plan = decide(graph, micro_batches)
-            if signature(chosen := _micro_batch(example, mesh, plan.micro_batches)) != signature(micro):
-                # again for the micro-batches it chose: one sample may run fewer ops than many
-                micro, rough = chosen, parts.trace(chosen, "cpu")
-                compared = [note for note in plan.notes if note.startswith("numbers of micro-batches")]
-                plan = decide(parts.graph(rough), plan.micro_batches).with_notes(compared)
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
         choices = {
             "seed": seed, "max_grad_norm": max_grad_norm, "precision": precise, "zero": spread,
@@ -243,15 +242,3 @@ def auto_parallel(
             save=save,
             shards=shards,
         )
-
-
-def _micro_batch(example: Any, mesh: Mesh, micro_batches: int) -> Any:
-    return to_device(split(example, mesh.dp * micro_batches)[0], torch.device("cpu"))
-
-
-def _plan(graph: ProxyGraph, micro_batches: int | None, *, mesh: Mesh, samples: int, **choices: Any) -> Plan:
-    """Plan for the example's batch, rounded up to whole micro-batches."""
-    parts = mesh.dp * (micro_batches or 1)
-    return make_plan(
-        graph, mesh, batch=-(-samples // parts) * parts, micro_batches=micro_batches, **choices
-    )  # fmt: skip

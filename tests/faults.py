@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from merak_like import Engine, auto_parallel
 from merak_like.runtime import watch
+from merak_like.trainer.lookout import check
 from tests import training
 from tests.ranks import here
 from tests.scenarios import leads, patchy
@@ -91,6 +92,22 @@ def all_is_well(dp: int, pp: int) -> float:
     return loss
 
 
+def come_apart(dp: int, pp: int) -> list[str]:
+    """One rank's memory loses a bit between two steps."""
+    said = []
+    engine = small(dp, pp)
+    for number in range(2):
+        engine.step(items())
+        try:
+            check(engine, engine.steps)
+        except RuntimeError as error:
+            said.append(str(error))
+        if number == 0 and rank() == 2:
+            next(iter(engine._parameters.values())).data.view(-1)[0] += 1e-9
+    engine.close()
+    return said
+
+
 def not_a_number(dp: int, pp: int, where: str) -> list[str]:
     """A batch with a NaN or an infinity: every rank refuses it, and training goes on as if it had never been."""
     one = patchy() if where == "gradient" else Subject(small_model(), items, mean_square, len_of)
@@ -135,13 +152,14 @@ def len_of(batch: dict[str, Tensor]) -> int:
 
 
 def nothing_to_learn(dp: int, pp: int) -> list[str]:
-    """A micro-batch whose every label is ignored, in the whole batch and in one replica's share of it."""
+    """A batch whose every label is ignored, and one replica's share of a batch."""
     said = []
     engine = small(dp, pp, loss_weight=lambda batch: int((batch["x"][:, 0] > -50).sum()))
     whole = items(16)
-    whole["x"][12:, 0] = -99.0  # the last replica's last micro-batch
+    whole["x"][16 - 16 // dp :, 0] = -99.0
+    engine.step(whole)  # the last replica has nothing, the others have
     try:
-        engine.step(whole)
+        engine.step({"x": torch.full_like(whole["x"], -99.0)})
     except ValueError as error:
         said.append(str(error))
     part = 16 // dp

@@ -9,9 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
+from merak_like import auto_parallel
 from merak_like.runtime import rng
 from merak_like.runtime.batches import rows, signature, split, to_device
+from merak_like.runtime.predict import predict
 
 CPU = torch.device("cpu")
 Pair = namedtuple("Pair", "left right")
@@ -55,6 +58,40 @@ def test_batch_that_cannot_be_split_says_what_would_work() -> None:
         split({"x": torch.zeros(3)}, 4)
     with pytest.raises(ValueError, match="no tensor with a batch dimension"):
         split({"x": torch.tensor(1.0), "n": 3}, 1)
+
+
+class Guess(nn.Module):
+    """Ignores labels of -100, as language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.layer(x)
+        return nn.functional.cross_entropy(logits, labels), logits
+
+
+def test_micro_batch_without_items_counts_nothing() -> None:
+    """Its mean is 0/0. A step with such a one was refused, though the mean over the batch is a number."""
+    batch = {"x": torch.randn(6, 3), "labels": torch.tensor([1, -100, -100, -100, 3, 2])}
+    whole = Guess()
+    loss, logits = whole(**batch)
+    loss.backward()
+    count = lambda batch: int((batch["labels"] != -100).sum())  # noqa: E731
+    engine = auto_parallel(
+        Guess(), example=batch, micro_batches=3, loss_weight=count, hardware="a100-80gb", device="cpu"
+    )
+    assert engine.step(batch).loss == pytest.approx(loss.item())
+    for name, gradient in engine.full_gradients().items():
+        torch.testing.assert_close(gradient, whole.get_parameter(name).grad)
+    result, made = predict(engine, batch)
+    assert result.loss == pytest.approx(loss.item())
+    torch.testing.assert_close(*made.values(), logits.detach())  # its own outputs all the same
+    with pytest.raises(ValueError, match=r"the batch has no item to learn from \(every label is ignored\)"):
+        engine.step(batch | {"labels": torch.full((6,), -100)})
+    engine.close()
 
 
 def test_signature_tells_shapes_dtypes_and_constants_apart() -> None:

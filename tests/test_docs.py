@@ -152,3 +152,16 @@ def test_blocks_are_found_joined_and_counted() -> None:
     assert scripts(text) == [Script(1, 1, "a\n"), Script(5, 2, "b\n\nc\n")]
     with pytest.raises(ValueError, match="what does 'perhaps' mean"):
         scripts("<!-- perhaps -->\n```python\na\n```\n")
+
+
+@pytest.mark.timeout(300)
+def test_site_is_built_without_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three pages were in no list of contents, and nothing had built the site to say so."""
+    for package in ("furo", "myst_parser"):
+        pytest.importorskip(package)
+    build = pytest.importorskip("sphinx.cmd.build")
+    folders = [str(ROOT / "docs"), str(tmp_path / "site")]
+    assert build.main(["-q", "-W", "--keep-going", "-d", str(tmp_path / "trees"), *folders]) == 0, (
+        capsys.readouterr().err
+    )
+    assert "auto_parallel" in (tmp_path / "site/api.html").read_text(encoding="utf-8")

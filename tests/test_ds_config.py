@@ -180,6 +180,15 @@ def test_what_is_no_contradiction_is_none() -> None:
     assert (found["zero"], found["max_grad_norm"]) == (2, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("section", "level"),
+    [({}, "auto"), ({"stage": "auto"}, "auto"), ({"stage": 0}, 0), ({"stage": 2}, 2)],
+)  # fmt: skip
+def test_level_to_be_chosen_is_chosen_unless_the_configuration_says_it(section: dict[str, Any], level: Any) -> None:
+    """Beside a configuration, of which no word was about it, "auto" was level 0."""
+    assert told_with({"zero_optimization": section}, ONE, 16, GIVEN | {"zero": "auto"})["zero"] == level
+
+
 @pytest.mark.parametrize("enabled", ["auto", True])
 def test_half_precision_by_name_has_the_configurations_scale(enabled: Any) -> None:
     """Both said fp16, each with a loss scale of its own, and were said to contradict each other."""

@@ -56,6 +56,9 @@ def exchanges(world: int, most: int = exchange.MOST) -> dict[str, int]:
             place.view(world, SIZE)[rank] = runs[rank, 0]
             work = exchange.all_gather(place, place.view(world, SIZE)[rank], group)
             begun.append((f"gather in place {dtype}", work, place, runs[:, 0].reshape(-1)))
+            rows = torch.empty(2 * world, SIZE // 2, dtype=dtype)
+            work = exchange.all_gather(rows, runs[rank, 0].reshape(2, -1), group)
+            begun.append((f"gather rows {dtype}", work, rows, runs[:, 0].reshape(rows.shape)))
         for what, work, found, wanted in begun:
             assert work.wait(MINUTE) is not False, what
             torch.testing.assert_close(found, wanted, msg=lambda text, what=what: f"{what}: {text}")
@@ -80,7 +83,7 @@ def test_two_ranks_swap_and_have_the_same_bits() -> None:
     job = torchrun([Call(way, "tests.test_exchange:exchanges", {"world": 2, "most": n}) for way, n in ways.items()], 2)
     for way, most in ways.items():
         pair = {"pair": 1} if most and sys.platform == "linux" else {}
-        assert job.results(way) == [{"Messages": 5 * len(DTYPES)} | pair] * 2
+        assert job.results(way) == [{"Messages": 6 * len(DTYPES)} | pair] * 2
 
 
 @pytest.mark.ranks

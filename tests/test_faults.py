@@ -43,7 +43,7 @@ def job() -> Job:
     """All that leaves the ranks alive, in one job of four."""
     calls = [call("refused", what=what) for what in REFUSED]
     calls += [call("not_a_number", where=where) for where in NOT_FINITE]
-    return torchrun([*calls, call("nothing_to_learn"), call("all_is_well")], 4)
+    return torchrun([*calls, call("nothing_to_learn"), call("come_apart"), call("all_is_well")], 4)
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -59,10 +59,18 @@ def test_number_that_is_not_finite_is_refused_on_every_rank_before_the_weights_c
         assert message.endswith("the weights are as they were before the step")
 
 
-def test_micro_batch_without_anything_to_learn_is_refused_on_every_rank(job: Job) -> None:
-    for said in job.results("nothing_to_learn"):
-        assert len(said) == 2
-        assert all(re.match(r"1 micro-batches have no item to learn from", message) for message in said), said
+def test_rank_whose_weights_are_no_longer_the_others_is_named(job: Job) -> None:
+    for said in job.results("come_apart"):
+        assert len(said) == 1, "and none before"
+        assert re.match(r"after step 2 the ranks do not hold the same weights: rank \d has its own layers", said[0]), (
+            said
+        )
+
+
+def test_batch_without_anything_to_learn_is_refused_on_every_rank(job: Job) -> None:
+    for batch, share in job.results("nothing_to_learn"):
+        assert batch.startswith("the batch has no item to learn from")
+        assert share.startswith("a replica has no item to learn from")
 
 
 def test_ranks_work_on_after_all_these_refusals(job: Job) -> None:

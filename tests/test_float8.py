@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from enum import Enum
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from merak_like import auto_parallel
@@ -75,6 +77,32 @@ def test_numbers_are_torchaos(recipe: str, more: dict[str, Any]) -> None:
     assert not all(torch.allclose(found[name], tensor, atol=1e-6) for name, tensor in without.items())
     ours.close()
     exact.close()
+
+
+def test_each_call_has_its_own_bias(known: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer was remembered by its weight, with the bias of the first call. Here torchao's layers are plain ones."""
+
+    class Config(NamedTuple):
+        emulate: bool = False
+        from_recipe_name = staticmethod(lambda recipe: Config())
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) / 6)
+            self.first, self.second = nn.Parameter(torch.zeros(32)), nn.Parameter(torch.ones(32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, self.weight, self.first), self.weight, self.second)
+
+    torchao: Any = sys.modules["torchao.float8"]
+    torchao.Float8LinearConfig, torchao.convert_to_float8_training = Config, lambda module, config: module
+    monkeypatch.setattr(float8, "replace", lambda of, **more: of if isinstance(of, Config) else replace(of, **more))
+    plain, method = Twice(), Float8(emulate=True)
+    ours = engine(method, of=copy.deepcopy(plain))
+    assert ours.step(BATCHES[0]).loss == pytest.approx(loss(plain(BATCHES[0]), BATCHES[0]).item())
+    ours.close()
+    assert not method._layers, "and lets go of it"
 
 
 def test_torchao_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from merak_like import api
 from merak_like.ds_config.rates import warmup_decay
 from merak_like.hf.ds_config import Asked
 from merak_like.hf.trainer import HFTrainer
+from tests.test_ds_config import engine
 from tests.trainer_runs import BATCH, SAMPLES, STEPS, arguments, build, by_transformers, data
 
 AUTO: dict[str, Any] = {
@@ -108,3 +110,17 @@ def test_arguments_own_configuration_is_taken(tmp_path: Path) -> None:
     assert not trainer.is_deepspeed_enabled
     assert trainer.engine._update._store is not None
     trainer.engine.close()
+
+
+def test_level_is_chosen_for_the_configurations_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def best(*given: Any) -> Any:
+        asked.append(given[3])
+        return found(*given)
+
+    found = api.best_layout
+    monkeypatch.setattr(api, "best_layout", best)
+    engine({"optimizer": {"type": "SGD", "params": {"lr": 0.5}}}, zero="auto").close()
+    engine({}, zero="auto").close()
+    assert [one.zero for one in asked] == [None], "nothing to spread without an optimizer"

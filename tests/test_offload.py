@@ -128,6 +128,19 @@ def test_one_method_serves_a_second_engine() -> None:
     assert method.parking.counted.out == 2 * once > 0
 
 
+def test_model_is_left_without_hooks() -> None:
+    """They stayed when the engine was closed, and counted the calls of whoever had the model next."""
+    model = Model()
+    for _ in range(2):
+        engine = auto_parallel(
+            model, example=BATCH, hardware="a100-80gb", device="cpu", methods=[Offload(r"blocks\.1")]
+        )
+        assert model.blocks[1]._forward_hooks
+        engine.step(BATCH)
+        engine.close()
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def test_planner_counts_fewer_bytes_and_the_link() -> None:
     found = {}
     for name, method in {"plain": None, "fast": Offload(bandwidth=1e12), "slow": Offload(bandwidth=1e7)}.items():

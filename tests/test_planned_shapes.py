@@ -29,7 +29,7 @@ def test_plan_is_made_again_for_the_micro_batches_it_chose(monkeypatch: pytest.M
     def one_sample_each(graph: object, mesh: Mesh, *, micro_batches: int | None, **rest: object) -> object:
         return make_plan(graph, mesh, micro_batches=micro_batches or 4, **rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("merak_like.api.make_plan", one_sample_each)
+    monkeypatch.setattr("merak_like.deciding.make_plan", one_sample_each)
     model = gpt2()
     engine = auto_parallel(model, example=batch(4), hardware="a100-80gb", device="cpu")
     assert engine.plan.starts == (0, len(trace(model, batch(1)).graph.ops))
@@ -41,3 +41,15 @@ def test_plan_of_another_shape_is_refused() -> None:
     plan = make_plan(trace(gpt2(), batch(2)).graph, Mesh(), hardware="a100-80gb", batch=2, micro_batches=1)
     with pytest.raises(ValueError, match=r"runs \d+ for micro-batches of 1 samples: make the plan from this model"):
         auto_parallel(gpt2(), example=batch(1), plan=plan, device="cpu")
+
+
+def test_plan_of_an_example_with_one_tensor_twice_is_obeyed() -> None:
+    """One object for ids and labels was one input to the trace and two to the engine, which refused the plan."""
+    ids = batch(2)["input_ids"]
+    shared = {"input_ids": ids, "labels": ids}
+    graph = trace(gpt2(), shared).graph
+    assert len(graph.ops) == len(trace(gpt2(), batch(2)).graph.ops)
+    plan = make_plan(graph, Mesh(), hardware="a100-80gb", batch=2, micro_batches=1)
+    engine = auto_parallel(gpt2(), example=shared, plan=plan, device="cpu")
+    assert engine.step(batch(2)).loss > 0
+    engine.close()

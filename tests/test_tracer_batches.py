@@ -77,10 +77,13 @@ def test_a_dict_with_nested_tensors_numbers_strings_and_none() -> None:
     agrees(model, batch, square, square(model(**batch), batch))
 
 
-def test_a_tensor_named_twice_is_one_input() -> None:
+def test_a_tensor_named_twice_is_two_inputs() -> None:
+    """It was one, so that a batch with two tensors there had the second left unread."""
     model, x = Flexible(lambda self, a, b: self.tail(self.linear(a) + b)), torch.randn(2, WIDTH)
-    recorded = trace(model, {"a": x, "b": x}, square)
-    assert [op.kind for op in recorded.graph.ops].count("input") == 1
+    recorded, other = trace(model, {"a": x, "b": x}, square), {"a": x, "b": torch.randn(2, WIDTH)}
+    assert [op.kind for op in recorded.graph.ops].count("input") == 2
+    made = LocalPipeline(recorded, model, even_starts(recorded.graph, 2)).step(other)
+    assert torch.equal(made["loss"], square(model(**other), other).detach())
 
 
 def test_the_loss_function_may_use_what_forward_does_not_take() -> None:

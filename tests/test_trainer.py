@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCal
 from transformers import Trainer as HF
 
 from merak_like.api import auto_parallel
+from merak_like.partitioner.report.text import bytes_text
 from merak_like.trainer.evaluation import enough
 from merak_like.trainer.generate import generate
 from merak_like.trainer.groups import decayed, optimizer_factory
@@ -28,6 +29,7 @@ from merak_like.trainer.settings import (
     Logging,
     Optimizer,
     Parallelism,
+    Profile,
     Schedule,
     Settings,
     Training,
@@ -99,16 +101,22 @@ def test_early_stopping_stops(tmp_path: Path) -> None:
 
 
 def test_a_run_leaves_its_numbers_and_a_model_that_loads(tmp_path: Path) -> None:
-    asked = quick(tmp_path, training=Training(epochs=2.0, batch=8))
+    asked = quick(
+        tmp_path, training=Training(epochs=2.0, batch=8, deterministic=True, check_every=4),
+        logging=Logging(every=4, console=False, profile=Profile(at=2, steps=2)),
+    )  # fmt: skip
     trainer = Trainer(build("llama"), asked, data("llama", 36, 1), data("llama", 10, 2))
     said: list[str] = []
     trainer.journal.say = said.append  # type: ignore[method-assign]
     summary = trainer.train()
     (beside,) = said  # the third step, beside the plan
     assert re.match(r"a step takes \S+ \w+ \(planned for a100-80gb: .*\), of it the pipeline idles \d.* % \(pl", beside)
+    assert beside.endswith(f"(planned for the model: {bytes_text(trainer.engine.plan.memory_bytes[0]['total'])})")
     trainer.save(tmp_path / "model")
     looked = trainer.evaluate()
     trainer.close()
+    assert not torch.are_deterministic_algorithms_enabled(), "as it was before"
+    assert json.loads((tmp_path / "profile/rank-0.json").read_text())["traceEvents"]
     lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert summary["train_steps"] == 9 == trainer.state.step  # two epochs of 4.5 batches
     assert [line["step"] for line in lines if "loss" in line] == [4, 8, 9]

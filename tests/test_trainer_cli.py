@@ -136,6 +136,22 @@ def test_a_dry_run_plans_and_trains_nothing(here: Path, capsys: pytest.CaptureFi
     assert not Path("out/metrics.jsonl").exists()
 
 
+def test_a_dry_run_is_of_the_run_that_was_asked_for(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It planned without ZeRO, precision and methods: as much memory as a run without them would take."""
+
+    def fullest(*changes: str) -> dict[str, int]:
+        run(capsys, "train", "run.yaml", "--dry-run", "parallelism.micro_batches=1", "training.batch=8", *changes)
+        return dict(Plan.load("out/plan.json").memory_bytes[0])
+
+    plain, spread = fullest("parallelism.dp=2"), fullest("parallelism.dp=2", "parallelism.zero=1")
+    assert spread["optimizer"] < 0.6 * plain["optimizer"]
+    lowered = fullest("parallelism.dp=2", "precision=bf16")
+    assert lowered["activations"] < 0.6 * plain["activations"]
+    assert "no module has such a path" in refused(
+        capsys, "train", "run.yaml", "--dry-run", "methods.offload.blocks=nothing"
+    )
+
+
 def test_a_run_from_texts_to_a_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = run(capsys, "train", "run.yaml", "checkpoints.every=3", "training.steps=3")
     assert "3 steps in" in said
@@ -149,13 +165,15 @@ def test_a_run_from_texts_to_a_model(here: Path, capsys: pytest.CaptureFixture[s
         assert not Path("of-rank-1").exists()
     assert "3 steps in" in run(capsys, "train", "run.yaml", "checkpoints.every=3", "checkpoints.resume=true")
     left = {path.name for path in Path("out").iterdir()}
-    assert left == {"config.resolved.yaml", "plan.json", "env.json", "metrics.jsonl", "checkpoints", "data", "model"}
+    written = {"config.resolved.yaml", "plan.json", "env.json", "metrics.jsonl", "checkpoints", "model", "report.html"}
+    assert left == written | {"data"}
     assert load(Path("out/config.resolved.yaml")).checkpoints.every == 3
     assert json.loads(Path("out/env.json").read_text())["packages"]["torch"]
     lines = read_metrics(Path("out"))
     assert [line["step"] for line in lines if "loss" in line] == [2, 3, 4, 6]
     assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
 
+    assert "<svg" in Path("out/report.html").read_text(), "drawn at the end"
     assert "wrote" in run(capsys, "report", "out")
     html = Path("out/report.html").read_text()
     assert html == page(Path("out"))

@@ -124,6 +124,31 @@ def test_a_missing_package_is_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
         TRACKERS["wandb"](tmp_path, "project", {})
 
 
+def test_parquet_and_saved_datasets_are_read(tmp_path: Path) -> None:
+    """Where their packages are."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    records = [{"text": "abc", "kind": "law"}, {"text": "defg", "kind": "art"}]
+    table = pyarrow.Table.from_pylist(records)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    made = read(Data(train=str(tmp_path / "a.parquet"), seq=10), tmp_path / "cache")
+    assert bytes(made.train[0][0].tolist()) == b"abc\0defg\0\0"
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint="one").save_to_disk(str(tmp_path / "saved"))
+    for asked in ("auto", "datasets"):
+        made = read(Data(train=str(tmp_path / "saved"), format=asked, label="kind"), tmp_path / "cache")
+        assert (made.classes, [sample["labels"] for sample in made.train]) == (("art", "law"), [1, 0])
+
+
+def test_tensorboard_reads_what_is_logged(tmp_path: Path) -> None:
+    """Where it is installed."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log, end = TRACKERS["tensorboard"](tmp_path, "project", {})
+    log({"loss": 2.5, "epoch": 1}, 3)
+    end()
+    found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(one.step, one.value) for one in found] == [(3, 2.5)]
+
+
 def test_a_tracker_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for the package, which is not installed everywhere: names and steps arrive, and it is closed."""
     seen: list[Any] = []

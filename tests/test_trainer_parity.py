@@ -114,6 +114,22 @@ def test_on_several_ranks_as_in_one_process(call: Call, result: Callable[[Call],
     assert ours.metric == pytest.approx(theirs.metric)
 
 
+BEST = [
+    Call(f"best-{zero}-{bf16}", "tests.trainer_runs:back_to_the_best", {"dp": 2, "pp": 1, "zero": zero, "bf16": bf16})
+    for zero, bf16 in ((3, False), (1, True), (2, False))
+]
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    "call", [pytest.param(call, id=call.name, marks=[pytest.mark.slow] * bool(i)) for i, call in enumerate(BEST)]
+)
+def test_best_weights_come_back_where_they_are_spread(call: Call, result: Callable[[Call], list[Any]]) -> None:
+    """With zero=3 the rows of a weight met the whole of it, which torch refuses; masters of bf16 kept the last ones."""
+    assert all(result(call))
+
+
 SPEAKING = [
     Call(f"speaks-{dp}x{pp}x{tp}", "tests.trainer_runs:speaks", {"dp": dp, "pp": pp, "tp": tp})
     for dp, pp, tp in ((1, 1, 2), (2, 1, 1), (1, 2, 2))
@@ -180,6 +196,38 @@ def test_what_would_not_be_exact_is_refused(tmp_path: Path) -> None:
         HFTrainer(whole, asked, train_dataset=samples, eval_dataset=samples, optimizers=optimizers)
     with pytest.raises(ValueError, match="there is no whole checkpoint of HFTrainer in"):
         HFTrainer(build("llama"), asked, train_dataset=samples, eval_dataset=samples).train(resume_from_checkpoint=True)
+
+
+def test_step_that_is_left_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' loop takes a loss that is nan out of the mean that it logs (``logging_nan_inf_filter``)."""
+    said: list[str] = []
+    monkeypatch.setattr("merak_like.hf.trainer.logger.warning", said.append)
+    asked = arguments(str(tmp_path), 4, 2)
+    asked.max_steps, asked.eval_strategy, asked.save_strategy, asked.load_best_model_at_end = 2, "no", "no", False
+    trainer = HFTrainer(
+        build("llama"), asked, train_dataset=data("llama", 16, 1),
+        engine={"hardware": "a100-80gb", "skip_not_finite": 1},
+    )  # fmt: skip
+    trainer.add_callback(Spoilt(trainer))
+    trainer.train()
+    assert trainer.engine is not None
+    trainer.engine.close()
+    assert said == [f"step 1 left out: loss {trainer.state.log_history[0]['loss']}, gradient norm nan"]
+
+
+class Spoilt(TrainerCallback):
+    """A gradient of the first step is nan."""
+
+    def __init__(self, trainer: HFTrainer) -> None:
+        self._trainer, self._hook = trainer, None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._hook is None:
+            first: Any = next(iter(self._trainer.engine.model.parameters()))  # type: ignore[union-attr]
+            self._hook = first.register_hook(lambda gradient: gradient * float("nan"))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._hook.remove()  # type: ignore[union-attr]
 
 
 def test_hf_trainer_goes_on_bit_for_bit(tmp_path: Path) -> None:

@@ -127,6 +127,31 @@ def by_hf_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1, **more:
     return _ran(trainer.state, weights) if weights else None
 
 
+def back_to_the_best(dp: int, pp: int, folder: str, zero: int, bf16: bool = False) -> bool:
+    """The best is the first look, so the last weights must go: here, and in what the optimizer would update next."""
+    from safetensors.torch import load_file
+
+    from merak_like.hf.trainer import HFTrainer
+
+    told = arguments(f"{folder}/best-{zero}-{bf16}-{dp}x{pp}", BATCH // 2 // dp, 2, BATCH // dp, greater_is_better=True)
+    told.max_steps, told.eval_steps, told.save_steps = 4, 2, 2
+    trainer = HFTrainer(
+        build("llama"), told, train_dataset=data("llama", SAMPLES, 1), eval_dataset=data("llama", 8, 2), dp=dp, pp=pp,
+        engine={"hardware": "a100-80gb", "zero": zero, "precision": "bf16" if bf16 else None},
+    )  # fmt: skip
+    trainer.train()
+    engine = trainer.engine
+    assert engine is not None
+    assert trainer.state.best_global_step == 2
+    kept = load_file(f"{told.output_dir}/checkpoint-2/model.safetensors")
+    again = trainer.evaluate()["eval_loss"]
+    assert abs(again - trainer.state.log_history[2]["eval_loss"]) < 1e-6, "computed with these weights"
+    engine._update.publish()  # what the optimizer has, into the model
+    weights = engine.full_state_dict()
+    engine.close()
+    return all(torch.equal(weights[name], tensor.to(weights[name].dtype)) for name, tensor in kept.items() if weights)
+
+
 class Counting(TrainerCallback):
     """A user's callback: counts, and asks for one more look."""
 

@@ -59,7 +59,7 @@ def run(
         if rank() == 0:
             done = f"{summary['train_steps']:.0f} steps in {summary['train_seconds']:.1f} s; "
             typer.echo(
-                f"{done}the model is in {asked.folder / 'model'}, `merak report {asked.folder}` draws the run"
+                f"{done}the model is in {asked.folder / 'model'}, its curves are in {asked.folder / 'report.html'}"
                 if ended
                 else f"{done}told to end: the same command with checkpoints.resume=true goes on"
             )

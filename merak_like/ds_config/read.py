@@ -36,6 +36,8 @@ SWITCHES: Mapping[str, Any] = {
     "bf16.enabled": torch.bfloat16, "zero_optimization.offload_optimizer.device": OFFLOAD,
 }  # fmt: skip
 """Keys that can say no, and to what: an argument, or one of its values."""
+AUTO, SILENT = "auto", (None, 0, "auto")
+"""A level of ZeRO that is to be chosen; what says nothing."""
 SCALE = ("fp16.loss_scale", "fp16.initial_scale_power", "fp16.loss_scale_window", "fp16.hysteresis")
 
 
@@ -50,7 +52,7 @@ class Choices:
     max_grad_norm: float | None
     clips: bool
     """Whether it says something of clipping itself."""
-    zero: int
+    zero: int | str
     zero_backend: str | None
     precision: Precision | None
     optimizer: Factory | None
@@ -74,7 +76,8 @@ class Choices:
     def over(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of ``auto_parallel`` with what the configuration says of them.
 
-        A precision by its name leaves the loss scale to the configuration. Raises ValueError where both say different
+        A precision by its name leaves the loss scale to the configuration; a level of ZeRO of "auto" stays to be chosen
+        where no stage is said. Raises ValueError where both say different
         things, also where the configuration says no to what an argument asks for.
         """
         said = {name: getattr(self, name) for name in ARGUMENTS}
@@ -90,17 +93,18 @@ class Choices:
         both = [
             f"{name} = {value!r}, not {said[name]!r}"
             for name, value in given.items()
-            if value not in (None, 0) and said[name] not in (None, 0) and value != said[name]
+            if value not in SILENT and said[name] not in SILENT and value != said[name]
         ]
         both += [
             f"{name} = {value!r}, but {key} says no"
             for name, value in given.items()
-            if value not in (None, 0) and said[name] in (None, 0)
+            if value not in SILENT and said[name] in SILENT
             if (key := self.off.get(name) or self.off.get(getattr(value, "compute", value)))
         ]
         if both:
             raise ValueError(f"the arguments and ds_config say different things: {'; '.join(both)}; say it once")
-        return {name: value if said[name] in (None, 0) else said[name] for name, value in given.items()}
+        given = {name: 0 if value == AUTO and name in self.off else value for name, value in given.items()}
+        return {name: value if said[name] in SILENT else said[name] for name, value in given.items()}
 
 
 ARGUMENTS = ("optimizer", "rate", "micro_batches", "max_grad_norm", "precision", "zero", "zero_backend")
@@ -200,7 +204,7 @@ def _batch(counts: list[Any], dp: int, samples: int) -> tuple[int, int | None]:
     return batch, steps
 
 
-def _zero(values: Mapping[str, Any]) -> tuple[int, str | None]:
+def _zero(values: Mapping[str, Any]) -> tuple[int | str, str | None]:
     level = values.get("zero_optimization.stage", 0)
     offload = values.get("zero_optimization.offload_optimizer.device") == "cpu"
     if not offload:

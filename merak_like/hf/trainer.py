@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset
 
 from merak_like.api import auto_parallel
 from merak_like.hf.ds_config import Asked
+from merak_like.hf.refused import refused
 from merak_like.hf.resuming import ENGINE, View, newest, take_up
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.predict import predict
@@ -35,6 +36,8 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"transformers' Trainer needs accelerate, but {error}: pip install 'merak-like[hf]'", name=error.name
     ) from None
+
+logger = transformers.utils.logging.get_logger(__name__)
 
 
 class HFTrainer(transformers.Trainer):
@@ -60,9 +63,9 @@ class HFTrainer(transformers.Trainer):
         as_one.gradient_accumulation_steps = 1
         for name in ("deepspeed", "deepspeed_plugin", "hf_deepspeed_config"):  # the engine does what they say
             setattr(as_one, name, None)
-        refused = [f"{name}={value!r} ({why})" for name, value, why in _refused(given, more, type(self))]
-        if refused:
-            raise ValueError(f"HFTrainer cannot honour {'; '.join(refused)}")
+        wrong = [f"{name}={value!r} ({why})" for name, value, why in refused(given, more, type(self))]
+        if wrong:
+            raise ValueError(f"HFTrainer cannot honour {'; '.join(wrong)}")
         super().__init__(model, as_one, *arguments, **more)
         if self.optimizer is not None or self.lr_scheduler is not None:
             raise ValueError(
@@ -144,6 +147,10 @@ class HFTrainer(transformers.Trainer):
         with self._precision():
             result = self.engine.step(batch)
         self._norm = result.grad_norm
+        if result.skipped and self.args.should_log:  # transformers leaves what is nan out of its mean without a word
+            logger.warning(
+                f"step {self.state.global_step + 1} left out: loss {result.loss}, gradient norm {result.grad_norm}"
+            )
         if self.engine.stopping:
             self.control.should_save = self.control.should_training_stop = True
         return torch.tensor(result.loss, device=self.args.device)
@@ -267,22 +274,6 @@ class HFTrainer(transformers.Trainer):
     def _load_best_model(self) -> None:
         assert self.engine is not None
         load_weights(self.engine, Path(str(self.state.best_model_checkpoint)))
-
-
-def _refused(args: Any, more: Mapping[str, Any], kind: type) -> Iterator[tuple[str, Any, str]]:
-    """Arguments that change the step in ways the engine does not know."""
-    own_loss = kind.compute_loss is not transformers.Trainer.compute_loss
-    checks = (
-        ("label_smoothing_factor", bool(args.label_smoothing_factor), "pass the loss as engine={'loss_fn': ...}"),
-        ("fp16", args.fp16 and not args.deepspeed, "use bf16, or none"),
-        ("fsdp", bool(args.fsdp), "the degrees dp, pp and tp say how the model is spread"),
-        ("torch_compile", args.torch_compile, "pass engine={'methods': (Compiled(),)}, of runtime.methods.compiled"),
-        ("neftune_noise_alpha", args.neftune_noise_alpha is not None, "it adds a hook to a model that is traced"),
-        ("auto_find_batch_size", args.auto_find_batch_size, "say memory_limit= in engine= and look at the plan"),
-        ("compute_loss_func", more.get("compute_loss_func") is not None, "pass engine={'loss_fn': ...}"),
-        ("compute_loss", own_loss, "pass the loss as engine={'loss_fn': ...} instead of overriding it"),
-    )
-    yield from ((name, getattr(args, name, True), why) for name, asked, why in checks if asked)
 
 
 def _plain(inputs: Any) -> dict[str, Any]:

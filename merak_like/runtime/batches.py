@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -34,6 +34,15 @@ def split(batch: Any, parts: int) -> list[Any]:
         )
     bounds = [total * i // parts for i in range(parts + 1)]
     return [_rows(batch, total, start, stop) for start, stop in pairwise(bounds)]
+
+
+def filled(parts: Sequence[Any], weights: Sequence[int]) -> list[Any]:
+    """The parts to learn from, and one that has items in the place of each that has none.
+
+    What has none has no share in the loss, but its own mean would be 0/0, and so would be its gradients.
+    """
+    some = next(part for part, weight in zip(parts, weights, strict=True) if weight)
+    return [part if weight else some for part, weight in zip(parts, weights, strict=True)]
 
 
 def samples(batch: Any, start: int, stop: int) -> Any:

@@ -39,15 +39,23 @@ def whole(tensor: Any, name: str, replicas: Group, watch: Watch) -> Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    assert replicas is not None, "rows are shared among replicas"
-    own, count = tensor.to_local().detach(), dist.get_world_size(replicas)
-    each = -(-tensor.shape[0] // count)
+    own, _, each = share(tensor, replicas)
+    count = dist.get_world_size(replicas)
     padded = own.new_zeros((each, *tensor.shape[1:]))
     padded[: own.shape[0]] = own
     found = own.new_empty((each * count, *tensor.shape[1:]))
     watch.wait(exchange.all_gather(found, padded, replicas), name, "with the replicas")
     # nobody reads what others than the first have, and all of a model may be too much for them
     return found[: tensor.shape[0]].cpu() if dist.get_rank(replicas) == 0 else torch.empty(0, dtype=tensor.dtype)
+
+
+def share(tensor: DTensor, replicas: Group) -> tuple[Tensor, slice, int]:
+    """The rows of a shared tensor that this rank has, which of all they are, and how many every rank but the last ones
+    has."""
+    assert replicas is not None, "rows are shared among replicas"
+    own, each = tensor.to_local().detach(), -(-tensor.shape[0] // dist.get_world_size(replicas))
+    start = min(dist.get_rank(replicas) * each, tensor.shape[0])
+    return own, slice(start, start + own.shape[0]), each
 
 
 def gradients(
@@ -182,8 +190,17 @@ def agree(facts: Mapping[str, str], world: World, watch: Watch) -> None:
 
 def agree_on_weights(tensors: Mapping[str, Tensor], world: World, watch: Watch) -> None:
     """Raise ValueError on every rank, naming the odd ones, unless all that hold a tensor hold the same numbers."""
+    if theirs := odd_weights(tensors, world, watch):
+        raise ValueError(
+            f"the ranks do not start from the same weights: {theirs}: call torch.manual_seed on every rank before the "
+            "model is built, build it on the meta device, or pass weights="
+        )
+
+
+def odd_weights(tensors: Mapping[str, Tensor], world: World, watch: Watch) -> str:
+    """Which ranks hold other numbers than the rest that hold the same tensors; empty if none does. Every rank asks."""
     if world.alone:
-        return
+        return ""
     said: list[Any] = [None] * world.size
     with watch.waiting("the fingerprints of all weights"):
         dist.all_gather_object(said, _fingerprints(tensors))
@@ -195,12 +212,7 @@ def agree_on_weights(tensors: Mapping[str, Tensor], world: World, watch: Watch) 
         for rank, value in prints.items():
             if value != usual:
                 odd.setdefault(rank, []).append(name)
-    if odd:
-        theirs = "; ".join(f"rank {rank} has its own {names[0]} ({len(names)} differ)" for rank, names in odd.items())
-        raise ValueError(
-            f"the ranks do not start from the same weights: {theirs}: call torch.manual_seed on every rank before the "
-            "model is built, build it on the meta device, or pass weights="
-        )
+    return "; ".join(f"rank {rank} has its own {names[0]} ({len(names)} differ)" for rank, names in odd.items())
 
 
 def _fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, int]:

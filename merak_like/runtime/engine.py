@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.schedules.action import Action, Edges, Kind
 from merak_like.runtime import collect, rng
-from merak_like.runtime.batches import LossWeight, split
+from merak_like.runtime.batches import LossWeight, filled, split
 from merak_like.runtime.checkpoint.contents import Contents
 from merak_like.runtime.checkpoint.saver import Checkpoints
 from merak_like.runtime.data_parallel import Gradients
@@ -108,20 +108,20 @@ class Engine(Lasting):
         replicas, count = self.plan.mesh.dp, self.plan.micro_batches
         parts = split(self._prepare(batch), count * (replicas if batch_is_global else 1))
         first = self.groups.coord.dp * count
-        self._batches = parts[first : first + count] if batch_is_global else parts
+        own = slice(first, first + count) if batch_is_global else slice(None)
         weights = [self._loss_weight(part) for part in parts]
-        own = weights[first : first + count] if batch_is_global else weights
-        counts = {"items": sum(weights), "empty": weights.count(0)}
+        counts = {"items": sum(weights), "empty": float(not any(weights))}
         if not batch_is_global:
             alone = self.groups.coord.pp == self.groups.coord.tp == 0
             counts = agree_on({k: n if alone else 0 for k, n in counts.items()}, self.world, self._watch)
         if counts["empty"]:
             raise ValueError(
-                f"{counts['empty']:.0f} micro-batches have no item to learn from (every label is ignored), so their "
-                "mean loss is not a number: leave such samples out, or use fewer micro-batches"
+                f"{'the batch has' if batch_is_global else 'a replica has'} no item to learn from (every label is "
+                "ignored), so its mean loss is not a number: leave such samples out, or put them beside others"
             )
+        self._batches = (filled(parts, weights) if training or self.model.training else parts)[own]
         total = int(counts["items"])
-        self._shares = [weight / total for weight in own]
+        self._shares = [weight / total for weight in weights[own]]
         self._running = [self._programs.at(part) for part in self._batches]
         self._losses.clear()
         self._work = self._orders.at(self._edges(), training=training)
@@ -207,7 +207,7 @@ class Engine(Lasting):
     def _numbers(self, squares: float) -> tuple[float, float]:
         """The step's loss and gradient norm, the same on every rank."""
         told = self._losses.items() if self.groups.coord.tp == 0 else ()  # all tensor-parallel ranks have the same
-        loss = sum(float(x) * self._shares[i] for i, x in told)
+        loss = sum(float(x) * self._shares[i] for i, x in told if self._shares[i])
         numbers = {"loss": loss, "squares": squares, "signals": float(self._signals.seen)}
         agreed = agree_on(numbers, self.world, self._watch)
         self.stopping = self.stopping or agreed["signals"] > 0

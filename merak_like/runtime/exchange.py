@@ -40,7 +40,7 @@ def all_gather(flat: Tensor, own: Tensor, group: Group) -> Any:
     """Start to bring every rank's run of ``flat`` to all. ``own`` may be a run of ``flat``."""
     if not _swaps(flat, group):
         return _gather(flat, own, group=group, async_op=True)
-    runs, mine = flat.view(2, -1), dist.get_rank(group)
+    runs, own, mine = flat.view(2, -1), own.view(-1), dist.get_rank(group)
     if own.data_ptr() != runs[mine].data_ptr():
         runs[mine].copy_(own)
     return Messages(_transfer(runs[1 - mine], 1 - mine, own, 1 - mine, group))

@@ -214,7 +214,7 @@ class FullySharded:
             slot.target.grad = None if parameter.grad is None else _rows(parameter.grad)
 
     def gradients(self) -> dict[str, Tensor | None]:
-        """The last step's gradients by name, whole; every rank asks."""
+        """The last step's gradients by name, whole on the first replica and empty on the others; every rank asks."""
         return {
             name: collect.whole(parameter.grad, name, self._group, self._watch)
             for name, parameter in self.parameters.items()

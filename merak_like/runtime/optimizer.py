@@ -112,6 +112,15 @@ class Update:
                 self._store.step(self.optimizer)
         return result
 
+    @torch.no_grad()
+    def adopt(self, parameters: Mapping[str, Tensor]) -> None:
+        """Bring some of the model's parameters, filled from elsewhere, into what the optimizer updates."""
+        for slot in self.slots:
+            found = parameters.get(slot.name)
+            if found is not None and found is not slot.target:
+                slot.target.copy_(found if slot.run is None else found.flatten()[slice(*slot.run)])
+        self.publish()
+
     def publish(self) -> None:
         """Bring targets that were changed otherwise, as by a checkpoint, into the model's parameters."""
         if self._store is not None:

@@ -22,7 +22,7 @@ def engine_arguments(args: Settings, steps: int, optimizer: Any = None) -> dict[
     given: dict[str, Any] = {
         "optimizer": optimizer, "rate": None, "micro_batches": asked.micro_batches,
         "max_grad_norm": learns.max_grad_norm, "zero": asked.zero, "zero_backend": asked.zero_backend,
-        "precision": args.precision if args.precision in ("bf16", "fp16") else None,
+        "precision": args.lowered,
     }  # fmt: skip
     shape: Rate = lambda step, own: own * rate(args.schedule, step, steps)  # noqa: E731
     if asked.ds_config is None:

@@ -27,7 +27,7 @@ def compared(engine: Engine, say: Callable[[str], None]) -> Iterator[None]:
 
 def beside(plan: Plan, step: Step, memory: float) -> str:
     """In words: seconds, the pipeline's idle share, and the memory of the fullest rank."""
-    fullest = max(sum(kinds.values()) for kinds in plan.memory_bytes)
+    fullest = max(kinds["total"] for kinds in plan.memory_bytes)
     return (
         f"a step takes {seconds_text(step.seconds)} (planned for {plan.hardware}: {seconds_text(plan.step_seconds)}), "
         f"of it the pipeline idles {percent_text(step.bubble)} (planned: {percent_text(plan.bubble)}); the fullest "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
@@ -16,7 +15,7 @@ from torch import nn
 from merak_like.ds_config.rates import Rate
 from merak_like.runtime.optimizer import StepResult
 from merak_like.runtime.signals import polite
-from merak_like.trainer.assembly import around, assembled, check, restore_options, share
+from merak_like.trainer.assembly import around, assembled, check, restore_options, share, steps_of
 from merak_like.trainer.checkpoints import LOOP, Checkpointer, Resume, set_aside
 from merak_like.trainer.data.collate import Collate, stack
 from merak_like.trainer.data.loader import Loader, Samples
@@ -26,6 +25,7 @@ from merak_like.trainer.evaluation import Metrics, evaluated
 from merak_like.trainer.forecast import AT, compared
 from merak_like.trainer.journal import METRICS, Journal
 from merak_like.trainer.listeners import Rates, listeners
+from merak_like.trainer.lookout import Lookout
 from merak_like.trainer.rates import warmup_steps
 from merak_like.trainer.settings import COMPUTED_IN, Settings
 from merak_like.trainer.speed import meter, most_memory
@@ -67,7 +67,7 @@ class Trainer:
         """Whether training ended early because a signal asked for it."""
         training = args.training
         order = Order(len(train_dataset), training.seed, training.shuffle)
-        steps = training.steps or math.ceil((training.epochs or 0) * len(train_dataset) / training.batch)
+        steps = steps_of(training, len(train_dataset))
         warmup_steps(args.schedule, steps)
         check(args, eval_dataset)
         self.state, self.control, self._rates = State(steps), Control(), Rates()
@@ -94,7 +94,8 @@ class Trainer:
         self._share = share(self.engine, samples, args.training.batch)
         self.loader = Loader(samples, self._collate, order, args.training.batch, self._share)
         self.checkpointer = Checkpointer(self.engine, args.folder, args.checkpoints)
-        self._events = listeners(callbacks, args, self.model, self.engine, self._rates, tokenizer, len(samples))
+        heard = listeners(callbacks, args, self.model, self.engine, self._rates, tokenizer, len(samples))
+        self._events = Lookout(heard, args, self.engine)
         told, lead = args.model_dump(mode="json"), self.engine.world.rank == 0
         self.journal = Journal(args.folder, args.logging, told, self.state.steps, lead=lead)
         self._tell("init_end")

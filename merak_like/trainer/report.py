@@ -12,6 +12,8 @@ from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.report.page import page as plan_page
 from merak_like.trainer.journal import METRICS
 
+REPORT = "report.html"
+"""Where it is left at the end of a run."""
 WIDE, HIGH, LEFT, BELOW = 860.0, 240.0, 64.0, 28.0
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

@@ -17,22 +17,20 @@ from torch import Tensor, nn
 
 from merak_like import __version__
 from merak_like.habits import habits
-from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
-from merak_like.partitioner.planner import make_plan
-from merak_like.partitioner.report.text import parse_bytes
-from merak_like.partitioner.this_machine import this_machine
 from merak_like.runtime.batches import rows
 from merak_like.runtime.batches import split as cut
 from merak_like.runtime.checkpoint.alone import weights_alone
 from merak_like.runtime.initialize import rank
 from merak_like.runtime.precision import precision_of
-from merak_like.runtime.tensor_parallel.sharding import sharding
+from merak_like.trainer.assembly import planned as of_settings
+from merak_like.trainer.assembly import steps_of
 from merak_like.trainer.config import Run, load, to_yaml
 from merak_like.trainer.data.build import Datasets, datasets, rows_of, split
 from merak_like.trainer.data.collate import Collate, stack
 from merak_like.trainer.evaluation import accuracy
 from merak_like.trainer.loop import Trainer
+from merak_like.trainer.report import REPORT, page
 
 SYNTHETIC = 1024
 """Samples of ``data.train: synthetic``."""
@@ -164,29 +162,12 @@ def _called(spec: str) -> Any:
 
 def planned(run: Run, prepared: Prepared) -> Plan:
     """The plan of a run, without its ranks and without a weight moved."""
-    asked = run.parallelism
-    if asked.plan is not None:
-        return Plan.load(asked.plan)
-    if asked.ranks is None:
-        raise ValueError(
-            "a degree of auto is chosen when torchrun has started the ranks: say degrees for --dry-run, or see the "
-            "choices with merak plan --world RANKS"
-        )
-    mesh = Mesh(**{axis: degree for axis, degree in asked.degrees.items() if isinstance(degree, int)})
-    example = prepared.example(run.training.batch)
-    parts = mesh.dp * (asked.micro_batches or 1)
-    model = sharding(prepared.model, mesh.tp, prepared.loss_fn)
-    limit = parse_bytes(asked.memory_limit) if isinstance(asked.memory_limit, str) else asked.memory_limit
-    return make_plan(
-        model.graph(model.trace(cut(example, parts)[0], "cpu")), mesh,
-        hardware=asked.hardware or this_machine(), batch=-(-run.training.batch // parts) * parts,
-        micro_batches=asked.micro_batches, schedule=asked.schedule, chunks=asked.chunks, recompute=asked.recompute,
-        memory_limit=limit,
-    )  # fmt: skip
+    steps = steps_of(run.training, len(prepared.data.train))
+    return of_settings(prepared.model, run, prepared.example(run.training.batch), prepared.loss_fn, steps)
 
 
 def start(run: Run) -> tuple[dict[str, float], bool]:
-    """Train as the run says; its folder then has the plan, the metrics, the checkpoints and the model in ``model/``.
+    """Train as the run says; its folder then has plan, metrics, checkpoints, a page and the model in ``model/``.
 
     Whether it came to the end: a run that a signal interrupts has its checkpoint, but no model yet.
     """
@@ -202,6 +183,8 @@ def start(run: Run) -> tuple[dict[str, float], bool]:
     if not trainer.interrupted:
         trainer.save(run.folder / "model")
     trainer.close()
+    if rank() == 0:
+        (run.folder / REPORT).write_text(page(run.folder), encoding="utf-8")
     return summary, not trainer.interrupted
 
 
@@ -212,7 +195,7 @@ def weights_of(checkpoint: Path, output: Path) -> None:
     """
     run = load(checkpoint.parent.parent / "config.resolved.yaml", [])
     prepared = prepare(run)
-    compute = precision_of(run.precision if run.precision in ("bf16", "fp16") else None).compute
+    compute = precision_of(run.lowered).compute
     save = habits(prepared.model)[2]
     save(prepared.model, output, weights_alone(checkpoint, prepared.model, compute))
     if prepared.tokenizer is not None:

@@ -29,16 +29,16 @@ class Parallelism(Section):
     """``auto``: chosen for the ranks that torchrun started, and anew when it starts others."""
     pp: Degree = 1
     tp: Degree = 1
-    zero: Literal[0, 1, 2, 3] = 0
-    """Spread over replicas: 1 the optimizer's state, 2 the gradients too, 3 the weights too."""
+    zero: Literal[0, 1, 2, 3, "auto"] = 0
+    """Spread over replicas: 1 the optimizer's state, 2 the gradients too, 3 the weights too; ``auto``: chosen."""
     zero_backend: Literal["own", "deepspeed", "deepspeed-offload"] | None = None
     """Who spreads: ourselves, or DeepSpeed's optimizer at level 1, with its state on the CPU too."""
     ds_config: Path | None = None
     """A DeepSpeed configuration; what stands there as "auto" is what these settings say."""
     fuse: bool = True
     """Run activations that the model spells out as one kernel."""
-    sequence_parallel: bool = False
-    """Divide activations outside of sharded weights among tensor-parallel ranks too."""
+    sequence_parallel: bool | Literal["auto"] = False
+    """Divide activations outside of sharded weights among tensor-parallel ranks too; ``auto``: chosen."""
     tp_shares: Count = 1
     """Parts of a micro-batch, the tensor-parallel sums of one under the compute of another."""
     schedule: str = "1f1b"
@@ -60,8 +60,8 @@ class Parallelism(Section):
         degrees = self.degrees
         if self.plan is not None and "auto" in degrees.values():
             raise ValueError("parallelism.plan has its degrees: give these instead of auto, or leave the plan out")
-        if self.tp == 1 and (self.sequence_parallel or self.tp_shares > 1):
-            key = "sequence_parallel" if self.sequence_parallel else "tp_shares"
+        if self.tp == 1 and (self.sequence_parallel is True or self.tp_shares > 1):
+            key = "sequence_parallel" if self.sequence_parallel is True else "tp_shares"
             raise ValueError(f"parallelism.{key} is about tensor-parallel ranks: say parallelism.tp=2 or more with it")
         if self.zero == 3 and (self.pp, self.tp) != (1, 1):
             raise ValueError(
@@ -175,6 +175,11 @@ class Training(Section):
     """How many steps in a row may be left out because their loss or gradients are not finite; the next one stops the
     run."""
 
+    check_every: Count | None = None
+    """Steps between two looks whether ranks that hold the same weights still do, bit for bit."""
+    deterministic: bool = False
+    """Refuse operations of torch that may give other bits the next time, and choose the others."""
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
@@ -214,6 +219,14 @@ class Checkpoints(Section):
     """Write them while training goes on."""
 
 
+class Profile(Section):
+    """torch's profiler, and on a GPU what is allocated where."""
+
+    at: Count = 5
+    """The first step that is recorded, of those that a process makes."""
+    steps: Count = 3
+
+
 class Logging(Section):
     """Where numbers go besides the console and ``metrics.jsonl``."""
 
@@ -221,6 +234,8 @@ class Logging(Section):
     console: bool = True
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     project: str = "merak"
+    profile: Profile | None = None
+    """Record some steps of each rank into ``profile/``."""
 
 
 class Settings(Section):
@@ -239,3 +254,8 @@ class Settings(Section):
     logging: Logging = Logging()
     folder: Path = Path("runs/run")
     """Where all files of the run go."""
+
+    @property
+    def lowered(self) -> str | None:
+        """The precision as ``auto_parallel`` has it; None where the model computes in its own, or under autocast."""
+        return None if self.precision in ("fp32", "autocast") else self.precision

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from merak_like.runtime import collect
 from merak_like.runtime.engine import Engine
 
 
@@ -32,7 +34,7 @@ def save_weights(engine: Engine, folder: Path, extras: Sequence[Any] = ()) -> No
 
 @torch.no_grad()
 def load_weights(engine: Engine, folder: Path) -> None:
-    """Fill what this rank holds, or its part of it, from a folder of safetensors; only that is read.
+    """Fill what this rank holds, or its part of it, from a folder of safetensors; only that is read. Every rank calls.
 
     The folder of a LoRA adapter has what was trained, under names without PEFT's name for the adapter. Raises
     ValueError, naming them, where tensors are missing; a tied one may be there under any of its names.
@@ -41,6 +43,7 @@ def load_weights(engine: Engine, folder: Path) -> None:
 
     wanted = {name: tensor for name, tensor in engine.model.state_dict(keep_vars=True).items() if not tensor.is_meta}
     left: dict[int, list[str]] = {}
+    replicas = engine.groups.replicas or engine.groups.sums.get(((), ()))
     adapter = (folder / "adapter_config.json").is_file()
     for name, tensor in wanted.items():
         if tensor.requires_grad or not adapter:
@@ -55,7 +58,10 @@ def load_weights(engine: Engine, folder: Path) -> None:
                     continue
                 into = wanted[aliases[0]]
                 divided = next((alias for alias in aliases if alias in engine._shards.layouts), None)
-                if divided is None:
+                if isinstance(into, DTensor):
+                    own, rows, _ = collect.share(into, replicas)
+                    own.copy_(file.get_slice(name)[rows])
+                elif divided is None:
                     into.copy_(file.get_tensor(name))
                 else:
                     engine._shards.read(divided, file.get_slice(name), into)
@@ -63,3 +69,4 @@ def load_weights(engine: Engine, folder: Path) -> None:
     if left:
         missing = [aliases[0] for aliases in left.values()]
         raise ValueError(f"{folder} has no {missing[:5]} ({len(missing)} missing): is it a checkpoint of this model?")
+    engine._update.adopt({name: p for name, p in engine._parameters.items() if not isinstance(p, DTensor)})

@@ -21,7 +21,15 @@ from merak_like.partitioner.tracer.assemble import assemble
 from merak_like.partitioner.tracer.calls import Calls, Choices, ModuleCall, routed
 from merak_like.partitioner.tracer.draft import CannotStayWhole, Descend, Draft, ReadsData
 from merak_like.partitioner.tracer.errors import TraceError
-from merak_like.partitioner.tracer.example import LossFn, arguments, find_loss, leaves, name_of, replace_tensors
+from merak_like.partitioner.tracer.example import (
+    LossFn,
+    arguments,
+    distinct,
+    find_loss,
+    leaves,
+    name_of,
+    replace_tensors,
+)
 from merak_like.partitioner.tracer.fakes import (
     FakeModel,
     changed_attributes,
@@ -237,12 +245,10 @@ def _record(
 
 def _inputs(writer: Writer, fake: FakeModel, example: Any) -> Any:
     """A placeholder and a fake tensor for each tensor of the example."""
+    example = distinct(example)
     paths = {id(leaf): path for path, leaf in leaves(example).items() if isinstance(leaf, torch.Tensor)}
-    made: dict[int, torch.Tensor] = {}
 
     def new(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) in made:
-            return made[id(tensor)]
         stand_in = fake_like(fake.mode, tensor.detach(), writer.device)
         stand_in.requires_grad_(tensor.requires_grad)
         node = writer.graph.placeholder(name_of(paths[id(tensor)]))
@@ -251,7 +257,6 @@ def _inputs(writer: Writer, fake: FakeModel, example: Any) -> Any:
         draft = Draft(node.name, "input", node.name, "", node)
         writer.drafts.append(draft)
         writer.adopt(draft, node, stand_in)
-        made[id(tensor)] = stand_in
         return stand_in
 
     return replace_tensors(example, new)

@@ -43,6 +43,20 @@ def replace_tensors(item: Any, new: Callable[[torch.Tensor], Any]) -> Any:
     return item
 
 
+def distinct(batch: Any) -> Any:
+    """The same batch with each tensor an object of its own: one that stands in two places is two inputs, as it is when
+    micro-batches are cut from a batch."""
+    seen = set[int]()
+
+    def new(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in seen:
+            return tensor.detach().requires_grad_(tensor.requires_grad)
+        seen.add(id(tensor))
+        return tensor
+
+    return replace_tensors(batch, new)
+
+
 def arguments(model: nn.Module, batch: Any, has_loss_fn: bool) -> Arguments:
     """Split a batch into what ``forward`` takes; the rest is for the loss.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from merak_like.partitioner.plan import Plan
 from merak_like.runtime.checkpoint.boxes import Box, Part, Placement, Sizes, parts, whole
-from merak_like.runtime.checkpoint.packing import Pack, distinct, pack, pack_state, random_states
+from merak_like.runtime.checkpoint.packing import Pack, distinct, pack, pack_once, pack_state, random_states
 from merak_like.runtime.checkpoint.planners import Held
 from merak_like.runtime.collect import holders
 from merak_like.runtime.groups import Groups
@@ -119,10 +119,11 @@ class Contents:
         options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         of = {id(target): i for i, group in enumerate(groups) for target in group["params"]}
         packs: dict[str, Pack] = {}
+        seen: dict[bytes, Pack] = {}
         for slot in self.update.slots:
             if id(slot.target) in of:
                 described = {"options": options[of[id(slot.target)]], "kept": self._described(slot)}
-                packs[slot.name] = pack(f"what the optimizer keeps for {slot.name}", described)
+                packs[slot.name] = pack_once(f"what the optimizer keeps for {slot.name}", described, seen)
         return {
             "optimizer": type(self.update.optimizer).__name__ if self.update.optimizer is not None else None,
             "groups": [pack("the options of the optimizer", one) for one in options],

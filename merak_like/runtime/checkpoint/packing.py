@@ -31,6 +31,17 @@ def pack(what: str, value: Any) -> Pack:
     return stream.getvalue()
 
 
+def pack_once(what: str, value: Any, seen: dict[bytes, Pack]) -> Pack:
+    """The same, but what is like a value before is not packed and read back again: weights are many and much alike."""
+    try:
+        key = pickle.dumps(value)
+    except Exception:
+        return pack(what, value)
+    if key not in seen:
+        seen[key] = pack(what, value)
+    return seen[key]
+
+
 def unpack(data: Pack) -> Any:
     """What ``pack`` was given."""
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

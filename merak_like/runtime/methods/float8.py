@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from merak_like.runtime.data_parallel import Gradients
 from merak_like.runtime.methods.layers import Watched
 from merak_like.runtime.methods.method import Method, Place
+from merak_like.runtime.methods.wrapped import AfterSum
 from merak_like.runtime.split_backward import Operands
 from merak_like.runtime.stage_code import Piece
 
@@ -66,7 +67,7 @@ class Float8(Method):
                 f"Float8 found no weight on this rank whose two sides are multiples of {MULTIPLE}: leave it out, or "
                 "make the layers so wide"
             )
-        return reducer
+        return AfterSum(reducer, end=self._layers.clear)
 
     def piece(self, piece: Piece) -> Piece:
         """Run its Linear layers in float8."""
@@ -76,15 +77,17 @@ class Float8(Method):
         weight = found.weight
         if func is not F.linear or not isinstance(weight, nn.Parameter) or not _suits(weight):
             return call(found.x)
-        return self._layer(weight, found.bias)(found.x)
+        made = self._layer(weight)(found.x)
+        return made if found.bias is None else made + found.bias.to(made.dtype)  # as torchao's own adds it
 
-    def _layer(self, weight: nn.Parameter, bias: Any) -> Callable[[Tensor], Tensor]:
+    def _layer(self, weight: nn.Parameter) -> Callable[[Tensor], Tensor]:
+        """Without a bias: calls with one weight may have different ones."""
         if id(weight) not in self._layers:
-            empty = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
+            empty = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
             config = self._torchao.Float8LinearConfig.from_recipe_name(self.recipe)
             config = replace(config, emulate=self.emulate)
             made: Any = self._torchao.convert_to_float8_training(nn.Sequential(empty), config=config)[0]
-            made.weight, made.bias = weight, bias
+            made.weight = weight
             self._layers[id(weight)] = torch.compile(made) if self.compile else made
         return self._layers[id(weight)]
 

@@ -11,10 +11,9 @@ Weights, buffers and small tensors stay. On a CPU both memories are one: the sam
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from merak_like.runtime.methods.planned_bytes import with_kept_elsewhere
 from merak_like.runtime.methods.wrapped import AfterSum
 from merak_like.runtime.stage_code import Piece
 
-ALL = ".*"
+ALL, AUTO = ".*", "auto"
 SMALLEST = 16 * 2**10
 """Bytes that are worth a copy of their own."""
 BANDWIDTH = 20e9
@@ -39,6 +38,9 @@ AHEAD = 64 * 2**20
 
 class Offload(Method):
     """Keeps activations of the modules whose path matches ``blocks``, all by default, in the machine's memory.
+
+    With ``"auto"`` ``auto_parallel`` chooses among the blocks of the model those for which this costs less than to keep
+    them, where they do not fit, or to compute them again; it may be none, and on a CPU always is.
 
     ``bandwidth`` is what the planner counts with; a copy costs it what the layer's own work does not hide. ``ahead``
     are bytes on their way back at once. What is computed again keeps nothing, so nothing of it goes out.
@@ -52,8 +54,11 @@ class Offload(Method):
         self.blocks, self.bandwidth, self.ahead = blocks, bandwidth, ahead
         self._parking: Parking | None = None
         self._inside, self._plans = 0, True
-        self._hooked: WeakSet[nn.Module] = WeakSet()
         self._stays: set[int] = set()
+
+    def of(self, paths: Sequence[str]) -> Offload:
+        """The same for these modules."""
+        return Offload("|".join(re.escape(path) for path in paths), bandwidth=self.bandwidth, ahead=self.ahead)
 
     @property
     def parking(self) -> Parking:
@@ -76,20 +81,22 @@ class Offload(Method):
 
         Of a shard, on tensor-parallel ranks, it counts nothing. Raises ValueError where no module has such a path.
         """
-        named = [name for name, _ in model.named_modules() if re.fullmatch(self.blocks, name)]
+        named = self._named(model)
+        if self.blocks == AUTO and not named:
+            raise ValueError(
+                "Offload('auto') chooses blocks while a plan is made: beside plan= say those that it was made with, as "
+                "its notes have them, Offload('...')"
+            )
         if not named:
             some = ", ".join(repr(name) for name, _ in list(model.named_modules())[1:6])
             raise ValueError(f"Offload(blocks={self.blocks!r}): no module has such a path; there are {some}")
-        if self.blocks != ALL and model not in self._hooked:
-            self._hooked.add(model)
-            for name in named:
-                for module in model.get_submodule(name).modules():
-                    module.register_forward_pre_hook(self._enter)
-                    module.register_forward_hook(self._leave, always_call=True)
         if not trace.training or not self._plans:
             return trace
         inside = None if self.blocks == ALL else tuple(named)
         return replace(trace, graph=with_kept_elsewhere(trace.graph, inside, SMALLEST, self.bandwidth))
+
+    def _named(self, model: nn.Module) -> list[str]:
+        return [name for name, _ in model.named_modules() if re.fullmatch(self.blocks, name)]
 
     def _enter(self, *_: Any) -> None:
         self._inside += 1
@@ -98,14 +105,24 @@ class Offload(Method):
         self._inside -= 1
 
     def gradients(self, reducer: Gradients, place: Place) -> Gradients:
-        """The same; as a step begins it is known which memory is the model's own."""
+        """The same; as a step begins it is known which memory is the model's own, and until the engine is closed when
+        its blocks are called."""
 
         def begin() -> None:
             held = (*place.model.parameters(), *place.model.buffers())
             self._stays = {storage_key(tensor) for tensor in held if not tensor.is_meta}
 
+        def end() -> None:
+            for hook in hooks:
+                hook.remove()
+
         begin()
-        return AfterSum(reducer, lambda: None, begin)
+        hooks: list[Any] = []
+        for name in self._named(place.model) if self.blocks != ALL else ():
+            for module in place.model.get_submodule(name).modules():
+                hooks.append(module.register_forward_pre_hook(self._enter))
+                hooks.append(module.register_forward_hook(self._leave, always_call=True))
+        return AfterSum(reducer, before=begin, end=end)
 
     def piece(self, piece: Piece) -> Piece:
         """Let go of what it keeps, unless it is run again."""

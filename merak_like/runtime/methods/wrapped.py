@@ -12,14 +12,16 @@ from merak_like.runtime.data_parallel import Gradients
 class AfterSum:
     """``after()`` when all gradients are summed, before the norm."""
 
-    def __init__(self, inner: Gradients, after: Callable[[], None], before: Callable[[], None] | None = None) -> None:
-        """``before()`` is called as a step begins."""
-        self._inner, self._after, self._before = inner, after, before
+    def __init__(
+        self, inner: Gradients, after: Callable[[], None] = lambda: None,
+        before: Callable[[], None] = lambda: None, end: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """``before()`` is called as a step begins, ``end()`` when the engine is closed."""
+        self._inner, self._after, self._before, self._end = inner, after, before, end
 
     def begin(self) -> None:
         """Forget the last step."""
-        if self._before is not None:
-            self._before()
+        self._before()
         self._inner.begin()
 
     def enter(self, stage: int, *, last: bool, whole: bool) -> None:
@@ -37,4 +39,5 @@ class AfterSum:
 
     def close(self) -> None:
         """Leave the parameters alone."""
+        self._end()
         self._inner.close()

@@ -1,0 +1,59 @@
+"""What a run watches itself with, as far as a machine without a GPU can tell; more is in the tests of the trainer."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from merak_like import _compat
+from merak_like.trainer import lookout
+from merak_like.trainer.lookout import Profiling
+from merak_like.trainer.settings import Profile
+
+
+def test_memory_of_gpus_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+    for name in ("_record_memory_history", "_dump_snapshot"):
+        given = inspect.signature(getattr(torch.cuda.memory, name)).bind
+        monkeypatch.setattr(torch.cuda.memory, name, lambda *args, given=given: said.append(given(*args).arguments))
+    _compat.record_memory(True)
+    _compat.dump_memory("snapshot")
+    _compat.record_memory(False)
+    assert said == [{"enabled": "all"}, {"filename": "snapshot"}, {"enabled": None}]
+
+
+def test_memory_of_a_gpu_is_recorded_beside_the_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU that is not here: it begins with the first step asked for and is written at the end."""
+    said: list[Any] = []
+    monkeypatch.setattr(lookout, "record_memory", said.append)
+    monkeypatch.setattr(lookout, "dump_memory", lambda path: said.append(path.name))
+    monkeypatch.setattr(lookout, "profile", lambda **asked: Recorder(said))
+    engine: Any = SimpleNamespace(world=SimpleNamespace(device=torch.device("cuda"), rank=3))
+    profiling = Profiling(Profile(at=2, steps=2), engine, tmp_path)
+    for step in range(1, 5):
+        said.append(step)
+        profiling.step_begin()
+        profiling.step_end()
+    profiling.end()
+    assert said == [1, 2, True, "start", 3, "stop", "rank-3.json", "rank-3.memory", False, 4]
+
+
+class Recorder:
+    """Stands in for torch's profiler."""
+
+    def __init__(self, said: list[Any]) -> None:
+        self._said = said
+
+    def start(self) -> None:
+        self._said.append("start")
+
+    def stop(self) -> None:
+        self._said.append("stop")
+
+    def export_chrome_trace(self, path: str) -> None:
+        self._said.append(Path(path).name)
