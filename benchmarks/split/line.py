@@ -91,7 +91,7 @@ def run(hosts: Hosts, folder: Path, row: tuple[int, str, int]) -> dict[str, floa
         assert edge.stdout is not None
         try:
             found: dict[str, float] = json.loads(edge.stdout.readline())
-            hosts.shape_one(0, RATE, burst="32kb")
+            hosts.shape_one(0, RATE)
             edge.stdin.write("go on\n")
             edge.stdin.flush()
             found |= json.loads(edge.stdout.readline())
