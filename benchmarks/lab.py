@@ -15,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,16 +66,21 @@ class Hosts:
             _run("tc", "-n", name, "qdisc", "add", "dev", end, "root", "tbf", "rate", rate, "burst", burst,
                  "latency", "400ms")  # fmt: skip
 
-    def torchrun(self, script: Sequence[str], timeout: float, processes: int = 1) -> None:
-        """So many processes on each host."""
+    def torchrun(
+        self, script: Sequence[str], timeout: float, processes: int = 1, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """So many processes on each host, the ranks of one job."""
+        common = [
+            sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(self.names)}",
+            f"--master-addr={ADDRESS.format(1)}", f"--master-port={PORT}", f"--nproc-per-node={processes}",
+        ]  # fmt: skip
         agents = [
             subprocess.Popen(
-                ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run",
-                 f"--nnodes={len(self.names)}", f"--node-rank={rank}", f"--master-addr={ADDRESS.format(1)}", f"--master-port={PORT}",
-                 f"--local-addr={ADDRESS.format(rank + 1)}", f"--nproc-per-node={processes}", *script],
-                env={**os.environ, "GLOO_SOCKET_IFNAME": end, "OMP_NUM_THREADS": "1"},
+                ["ip", "netns", "exec", name, *common, f"--node-rank={n}", f"--local-addr={ADDRESS.format(n + 1)}",
+                 *script],
+                env={**os.environ, "GLOO_SOCKET_IFNAME": end, "OMP_NUM_THREADS": "1", **(environment or {})},
             )
-            for rank, (name, end) in enumerate(zip(self.names, self.cable, strict=True))
+            for n, (name, end) in enumerate(zip(self.names, self.cable, strict=True))
         ]  # fmt: skip
         try:
             codes = [agent.wait(timeout) for agent in agents]

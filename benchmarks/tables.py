@@ -83,12 +83,16 @@ def scaling() -> str:
 def whole() -> str:
     """Every layout of eight paced ranks, as predicted and as measured."""
     data = json.loads((ROOT / "benchmarks/whole/results.json").read_text())
-    lines = ["| dp x pp x tp | schedule | predicted, s | measured, s | to the best |", "|---|---|---:|---:|---:|"]
+    lines = [
+        "| dp x pp x tp | schedule | predicted, s | measured, s | to the best | cores: ranks | others |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     least = data["best"]["measured"]
     for row in sorted(data["rows"], key=lambda row: row["measured"]):
         mark = " (chosen)" if row == data["chosen"] else ""
         degrees = f"{row['dp']} x {row['pp']} x {row['tp']}"
         numbers = f"{row['predicted']:.2f} | {row['measured']:.2f} | {row['measured'] / least:.2f}"
+        numbers += f" | {row['load']:.0%} | {row['others']:.0%}"
         lines.append(f"| {degrees} | {row['name']}{mark} | {numbers} |")
     gains = data["merak's rules to ours"].values()
     lines += ["", f"The choice takes {data['chosen to best']:.3f} of the best step; predictions are off by "

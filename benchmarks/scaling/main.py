@@ -182,7 +182,7 @@ def main() -> None:
     rows: dict[str, dict[str, dict[str, float]]] = {kind: known.get(kind, {}) for kind in KINDS}
     if args.again:
         rows |= {kind: {} for kind in args.only}
-    for kind, size in ((kind, size) for kind in args.only for size in KINDS[kind][1]):
+    for kind, size in ((name, size) for name in args.only for size in KINDS[name][1]):
         if str(size) in rows[kind] or time.monotonic() - begun > 60 * args.minutes:
             continue
         if (row := measured(kind, size, args.limit)) is not None:
