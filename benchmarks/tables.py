@@ -23,15 +23,23 @@ PLACES = (
 
 def pipeline() -> str:
     """Step times beside the peers."""
-    data = json.loads((ROOT / "benchmarks/pipeline/results.json").read_text())
-    lines = [
-        "| 2 processes | step, ms | CPU of the busier rank, ms | to torch 1F1B | to (one process / 2 + bubble) |",
-        "|---|---|---|---|---|",
-    ]
+    return _pipeline(ROOT / "benchmarks/pipeline/results.json")
+
+
+def pipeline_deep() -> str:
+    """The same with the larger model."""
+    return _pipeline(ROOT / "benchmarks/pipeline/deep.json")
+
+
+def _pipeline(path: Path) -> str:
+    data = json.loads(path.read_text())
+    keys = ("to torch 1F1B", "to the best peer", "to half of one process + bubble")
+    keys = tuple(key for key in keys if key in next(iter(data["rows"].values())))
+    heads = " | ".join(key.replace("half of one process + bubble", "(one process / 2 + bubble)") for key in keys)
+    lines = [f"| 2 processes | step, ms | CPU of the busier rank, ms | {heads} |", "|---|---|---|" + "---|" * len(keys)]
     for name, row in data["rows"].items():
         numbers = (f"{row['milliseconds']:.0f}", f"{row['CPU milliseconds']:.0f}")
-        ratios = (f"{row[k]:.2f}" for k in ("to torch 1F1B", "to half of one process + bubble"))
-        lines.append(f"| {name} | " + " | ".join([*numbers, *ratios]) + " |")
+        lines.append(f"| {name} | " + " | ".join([*numbers, *(f"{row[key]:.2f}" for key in keys)]) + " |")
     return "\n".join([*lines, "", _setting(data["setting"])])
 
 
@@ -69,6 +77,8 @@ def scaling() -> str:
     data = json.loads((ROOT / "benchmarks/scaling/results.json").read_text())
     blocks = list[str]()
     for kind, rows in data["rows"].items():
+        if kind not in data["slopes"]:
+            continue
         names = list(next(iter(rows.values())))
         lines = [f"| {kind} | " + " | ".join(f"{name}, s" for name in names) + " |", "|---:|" + "---:|" * len(names)]
         lines += [
@@ -232,15 +242,45 @@ def learning() -> str:
     return "\n".join([*lines, "", _setting({k: v for k, v in data["setting"].items() if k != "seeds"})])
 
 
+def line() -> str:
+    """Bytes and seconds of a step over an uplink, by codec; what it learns beside it."""
+    data = json.loads((ROOT / "benchmarks/split/line.json").read_text())
+    learned = json.loads((ROOT / "benchmarks/split/learning.json").read_text())["rows"]
+    lines = [
+        "| width | codec | under way | bytes up | bytes / rate | step, no limit | step at 20 Mbit/s | over the longer "
+        "| predicted | to `identity` | accuracy |",
+        "| ---: | --- | ---: |" + " ---: |" * 8,
+    ]
+    plain = {row["width"]: row for row in reversed(data["rows"]) if row["codec"] == "identity"}
+
+    def accuracy(codec: str) -> float | None:
+        runs = learned.get(f"whole, {codec}")
+        return sum(run["accuracy"] for run in runs) / len(runs) if runs else None
+
+    for row in data["rows"]:
+        told, least = accuracy(row["codec"]), accuracy("identity")
+        right = "" if told is None or least is None else f"{told:.1%} ({100 * (told - least):+.1f})"
+        first = plain.get(row["width"])
+        ratio = f"{row['held'] / first['held']:.2f}" if first else ""
+        over = row["held"] / max(row["sending"], row["free"]) - 1
+        codec = row["codec"].replace("|", chr(92) + "|")
+        lines.append(
+            f"| {row['width']} | `{codec}` | {row['under way']} | {row['bytes']:,} | {row['sending']:.2f} s | "
+            f"{row['free']:.2f} s | {row['held']:.2f} s | {over:+.0%} | {row['predicted']:.2f} s | {ratio} | {right} |"
+        )
+    return "\n".join([*lines, "", _setting(data["setting"])])
+
+
 def _setting(setting: dict[str, Any]) -> str:
-    return "Setting: " + ", ".join(f"{key} {value}" for key, value in setting.items()) + "."
+    shown = {key: round(value, 1) if key == "load average" else value for key, value in setting.items()}
+    return "Setting: " + ", ".join(f"{key} {value}" for key, value in shown.items()) + "."
 
 
 TABLES = {
     "tensor_parallel": tensor_parallel, "zero": zero, "alone": alone, "scaling": scaling,
     "whole": whole,
-    "pipeline": pipeline, "overhead": overhead, "paced": paced,
-    "learning": learning, "published": published, "chosen": chosen, "every": every,
+    "pipeline": pipeline, "pipeline_deep": pipeline_deep, "overhead": overhead, "paced": paced,
+    "learning": learning, "line": line, "published": published, "chosen": chosen, "every": every,
 }  # fmt: skip
 
 
