@@ -10,66 +10,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from engine_tables import ROOT, alone, overhead, pipeline, pipeline_deep, setting_of
+
 PLACES = (
     "README.md", "benchmarks/pipeline/README.md", "benchmarks/paced/README.md", "benchmarks/planner/README.md",
     "benchmarks/tensor_parallel/README.md", "benchmarks/split/README.md", "benchmarks/zero/README.md",
     "benchmarks/overhead/README.md", "benchmarks/scaling/README.md", "benchmarks/whole/README.md",
 )  # fmt: skip
-
-
-def pipeline() -> str:
-    """Step times beside the peers."""
-    return _pipeline(ROOT / "benchmarks/pipeline/results.json")
-
-
-def pipeline_deep() -> str:
-    """The same with the larger model."""
-    return _pipeline(ROOT / "benchmarks/pipeline/deep.json")
-
-
-def _pipeline(path: Path) -> str:
-    data = json.loads(path.read_text())
-    keys = ("to torch 1F1B", "to the best peer", "to half of one process + bubble")
-    keys = tuple(key for key in keys if key in next(iter(data["rows"].values())))
-    heads = " | ".join(key.replace("half of one process + bubble", "(one process / 2 + bubble)") for key in keys)
-    lines = [f"| 2 processes | step, ms | CPU of the busier rank, ms | {heads} |", "|---|---|---|" + "---|" * len(keys)]
-    for name, row in data["rows"].items():
-        numbers = (f"{row['milliseconds']:.0f}", f"{row['CPU milliseconds']:.0f}")
-        lines.append(f"| {name} | " + " | ".join([*numbers, *(f"{row[key]:.2f}" for key in keys)]) + " |")
-    return "\n".join([*lines, "", _setting(data["setting"])])
-
-
-def overhead() -> str:
-    """What the engine itself costs."""
-    data = json.loads((ROOT / "benchmarks/pipeline/overhead.json").read_text())
-    lines = ["| engine overhead, CPU microseconds | per micro-batch | per action |", "|---|---|---|"]
-    for name, row in data["overhead, microseconds"].items():
-        lines.append(f"| {name} | {row['per micro-batch']} | {row['per action']} |")
-    return "\n".join(lines)
-
-
-def alone() -> str:
-    """What the engine costs where it has nothing to do, before it has begun, and in memory."""
-    data = json.loads((ROOT / "benchmarks/overhead/results.json").read_text())
-    lines = ["| one process, GPT-2 | step, CPU ms | to plain |", "|---|---:|---:|"]
-    lines += [
-        f"| {name} | {row['CPU milliseconds']:.0f} | {row['to plain']:.3f} |" for name, row in data["steps"].items()
-    ]
-    parts = list(data["starts"]["plain"])
-    lines += ["", f"| seconds from the start | {' | '.join(parts)} | in all |", "|---|" + "---:|" * (len(parts) + 1)]
-    for name, row in data["starts"].items():
-        lines.append(f"| {name} | {' | '.join(f'{row[part]:.1f}' for part in parts)} | {sum(row.values()):.1f} |")
-    lines += ["", "| memory after a step, MB | weights | taken in all | to its weights |", "|---|---:|---:|---:|"]
-    places = {"whole model, plain": data["memory"]["whole"]}
-    places |= {f"rank {rank} of a pipeline": row for rank, row in enumerate(data["memory"]["ranks"])}
-    for name, row in places.items():
-        weights, held = row["weights"] / 1e6, row["held"] / 1e6
-        lines.append(f"| {name} | {weights:.0f} | {held:.0f} | {held / weights:.2f} |")
-    return "\n".join([*lines, "", _setting(data["setting"])])
 
 
 def scaling() -> str:
@@ -87,7 +35,7 @@ def scaling() -> str:
         slopes = data["slopes"][kind]
         lines.append("| slope | " + " | ".join(f"{slopes[name]:.2f}" for name in names) + " |")
         blocks.append("\n".join(lines))
-    return "\n\n".join([*blocks, _setting(data["setting"])])
+    return "\n\n".join([*blocks, setting_of(data["setting"])])
 
 
 def whole() -> str:
@@ -108,7 +56,7 @@ def whole() -> str:
     lines += ["", f"The choice takes {data['chosen to best']:.3f} of the best step; predictions are off by "
               f"{data['mean error of the prediction']:.1%} in the mean; on the same degrees Merak's rules take "
               f"{min(gains):.2f} to {max(gains):.2f} of what the planner's best schedule takes."]  # fmt: skip
-    return "\n".join([*lines, "", _setting(data["setting"])])
+    return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
 def paced() -> str:
@@ -121,7 +69,7 @@ def paced() -> str:
         times = ((row["simulated"] / unit, row["measured"] / unit, row["measured"] / row["simulated"]) for row in rows)
         cells = " | ".join(f"{a:.1f} | {b:.1f} | {c:.3f}" for a, b, c in times)
         lines.append(f"| {rows[0]['schedule']} | {cells} |")
-    return "\n".join([*lines, "", _setting(data["setting"])])
+    return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
 def tensor_parallel() -> str:
@@ -143,7 +91,17 @@ def tensor_parallel() -> str:
             step, loose = row["milliseconds"], found["unshaped"]["rows"][name]["milliseconds"]
             hidden = (plain - step) / (plain - free)
             lines.append(f"| {name} | {loose:.0f} | {step:.0f} | {step / plain:.2f} | {hidden:.0%} |")
-    return "\n".join([*lines, "", _setting(data["setting"])])
+    if "llama" in data:
+        loose, held = (data["llama"][profile]["rows"] for profile in ("unshaped", "1 Gbit"))
+        heads = ("ms", "to the best peer", "CPU, ms", "to it, CPU", "1 Gbit: ms", "to the best peer")
+        lines += ["", f"| Llama step, tp=2, two hosts | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+        for name, row in loose.items():
+            numbers = f"{row['milliseconds']:.0f} | {row['to the best peer']:.2f} | {row['CPU milliseconds']:.0f}"
+            numbers += f" | {row['to the best peer, CPU']:.2f}"
+            lines.append(
+                f"| {name} | {numbers} | {held[name]['milliseconds']:.0f} | {held[name]['to the best peer']:.2f} |"
+            )
+    return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
 def zero() -> str:
@@ -157,7 +115,7 @@ def zero() -> str:
         )
     lines += ["", "| saving, `zero=1` | ms |", "|---|---:|"]
     lines += [f"| {name.removesuffix(', ms')} | {value:.0f} |" for name, value in data["saving"].items()]
-    return "\n".join([*lines, "", _setting(data["setting"])])
+    return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
 PUBLISHED = {
@@ -239,7 +197,7 @@ def learning() -> str:
             f"| {name.replace('|', chr(92) + '|')} | {numbers} | {mean:.1%}{spread} | {change:+.1f} | "
             f"{sum(run['error'] for run in row) / len(row):.3f} | {len(row)} |"
         )
-    return "\n".join([*lines, "", _setting({k: v for k, v in data["setting"].items() if k != "seeds"})])
+    return "\n".join([*lines, "", setting_of({k: v for k, v in data["setting"].items() if k != "seeds"})])
 
 
 def line() -> str:
@@ -268,12 +226,7 @@ def line() -> str:
             f"| {row['width']} | `{codec}` | {row['under way']} | {row['bytes']:,} | {row['sending']:.2f} s | "
             f"{row['free']:.2f} s | {row['held']:.2f} s | {over:+.0%} | {row['predicted']:.2f} s | {ratio} | {right} |"
         )
-    return "\n".join([*lines, "", _setting(data["setting"])])
-
-
-def _setting(setting: dict[str, Any]) -> str:
-    shown = {key: round(value, 1) if key == "load average" else value for key, value in setting.items()}
-    return "Setting: " + ", ".join(f"{key} {value}" for key, value in shown.items()) + "."
+    return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
 TABLES = {
