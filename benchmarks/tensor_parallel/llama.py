@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 from merak_like import auto_parallel
 
@@ -82,10 +83,16 @@ def dtensor() -> Step:
 
 
 def tp_plan() -> Step:
-    """transformers' table for Llama, applied while it loads."""
-    with tempfile.TemporaryDirectory() as folder:
-        model().save_pretrained(folder)
-        return loop(LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", use_cache=False).train())
+    """transformers' table for Llama, applied while it loads. Only rank 0 writes files."""
+    with tempfile.TemporaryDirectory() as own:
+        shared = [own]
+        dist.broadcast_object_list(shared)
+        model().save_pretrained(shared[0])
+        dist.barrier()
+        sharded = LlamaForCausalLM.from_pretrained(shared[0], distributed_config=DistributedConfig(tp_plan="auto"))
+        dist.barrier()
+        sharded.config.use_cache = False
+        return loop(sharded.train())
 
 
 CONTENDERS: dict[str, Callable[[], Step]] = {
