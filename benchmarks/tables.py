@@ -52,10 +52,15 @@ def whole() -> str:
         numbers = f"{row['predicted']:.2f} | {row['measured']:.2f} | {row['measured'] / least:.2f}"
         numbers += f" | {row['load']:.0%} | {row['others']:.0%}"
         lines.append(f"| {degrees} | {row['name']}{mark} | {numbers} |")
-    gains = data["merak's rules to ours"].values()
     lines += ["", f"The choice takes {data['chosen to best']:.3f} of the best step; predictions are off by "
-              f"{data['mean error of the prediction']:.1%} in the mean; on the same degrees Merak's rules take "
-              f"{min(gains):.2f} to {max(gains):.2f} of what the planner's best schedule takes."]  # fmt: skip
+              f"{data['mean error of the prediction']:.1%} in the mean."]  # fmt: skip
+    if gains := data["merak's rules to ours"].values():
+        lines[-1] += (
+            f" On the same degrees Merak's rules take {min(gains):.2f} to {max(gains):.2f} of what the planner's"
+        )
+        lines[-1] += " best schedule takes."
+    if ways := data["missing"]:
+        lines[-1] += f" **{ways} ways have not been measured yet**, so this is not the answer."
     return "\n".join([*lines, "", setting_of(data["setting"])])
 
 

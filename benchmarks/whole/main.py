@@ -68,7 +68,7 @@ def main() -> int:
         "ways": f"{len(rows)} of {due}", "torch": torch.__version__, "transformers": transformers.__version__,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}", "load average": round(os.getloadavg()[0], 1),
     }  # fmt: skip
-    found = {"setting": setting, **summary(rows), "rows": rows}
+    found = {"setting": setting, "missing": due - len(rows), **summary(rows), "rows": rows}
     (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({key: value for key, value in found.items() if key != "rows"}, indent=1))
     return 0
