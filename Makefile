@@ -52,21 +52,15 @@ test-all: export OMP_NUM_THREADS = 1
 test-all: lint types
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-bench: export OMP_NUM_THREADS = 1
 bench: $(READY)
-	$(BIN)/python benchmarks/tracing/main.py
-	$(BIN)/python benchmarks/schedules/main.py
-	$(BIN)/torchrun --nproc-per-node 2 benchmarks/pipeline/overhead.py
-	$(BIN)/torchrun --nproc-per-node 2 benchmarks/pipeline/main.py
-	$(BIN)/python benchmarks/paced/main.py
-	$(BIN)/python benchmarks/tensor_parallel/main.py
-	$(BIN)/torchrun --nproc-per-node 2 benchmarks/zero/main.py
-	$(BIN)/python benchmarks/overhead/main.py
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/short.py
 
-# Those that take an hour together, or need root.
+# Those that take two hours together, or need root. What is known of scaling, whole and line is not measured again.
 bench-long: export OMP_NUM_THREADS = 1
 bench-long: $(READY)
+	$(BIN)/torchrun --nproc-per-node 2 benchmarks/pipeline/main.py --layers 12 --hidden 512 --out benchmarks/pipeline/deep.json
+	$(BIN)/python benchmarks/paced/main.py
+	$(BIN)/python benchmarks/tensor_parallel/main.py
 	$(BIN)/python benchmarks/scaling/main.py
 	$(BIN)/python benchmarks/whole/main.py
 	$(BIN)/python -m benchmarks.planner.here

@@ -1,4 +1,11 @@
-"""Two hosts on one machine: network namespaces joined by a virtual cable whose rate `tc` limits. Needs root."""
+"""Hosts on one machine: network namespaces on a switch, and what each sends is limited by `tc`. Needs root.
+
+    host 0 ==cable==+
+    host 1 ==cable==+ bridge, in a namespace of its own
+    host 2 ==cable==+
+
+A cable has two ends (veth): the one in the host has the address and, by a token bucket, the rate.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +15,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 ADDRESS = "10.231.78.{}"
 PORT = 29478
+PROFILES = {"unshaped": None, "10 Gbit": 10e9, "1 Gbit": 1e9, "100 Mbit": 100e6, "edge": 20e6}
+"""Bits per second that a host sends at most: one node, nodes of a data centre, of an office; an uplink at home."""
 
 
 def missing() -> str:
@@ -38,35 +47,40 @@ def _run(*words: str) -> None:
 
 @dataclass(frozen=True)
 class Hosts:
-    """Two hosts by the names of their namespaces and their ends of the cable."""
+    """Hosts by the names of their namespaces and their ends of the cables."""
 
-    names: tuple[str, str]
-    cable: tuple[str, str]
+    names: tuple[str, ...]
+    cable: tuple[str, ...]
 
     def shape(self, bits_per_second: float | None) -> None:
         """Limit what each host sends, by a token bucket; None lifts the limit."""
-        for host in (0, 1):
+        for host in range(len(self.names)):
             self.shape_one(host, bits_per_second)
 
-    def shape_one(self, host: int, bits_per_second: float | None, *, burst: str = "256kb") -> None:
-        """Limit what one of them sends."""
+    def shape_one(self, host: int, bits_per_second: float | None) -> None:
+        """Limit what one of them sends. Bursts last 2 ms, or are of 32 kB: a few of the packets that TCP hands on."""
         name, end = self.names[host], self.cable[host]
         subprocess.run(["tc", "-n", name, "qdisc", "del", "dev", end, "root"], capture_output=True)
         if bits_per_second is not None:
-            rate = f"{bits_per_second / 1e6:.3f}mbit"
+            rate, burst = f"{bits_per_second / 1e6:.3f}mbit", f"{max(32768, bits_per_second / 8 * 0.002):.0f}"
             _run("tc", "-n", name, "qdisc", "add", "dev", end, "root", "tbf", "rate", rate, "burst", burst,
                  "latency", "400ms")  # fmt: skip
 
-    def torchrun(self, script: Sequence[str], timeout: float, processes: int = 1) -> None:
-        """So many processes on each host."""
+    def torchrun(
+        self, script: Sequence[str], timeout: float, processes: int = 1, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """So many processes on each host, the ranks of one job."""
+        common = [
+            sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(self.names)}",
+            f"--master-addr={ADDRESS.format(1)}", f"--master-port={PORT}", f"--nproc-per-node={processes}",
+        ]  # fmt: skip
         agents = [
             subprocess.Popen(
-                ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
-                 f"--node-rank={rank}", f"--master-addr={ADDRESS.format(1)}", f"--master-port={PORT}",
-                 f"--local-addr={ADDRESS.format(rank + 1)}", f"--nproc-per-node={processes}", *script],
-                env={**os.environ, "GLOO_SOCKET_IFNAME": end, "OMP_NUM_THREADS": "1"},
+                ["ip", "netns", "exec", name, *common, f"--node-rank={n}", f"--local-addr={ADDRESS.format(n + 1)}",
+                 *script],
+                env={**os.environ, "GLOO_SOCKET_IFNAME": end, "OMP_NUM_THREADS": "1", **(environment or {})},
             )
-            for rank, (name, end) in enumerate(zip(self.names, self.cable, strict=True))
+            for n, (name, end) in enumerate(zip(self.names, self.cable, strict=True))
         ]  # fmt: skip
         try:
             codes = [agent.wait(timeout) for agent in agents]
@@ -82,7 +96,7 @@ class Hosts:
 def _left() -> Iterator[str]:
     """Hosts of runs that are no more."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
-    for name, pid in re.findall(r"^(lab-(\d+)-[01])\b", listed, re.MULTILINE):
+    for name, pid in re.findall(r"^(lab-(\d+)-(?:\d+|switch))\b", listed, re.MULTILINE):
         if not Path(f"/proc/{pid}").exists():
             yield name
 
@@ -96,24 +110,33 @@ def _remove(name: str) -> None:
 
 
 @contextmanager
-def two_hosts() -> Iterator[Hosts]:
+def hosts_on_a_switch(count: int) -> Iterator[Hosts]:
     """Gone afterwards, after SIGTERM too; what a run that was killed has left goes with the next."""
     for name in _left():
         _remove(name)
     tag = os.getpid()
-    hosts = Hosts((f"lab-{tag}-0", f"lab-{tag}-1"), (f"lb{tag}0", f"lb{tag}1"))
+    switch, numbers = f"lab-{tag}-switch", range(count)
+    hosts = Hosts(tuple(f"lab-{tag}-{n}" for n in numbers), tuple(f"lb{tag}{n}" for n in numbers))
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     try:
-        for name in hosts.names:
+        for name in (switch, *hosts.names):
             _run("ip", "netns", "add", name)
-        (one, other), (near, far) = hosts.names, hosts.cable
-        _run("ip", "link", "add", near, "netns", one, "type", "veth", "peer", "name", far, "netns", other)
-        for number, (name, end) in enumerate(zip(hosts.names, hosts.cable, strict=True), 1):
-            _run("ip", "-n", name, "addr", "add", f"{ADDRESS.format(number)}/24", "dev", end)
+        _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
+        _run("ip", "-n", switch, "link", "set", "bridge", "up")
+        for n, name, end in zip(numbers, hosts.names, hosts.cable, strict=True):
+            port = f"port{n}"
+            _run("ip", "link", "add", end, "netns", name, "type", "veth", "peer", "name", port, "netns", switch)
+            _run("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
+            _run("ip", "-n", name, "addr", "add", f"{ADDRESS.format(n + 1)}/24", "dev", end)
             _run("ip", "-n", name, "link", "set", end, "up")
             _run("ip", "-n", name, "link", "set", "lo", "up")
         yield hosts
     finally:
         signal.signal(signal.SIGTERM, before)
-        for name in hosts.names:
+        for name in (*hosts.names, switch):
             _remove(name)
+
+
+def two_hosts() -> AbstractContextManager[Hosts]:
+    """The least that has a network."""
+    return hosts_on_a_switch(2)

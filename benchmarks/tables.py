@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from engine_tables import ROOT, alone, overhead, pipeline, pipeline_deep, setting_of
+
 PLACES = (
     "README.md", "benchmarks/pipeline/README.md", "benchmarks/paced/README.md", "benchmarks/planner/README.md",
     "benchmarks/tensor_parallel/README.md", "benchmarks/split/README.md", "benchmarks/zero/README.md",
@@ -21,54 +20,13 @@ PLACES = (
 )  # fmt: skip
 
 
-def pipeline() -> str:
-    """Step times beside the peers."""
-    data = json.loads((ROOT / "benchmarks/pipeline/results.json").read_text())
-    lines = [
-        "| 2 processes | step, ms | CPU of the busier rank, ms | to torch 1F1B | to (one process / 2 + bubble) |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in data["rows"].items():
-        numbers = (f"{row['milliseconds']:.0f}", f"{row['CPU milliseconds']:.0f}")
-        ratios = (f"{row[k]:.2f}" for k in ("to torch 1F1B", "to half of one process + bubble"))
-        lines.append(f"| {name} | " + " | ".join([*numbers, *ratios]) + " |")
-    return "\n".join([*lines, "", _setting(data["setting"])])
-
-
-def overhead() -> str:
-    """What the engine itself costs."""
-    data = json.loads((ROOT / "benchmarks/pipeline/overhead.json").read_text())
-    lines = ["| engine overhead, CPU microseconds | per micro-batch | per action |", "|---|---|---|"]
-    for name, row in data["overhead, microseconds"].items():
-        lines.append(f"| {name} | {row['per micro-batch']} | {row['per action']} |")
-    return "\n".join(lines)
-
-
-def alone() -> str:
-    """What the engine costs where it has nothing to do, before it has begun, and in memory."""
-    data = json.loads((ROOT / "benchmarks/overhead/results.json").read_text())
-    lines = ["| one process, GPT-2 | step, CPU ms | to plain |", "|---|---:|---:|"]
-    lines += [
-        f"| {name} | {row['CPU milliseconds']:.0f} | {row['to plain']:.3f} |" for name, row in data["steps"].items()
-    ]
-    parts = list(data["starts"]["plain"])
-    lines += ["", f"| seconds from the start | {' | '.join(parts)} | in all |", "|---|" + "---:|" * (len(parts) + 1)]
-    for name, row in data["starts"].items():
-        lines.append(f"| {name} | {' | '.join(f'{row[part]:.1f}' for part in parts)} | {sum(row.values()):.1f} |")
-    lines += ["", "| memory after a step, MB | weights | taken in all | to its weights |", "|---|---:|---:|---:|"]
-    places = {"whole model, plain": data["memory"]["whole"]}
-    places |= {f"rank {rank} of a pipeline": row for rank, row in enumerate(data["memory"]["ranks"])}
-    for name, row in places.items():
-        weights, held = row["weights"] / 1e6, row["held"] / 1e6
-        lines.append(f"| {name} | {weights:.0f} | {held:.0f} | {held / weights:.2f} |")
-    return "\n".join([*lines, "", _setting(data["setting"])])
-
-
 def scaling() -> str:
     """CPU seconds by size, and the slope of their logarithms."""
     data = json.loads((ROOT / "benchmarks/scaling/results.json").read_text())
     blocks = list[str]()
     for kind, rows in data["rows"].items():
+        if kind not in data["slopes"]:
+            continue
         names = list(next(iter(rows.values())))
         lines = [f"| {kind} | " + " | ".join(f"{name}, s" for name in names) + " |", "|---:|" + "---:|" * len(names)]
         lines += [
@@ -77,24 +35,33 @@ def scaling() -> str:
         slopes = data["slopes"][kind]
         lines.append("| slope | " + " | ".join(f"{slopes[name]:.2f}" for name in names) + " |")
         blocks.append("\n".join(lines))
-    return "\n\n".join([*blocks, _setting(data["setting"])])
+    return "\n\n".join([*blocks, setting_of(data["setting"])])
 
 
 def whole() -> str:
     """Every layout of eight paced ranks, as predicted and as measured."""
     data = json.loads((ROOT / "benchmarks/whole/results.json").read_text())
-    lines = ["| dp x pp x tp | schedule | predicted, s | measured, s | to the best |", "|---|---|---:|---:|---:|"]
+    lines = [
+        "| dp x pp x tp | schedule | predicted, s | measured, s | to the best | cores: ranks | others |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     least = data["best"]["measured"]
     for row in sorted(data["rows"], key=lambda row: row["measured"]):
         mark = " (chosen)" if row == data["chosen"] else ""
         degrees = f"{row['dp']} x {row['pp']} x {row['tp']}"
         numbers = f"{row['predicted']:.2f} | {row['measured']:.2f} | {row['measured'] / least:.2f}"
+        numbers += f" | {row['load']:.0%} | {row['others']:.0%}"
         lines.append(f"| {degrees} | {row['name']}{mark} | {numbers} |")
-    gains = data["merak's rules to ours"].values()
     lines += ["", f"The choice takes {data['chosen to best']:.3f} of the best step; predictions are off by "
-              f"{data['mean error of the prediction']:.1%} in the mean; on the same degrees Merak's rules take "
-              f"{min(gains):.2f} to {max(gains):.2f} of what the planner's best schedule takes."]  # fmt: skip
-    return "\n".join([*lines, "", _setting(data["setting"])])
+              f"{data['mean error of the prediction']:.1%} in the mean."]  # fmt: skip
+    if gains := data["merak's rules to ours"].values():
+        lines[-1] += (
+            f" On the same degrees Merak's rules take {min(gains):.2f} to {max(gains):.2f} of what the planner's"
+        )
+        lines[-1] += " best schedule takes."
+    if ways := data["missing"]:
+        lines[-1] += f" **{ways} ways have not been measured yet**, so this is not the answer."
+    return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
 def paced() -> str:
@@ -107,7 +74,7 @@ def paced() -> str:
         times = ((row["simulated"] / unit, row["measured"] / unit, row["measured"] / row["simulated"]) for row in rows)
         cells = " | ".join(f"{a:.1f} | {b:.1f} | {c:.3f}" for a, b, c in times)
         lines.append(f"| {rows[0]['schedule']} | {cells} |")
-    return "\n".join([*lines, "", _setting(data["setting"])])
+    return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
 def tensor_parallel() -> str:
@@ -129,7 +96,17 @@ def tensor_parallel() -> str:
             step, loose = row["milliseconds"], found["unshaped"]["rows"][name]["milliseconds"]
             hidden = (plain - step) / (plain - free)
             lines.append(f"| {name} | {loose:.0f} | {step:.0f} | {step / plain:.2f} | {hidden:.0%} |")
-    return "\n".join([*lines, "", _setting(data["setting"])])
+    if "llama" in data:
+        loose, held = (data["llama"][profile]["rows"] for profile in ("unshaped", "1 Gbit"))
+        heads = ("ms", "to the best peer", "CPU, ms", "to it, CPU", "1 Gbit: ms", "to the best peer")
+        lines += ["", f"| Llama step, tp=2, two hosts | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+        for name, row in loose.items():
+            numbers = f"{row['milliseconds']:.0f} | {row['to the best peer']:.2f} | {row['CPU milliseconds']:.0f}"
+            numbers += f" | {row['to the best peer, CPU']:.2f}"
+            lines.append(
+                f"| {name} | {numbers} | {held[name]['milliseconds']:.0f} | {held[name]['to the best peer']:.2f} |"
+            )
+    return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
 def zero() -> str:
@@ -143,7 +120,7 @@ def zero() -> str:
         )
     lines += ["", "| saving, `zero=1` | ms |", "|---|---:|"]
     lines += [f"| {name.removesuffix(', ms')} | {value:.0f} |" for name, value in data["saving"].items()]
-    return "\n".join([*lines, "", _setting(data["setting"])])
+    return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
 PUBLISHED = {
@@ -217,7 +194,7 @@ def here() -> str:
     if not errors:
         raise FileNotFoundError("only profiled so far")
     lines += ["", f"{len(errors)} rows: off by {sum(errors) / len(errors):.1%} in the mean."]
-    return "\n".join([*lines, "", _setting(data["setting"])])
+    return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
 def learning() -> str:
@@ -241,7 +218,7 @@ def learning() -> str:
             f"| {name.replace('|', chr(92) + '|')} | {numbers} | {mean:.1%}{spread} | {change:+.1f} | "
             f"{sum(run['error'] for run in row) / len(row):.3f} | {len(row)} |"
         )
-    return "\n".join([*lines, "", _setting({k: v for k, v in data["setting"].items() if k != "seeds"})])
+    return "\n".join([*lines, "", setting_of({k: v for k, v in data["setting"].items() if k != "seeds"})])
 
 
 def groups() -> str:
@@ -253,18 +230,43 @@ def groups() -> str:
         runs = [data["rows"][kind].get(name, []) for kind in kinds]
         cells = [f"{sum(r) / len(r):.1%} ({min(r):.1%} to {max(r):.1%}, {len(r)} seeds)" if r else "" for r in runs]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _setting(data["setting"])])
+    return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
-def _setting(setting: dict[str, Any]) -> str:
-    return "Setting: " + ", ".join(f"{key} {value}" for key, value in setting.items()) + "."
+def line() -> str:
+    """Bytes and seconds of a step over an uplink, by codec; what it learns beside it."""
+    data = json.loads((ROOT / "benchmarks/split/line.json").read_text())
+    learned = json.loads((ROOT / "benchmarks/split/learning.json").read_text())["rows"]
+    lines = [
+        "| width | codec | under way | bytes up | bytes / rate | step, no limit | step at 20 Mbit/s | over the longer "
+        "| predicted | to `identity` | accuracy |",
+        "| ---: | --- | ---: |" + " ---: |" * 8,
+    ]
+    plain = {row["width"]: row for row in reversed(data["rows"]) if row["codec"] == "identity"}
+
+    def accuracy(codec: str) -> float | None:
+        runs = learned.get(f"whole, {codec}")
+        return sum(run["accuracy"] for run in runs) / len(runs) if runs else None
+
+    for row in data["rows"]:
+        told, least = accuracy(row["codec"]), accuracy("identity")
+        right = "" if told is None or least is None else f"{told:.1%} ({100 * (told - least):+.1f})"
+        first = plain.get(row["width"])
+        ratio = f"{row['held'] / first['held']:.2f}" if first else ""
+        over = row["held"] / max(row["sending"], row["free"]) - 1
+        codec = row["codec"].replace("|", chr(92) + "|")
+        lines.append(
+            f"| {row['width']} | `{codec}` | {row['under way']} | {row['bytes']:,} | {row['sending']:.2f} s | "
+            f"{row['free']:.2f} s | {row['held']:.2f} s | {over:+.0%} | {row['predicted']:.2f} s | {ratio} | {right} |"
+        )
+    return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
 TABLES = {
     "tensor_parallel": tensor_parallel, "zero": zero, "alone": alone, "scaling": scaling,
     "whole": whole,
-    "pipeline": pipeline, "overhead": overhead, "paced": paced,
-    "learning": learning, "groups": groups, "published": published, "chosen": chosen, "every": every,
+    "pipeline": pipeline, "pipeline_deep": pipeline_deep, "overhead": overhead, "paced": paced,
+    "learning": learning, "groups": groups, "line": line, "published": published, "chosen": chosen, "every": every,
     "here": here,
 }  # fmt: skip
 

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from merak_like import auto_parallel
@@ -85,21 +91,35 @@ class Piece(nn.Module):
         return x if self.head is None else self.head(x)
 
 
+TORCH: dict[str, tuple[Any, Callable[[int, int], list[int]]]] = {
+    "1F1B": (Schedule1F1B, lambda rank, ranks: [rank]),
+    "GPipe": (ScheduleGPipe, lambda rank, ranks: [rank]),
+    "Interleaved1F1B": (ScheduleInterleaved1F1B, lambda rank, ranks: [rank, rank + ranks]),
+    "ZBVZeroBubble": (ScheduleZBVZeroBubble, lambda rank, ranks: [rank, 2 * ranks - 1 - rank]),
+}
+"""Schedules of torch.distributed.pipelining, and the stages that a rank has under each."""
+
+
 def torch_pipelining(config: GPT2Config, ids: Tensor, micro_batches: int, cut: int, kind: str) -> Callable[[], float]:
-    """torch.distributed.pipelining on the same stages."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    """torch.distributed.pipelining on the same stages; each halved for schedules that have two on a rank."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    make, places = TORCH[kind]
+    mine = places(rank, ranks)
     bounds = [0, cut, config.n_layer]
-    piece = Piece(model_of(config), bounds[rank], bounds[rank + 1])
-    stage = PipelineStage(piece, rank, world, torch.device("cpu"))
-    schedule = {"1F1B": Schedule1F1B, "GPipe": ScheduleGPipe}[kind](stage, micro_batches, loss_fn=shifted_loss)
-    optimizer = torch.optim.AdamW(piece.parameters(), lr=LR)
+    if len(mine) > 1:
+        bounds = [0, cut // 2, cut, (cut + config.n_layer) // 2, config.n_layer]
+    pieces = [Piece(model_of(config), bounds[n], bounds[n + 1]) for n in mine]
+    stages = [
+        PipelineStage(piece, n, len(bounds) - 1, torch.device("cpu")) for n, piece in zip(mine, pieces, strict=True)
+    ]
+    schedule = make(stages if len(mine) > 1 else stages[0], micro_batches, loss_fn=shifted_loss)
+    optimizer = torch.optim.AdamW([p for piece in pieces for p in piece.parameters()], lr=LR)
+    last = len(bounds) - 2 in mine
 
     def step() -> float:
         losses: list[Tensor] = []
-        if rank == 0:
-            schedule.step(ids)
-        else:
-            schedule.step(target=ids, losses=losses)
+        more = {"target": ids, "losses": losses} if last else {}
+        schedule.step(*([ids] if 0 in mine else []), **more)
         optimizer.step()
         optimizer.zero_grad()
         return sum(x.item() for x in losses) / micro_batches

@@ -1,8 +1,8 @@
 """How do trace, plan, simulate and validate grow with the model, and the search with the machine? See README.md.
 
-    python benchmarks/scaling/main.py
+    python benchmarks/scaling/main.py                 what results.json lacks; --again: everything
 
-CPU seconds of one process. Writes results.json and scaling.png.
+CPU seconds of one process, so that a machine in use serves as well. Writes results.json, size by size, and scaling.png.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import argparse
 import json
 import math
 import platform
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +31,7 @@ LAYERS = (10, 20, 50, 100, 200, 500, 1000, 2000)
 STAGES = 8
 MICRO_BATCHES = 64
 PIPES = (8, 16, 32, 64, 128, 256)
-DEVICES = (64, 256, 1024, 4096, 16384)
+DEVICES = (8, 64, 256, 1024, 4096, 16384)
 
 
 def seconds(act: Callable[[], Any]) -> tuple[float, Any]:
@@ -134,8 +136,10 @@ def chart(found: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(found), figsize=(4.2 * len(found), 3.6), constrained_layout=True)
-    for axis, (kind, lines) in zip(axes, found.items(), strict=True):
+    figure, axes = pyplot.subplots(
+        1, len(found), squeeze=False, figsize=(4.2 * len(found), 3.6), constrained_layout=True
+    )
+    for axis, (kind, lines) in zip(axes[0], found.items(), strict=True):
         for name, points in lines.items():
             axis.loglog(*zip(*sorted(points.items()), strict=True), "o-", label=f"{name}, slope {slope(points):.2f}")
         axis.set_xlabel(kind)
@@ -143,48 +147,66 @@ def chart(found: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
         axis.legend()
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def measured(kind: str, size: int, limit: int) -> dict[str, float] | None:
+    """A size in a process of its own, so that it finds no other's caches; None where it needs more CPU than that."""
+    run = subprocess.run(
+        [sys.executable, __file__, "--one", kind, str(size)], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (limit, limit)),
+    )  # fmt: skip
+    if run.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        print(f"{size} {kind}: more than {limit} s")
+        return None
+    if run.returncode:
+        raise SystemExit(f"{size} {kind}: {run.stderr.strip()}")
+    return {name: round(s, 4) for name, s in json.loads(run.stdout.splitlines()[-1]).items()}
 
 
 def main() -> None:
-    """Each size in a process of its own, so that none finds the caches of another."""
+    """Every size that is not known yet, as far as the time goes; then slopes and chart."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("one", nargs="*", help="a kind and a size: only this, in this process")
+    parser.add_argument("--one", nargs=2, metavar=("KIND", "SIZE"), help="only print this, measured in this process")
     parser.add_argument("--only", choices=KINDS, nargs="*", default=list(KINDS))
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one size; larger ones are left out")
+    parser.add_argument("--again", action="store_true", help="measure what is known too")
+    parser.add_argument("--limit", type=int, default=300, help="CPU seconds of a size; larger ones are left out")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no size after that")
     args = parser.parse_args()
     if args.one:
-        kind, size = args.one
-        print(json.dumps(KINDS[kind][0](int(size))))
+        print(json.dumps(KINDS[args.one[0]][0](int(args.one[1]))))
         return
-    here = Path(__file__).parent
+    here, begun = Path(__file__).parent, time.monotonic()
     path = here / "results.json"
-    before = json.loads(path.read_text())["rows"] if path.exists() else {}
-    rows: dict[str, dict[str, dict[str, float]]] = {kind: before.get(kind, {}) for kind in KINDS}
-    for kind in args.only:
-        rows[kind] = {}
-        for size in KINDS[kind][1]:
-            try:
-                run = subprocess.run(
-                    [sys.executable, __file__, kind, str(size)], check=True, capture_output=True, text=True,
-                    timeout=args.timeout,
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
-                print(f"{size} {kind}: more than {args.timeout:.0f} s")
-                break
-            rows[kind][str(size)] = {name: round(s, 4) for name, s in json.loads(run.stdout.splitlines()[-1]).items()}
-            print(f"{size} {kind}: {rows[kind][str(size)]}", flush=True)
+    known = json.loads(path.read_text())["rows"] if path.exists() else {}
+    rows: dict[str, dict[str, dict[str, float]]] = {kind: known.get(kind, {}) for kind in KINDS}
+    if args.again:
+        rows |= {kind: {} for kind in args.only}
+    for kind, size in ((name, size) for name in args.only for size in KINDS[name][1]):
+        if str(size) in rows[kind] or time.monotonic() - begun > 60 * args.minutes:
+            continue
+        if (row := measured(kind, size, args.limit)) is not None:
+            rows[kind][str(size)] = row
+            print(f"{size} {kind}: {row}", flush=True)
+            write(rows, here)
+
+
+def write(rows: dict[str, dict[str, dict[str, float]]], here: Path) -> None:
+    """What is known so far, its slopes and its chart."""
     lines = {
         kind: {name: {int(size): row[name] for size, row in sizes.items()} for name in next(iter(sizes.values()))}
         for kind, sizes in rows.items()
-        if sizes
+        if len(sizes) > 1
     }
     setting = {
         "torch": torch.__version__, "Python": platform.python_version(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}", "load average": round(os.getloadavg()[0], 2),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
     }  # fmt: skip
     slopes = {kind: {name: round(slope(points), 2) for name, points in of.items()} for kind, of in lines.items()}
-    path.write_text(json.dumps({"setting": setting, "rows": rows, "slopes": slopes}, indent=1) + "\n")
-    chart(lines, here / "scaling.png")
+    text = json.dumps({"setting": setting, "rows": rows, "slopes": slopes}, indent=1)
+    (here / "results.json").write_text(text + "\n")
+    if lines:
+        chart(lines, here / "scaling.png")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """How long is a step over a slow uplink? Two network namespaces, the edge's end of the cable held to 20 Mbit/s by `tc`.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.split.line         (as root)
+    OMP_NUM_THREADS=1 python -m benchmarks.split.line             what line.json lacks, row by row (as root)
+    OMP_NUM_THREADS=1 python -m benchmarks.split.line --again     everything
+    python benchmarks/tables.py                                   the table, accuracy from learning.json beside it
 
-Prints a table. A step should take little more than the longer of its computing and its sending.
+A step should take little more than the longer of its computing and its sending.
 """
 
 from __future__ import annotations
@@ -40,10 +42,14 @@ RATE = 20e6
 BATCH, TOKENS, LAYERS, MICRO_BATCHES, STEPS = 64, 64, 3, 16, 5
 PORT = 7750
 CUT = "bert.encoder.layer.0:bert.pooler.dense"
-ROWS = ((128, "identity", (1, 2, 4, 8)), (256, "identity", (4,)), (256, "aqsgd(4)|int8", (4,)))
-"""Width of the model, codec, micro-batches under way at once: an edge each, in one process, one after the other."""
-
+CODECS = ("fp16", "int8", "int4", "int2|int4", "aqsgd(4)|int4", "aqsgd(2)|int4", "topk(0.1)", "sign|int8")
 Row = tuple[int, str, tuple[int, ...]]
+ROWS: tuple[Row, ...] = (
+    (128, "identity", (1, 2, 4, 8)), *((128, codec, (4,)) for codec in CODECS), (256, "identity", (4,)),
+    (256, "aqsgd(4)|int8", (4,)),
+)  # fmt: skip
+"""Width of the model, codec, micro-batches under way at once: an edge each, in one process, one after the other."""
+OUT = Path(__file__).with_name("line.json")
 
 
 def model(width: int) -> torch.nn.Module:
@@ -60,24 +66,25 @@ def model(width: int) -> torch.nn.Module:
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure every row that is not in the file yet; each is written as it ends."""
     if why := missing():
         raise SystemExit(f"no lab here: {why}")
-    print(
-        "| width | codec | under way | bytes up | bytes / rate | step, no limit | step at 20 Mbit/s | "
-        "over the longer | predicted |\n| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
-    )
+    rows: list[dict[str, Any]] = []
+    if OUT.is_file() and "--again" not in sys.argv:
+        rows = json.loads(OUT.read_text(encoding="utf-8"))["rows"]
+    known = {(row["width"], row["codec"], row["under way"]) for row in rows}
     for row in ROWS:
+        if known >= {(*row[:2], window) for window in row[2]}:
+            continue
         with two_hosts() as hosts, tempfile.TemporaryDirectory() as folder:
             found = run(hosts, Path(folder), row)
         for window, one in zip(row[2], found, strict=True):
-            longer = max(one["sending"], one["free"])
-            print(
-                f"| {row[0]} | `{row[1].replace('|', chr(92) + '|')}` | {window} | {one['bytes']:,} | "
-                f"{one['sending']:.2f} s | {one['free']:.2f} s | {one['held']:.2f} s | "
-                f"{one['held'] / longer - 1:+.0%} | {one['predicted']:.2f} s |",
-                flush=True,
-            )
+            load = round(os.getloadavg()[0], 1)
+            rows.append({"width": row[0], "codec": row[1], "under way": window, **one, "load average": load})
+            print(json.dumps(rows[-1]), flush=True)
+        setting = {"Mbit/s": RATE / 1e6, "samples": BATCH, "tokens": TOKENS, "layers": LAYERS,
+                   "micro-batches": MICRO_BATCHES, "torch": torch.__version__}  # fmt: skip
+        OUT.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def run(hosts: Hosts, folder: Path, row: Row) -> list[dict[str, float]]:
@@ -94,7 +101,7 @@ def run(hosts: Hosts, folder: Path, row: Row) -> list[dict[str, float]]:
         assert edge.stdin is not None
         try:
             free = heard(edge)
-            hosts.shape_one(0, RATE, burst="32kb")
+            hosts.shape_one(0, RATE)
             edge.stdin.write("go on\n")
             edge.stdin.flush()
             held = heard(edge)
@@ -166,7 +173,7 @@ def say(found: list[dict[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
+    if sys.argv[1:] in ([], ["--again"]):
         main()
     else:
         {"host": play_host, "edge": play_edge}[sys.argv[1]](Path(sys.argv[2]), tuple(json.loads(sys.argv[3])))

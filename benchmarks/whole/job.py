@@ -1,20 +1,20 @@
-"""One process of the job: every layout of 8 ranks, measured and predicted, one after the other."""
+"""One process of the job: layouts of 8 ranks, measured and predicted, one after the other."""
 
 from __future__ import annotations
 
 import json
-import statistics
+import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from pace import PACED, Pace
+from pace import PACED, SLOW, Pace
 from transformers import GPT2Config, GPT2LMHeadModel
+from ways import Way, measured_well, ways
 
 from merak_like import Engine, Plan, auto_parallel, trace
 from merak_like.partitioner.assemble import assemble
@@ -23,33 +23,8 @@ from merak_like.partitioner.notes import equal_blocks
 from merak_like.partitioner.planner import ask
 
 LAYERS, HIDDEN, HEADS, TOKENS, VOCABULARY, SAMPLES, EACH = 8, 256, 8, 128, 8192, 16, 2
-STEPS = 3
-
-
-@dataclass(frozen=True)
-class Way:
-    """Degrees and a schedule, or the rules of Merak: equal blocks, 1F1B, everything computed again."""
-
-    dp: int
-    pp: int
-    tp: int
-    schedule: str
-    rules: bool = False
-
-    @property
-    def name(self) -> str:
-        return "merak's rules" if self.rules else self.schedule
-
-
-def ways() -> Iterator[Way]:
-    """Every factorisation of 8 with the schedules that its pipeline can have."""
-    for pp in (1, 2, 4, 8):
-        for tp in (t for t in (1, 2, 4, 8) if 8 % (pp * t) == 0):
-            dp = 8 // pp // tp
-            schedules = {1: ("1f1b",), 8: ("1f1b", "zb-h1", "auto")}.get(pp, ("1f1b", "interleaved", "zb-h1", "auto"))
-            for schedule in schedules:
-                yield Way(dp, pp, tp, schedule)
-            yield Way(dp, pp, tp, "1f1b", rules=True)
+LEAST, MOST, SPREAD = 2, 6, 0.02
+"""Steps of a way: until the two fastest differ by no more than that."""
 
 
 def model() -> GPT2LMHeadModel:
@@ -87,48 +62,87 @@ def built(way: Way, plan: Plan | None = None) -> Engine:
     return auto_parallel(
         model(), way.dp, way.pp, way.tp, example=batch(), micro_batches=SAMPLES // EACH // way.dp,
         schedule=way.schedule, recompute="full" if way.rules else "auto", hardware=PACED, device="cpu", plan=plan,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-4),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),
     )  # fmt: skip
 
 
-def measured(engine: Engine) -> float:
-    """Median seconds of a step, from all ranks ready to all ranks done."""
-    seconds: list[float] = []
-    for _ in range(STEPS + 1):
-        dist.barrier()
-        begin = time.perf_counter()
-        with Pace():
-            engine.step(batch())
-        dist.barrier()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[1:])
+@dataclass(frozen=True, order=True)
+class Step:
+    """Seconds from all ranks ready to all ranks done, and CPU seconds of all ranks and of the machine in it."""
+
+    seconds: float
+    own: float
+    machine: float
+
+
+def measured(engine: Engine) -> dict[str, float]:
+    """Seconds of the fastest step, for others on the machine only add; shares of all cores that ranks and others took.
+
+    With ``load`` near 1 the ranks wait for cores and not for the pace.
+    """
+    pace, steps, cores = Pace(), list[Step](), os.cpu_count() or 1
+    timed(engine, pace)
+    while len(steps) < LEAST or (len(steps) < MOST and steps[1].seconds > (1 + SPREAD) * steps[0].seconds):
+        steps = sorted([*steps, timed(engine, pace)])
+    best = steps[0]
+    return {
+        "measured": best.seconds / SLOW, "load": round(best.own / best.seconds / cores, 3),
+        "others": round(max(0.0, best.machine - best.own) / best.seconds / cores, 3), "steps": len(steps),
+    }  # fmt: skip
+
+
+def timed(engine: Engine, pace: Pace) -> Step:
+    """A step, as every rank sees it."""
+    dist.barrier()
+    begin, own, machine = time.perf_counter(), time.process_time(), busy()
+    with pace:
+        engine.step(batch())
+    own = time.process_time() - own
+    dist.barrier()
+    found = torch.tensor([time.perf_counter() - begin, 0.0, busy() - machine], dtype=torch.float64)
+    dist.broadcast(found, 0)
+    found[1] = own
+    dist.all_reduce(found[1:2])
+    return Step(*found.tolist())
+
+
+def busy() -> float:
+    """CPU seconds of all processes of the machine so far."""
+    user, nice, system = Path("/proc/stat").read_text().split(maxsplit=4)[1:4]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
-    """Write a row for each way."""
+    """Append a row for each way that is not there yet, while the time lasts."""
+    out, minutes, only = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
+    begin = time.monotonic()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rows: list[dict[str, Any]] = []
-    only = sys.argv[2:]
+    known = measured_well(out)
     for way in ways():
-        if only and f"{way.dp},{way.pp},{way.tp}" not in only:
+        if (way.dp, way.pp, way.tp, way.name) in known or (only and f"{way.dp},{way.pp},{way.tp}" not in only):
             continue
+        late = torch.tensor(time.monotonic() - begin > 60 * minutes)
+        dist.broadcast(late, 0)
+        if late:
+            break
         engine = built(way)
         if way.rules and way.pp > 1 and way.tp == 1:
             plan = by_rules(way, engine.plan)
             engine.close()
             engine = built(way, plan)
-        row = {
-            "dp": way.dp, "pp": way.pp, "tp": way.tp, "name": way.name, "predicted": engine.plan.step_seconds,
-            "measured": measured(engine),
-        }  # fmt: skip
+        row = {**_degrees(way), "predicted": engine.plan.step_seconds, **measured(engine)}
         engine.close()
         if dist.get_rank() == 0:
-            rows.append(row)
             print(json.dumps(row), flush=True)
-            Path(sys.argv[1]).write_text(json.dumps(rows))
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _degrees(way: Way) -> dict[str, Any]:
+    return {"dp": way.dp, "pp": way.pp, "tp": way.tp, "name": way.name}
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class Reducer:
         if bucket.touched:
             bucket.counts[list(bucket.touched)] = 1
         what = f"the sum of gradient bucket {self._next}"
-        with self.watch.waiting(f"the start of {what}"):
+        with self.watch.waiting("the start of", what):
             self._works.append((dist.all_reduce(bucket.flat, group=bucket.group, async_op=True), what))
         self._next += 1
 

@@ -67,7 +67,7 @@ class DistLinks:
     def take(self, action: Action) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for spec, buffer, work in self._posted.pop(action):
-            self.watch.wait(work, f"{spec.name} of {action}", f"from rank {self.groups.rank_of(action.peer)}")
+            self.watch.wait(work, spec.name, "of", action, "from rank", self.groups.rank_of(action.peer))
             found[spec.name] = buffer.requires_grad_() if spec.requires_grad else buffer
         return found
 
@@ -81,12 +81,12 @@ class DistLinks:
 
     def flush(self) -> None:
         for action, _, work in self._sending:
-            self.watch.wait(work, f"the end of {action}", f"to rank {self.groups.rank_of(action.peer)}")
+            self.watch.wait(work, "the end of", action, "to rank", self.groups.rank_of(action.peer))
         self._sending.clear()
         assert not self._posted, f"receives nobody used: {list(self._posted)}"
 
     def _start(self, start: Any, tensor: Tensor, peer: int, group: Any, action: Action) -> Any:
-        with self.watch.waiting(f"the start of {action} with rank {peer}"):
+        with self.watch.waiting("the start of", action, "with rank", peer):
             return start(tensor, peer, group=group)
 
 

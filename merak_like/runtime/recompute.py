@@ -46,7 +46,7 @@ class Again:
             return len(self._wanted) - 1
 
         with torch.autograd.graph.saved_tensors_hooks(number, self.kept.__getitem__):
-            return self._piece.module(*args)
+            return self._piece.run(*args)
 
     def changed(self) -> list[Tensor]:
         """The buffers that the first run did change. By value: batch norm's kernel does not tell autograd."""
@@ -61,7 +61,7 @@ class Again:
         if self._done:
             return
         with torch.enable_grad(), self._as_before(), torch.autograd.graph.saved_tensors_hooks(self._keep, _unread):
-            self._piece.module(*self._args)
+            self._piece.run(*self._args)
         if [(tensor.shape, tensor.dtype) for tensor in self.kept] != self._wanted:
             raise RuntimeError(
                 f"{self._piece.name} kept {len(self._wanted)} tensors for the backward when it ran first and "

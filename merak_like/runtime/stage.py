@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merak_like.partitioner.tracer.example import leaves
+from merak_like.partitioner.tracer.example import leaf
 from merak_like.runtime.recompute import Again
 from merak_like.runtime.split_backward import PutOff, SplitBackward
 from merak_like.runtime.stage_code import Piece, StageCode, current_state, set_state
@@ -55,8 +55,7 @@ class Stage:
         A received value that needs a gradient must say so by its ``requires_grad``. With ``put_off`` the backward
         leaves gradients of weights to ``weight``.
         """
-        found = leaves(batch) if self.paths else {}
-        values = {name: found[path].to(self.device) for name, path in self.paths.items()}
+        values = {name: leaf(batch, path).to(self.device) for name, path in self.paths.items()}
         grads = torch.is_grad_enabled()
         boundary = {
             name: received[name].detach().requires_grad_(grads and received[name].requires_grad)
@@ -70,7 +69,7 @@ class Stage:
                 for piece in self.code.pieces:
                     args = [values[name] for name in (*piece.inputs, *piece.received)]
                     with SplitBackward(live.later) if put_off else nullcontext():
-                        given = self._run(piece, args, live) if grads else piece.module(*args)
+                        given = self._run(piece, args, live) if grads else piece.run(*args)
                     values.update(zip(piece.made, given, strict=True))
         finally:
             set_state(self.device.type, state)
@@ -82,7 +81,7 @@ class Stage:
 
     def _run(self, piece: Piece, args: list[Tensor], live: Live) -> tuple[Tensor, ...]:
         if not piece.again:
-            return piece.module(*args)
+            return piece.run(*args)
         again = Again(piece, args, self.device, self._changing.get(piece.name, piece.buffers))
         live.again.append(again)
         made = again.first(args)
@@ -93,6 +92,8 @@ class Stage:
     def recompute(self, micro_batch: int) -> None:
         """Run again, once, the pieces of a micro-batch whose activations were not kept."""
         live = self.live[micro_batch]
+        if not live.again:
+            return
         state = current_state(self.device.type)
         try:
             for again in live.again:

@@ -40,6 +40,11 @@ class Piece:
     buffers: tuple[torch.Tensor, ...] = ()
     """Buffers it reads, and perhaps changes."""
 
+    @property
+    def run(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The code itself: a call of a module looks for hooks first, and on generated code there are none."""
+        return self.module.forward if isinstance(self.module, fx.GraphModule) else self.module
+
 
 @dataclass(frozen=True)
 class StageCode:

@@ -6,7 +6,7 @@ import atexit
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -33,7 +33,8 @@ class Watch:
         self._pulse = pulse
         self.waited = 0.0
         """Seconds spent waiting in all."""
-        self._now: tuple[str, float] | None = None
+        self.now: tuple[tuple[object, ...], float] | None = None
+        """What is waited for, in words, and since when."""
         self._noted = False
         self._blame: str | None = None
         self._looked = threading.Event()
@@ -42,28 +43,23 @@ class Watch:
         self._thread.start()
         atexit.register(self.close)  # a thread that the interpreter's end catches inside the store's C++ aborts it
 
-    def wait(self, work: Any, what: str, peer: str) -> None:
-        """Wait for one transfer or collective.
+    def wait(self, work: Any, *what: object) -> None:
+        """Wait for one transfer or collective; ``what`` are words, and things that are put into words if need be.
 
         Raises PeerError, naming this rank, the peer and the action, when the peer is gone or the limit has passed.
         """
-        with self.waiting(f"{what} {peer}"):
+        with Waiting(self, what):
             if (work.wait() if work_is_queued(work) else work.wait(self.limit)) is False:
                 raise RuntimeError(f"timed out after {self.limit.total_seconds():.0f} s")
 
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
+    def waiting(self, *what: object) -> Waiting:
         """Mark a wait, so that the watch can tell of it. What fails inside is a PeerError."""
-        began = time.monotonic()
-        self._now = (what, began)
-        try:
-            yield
-        except RuntimeError as error:
-            why = self._who() or _reason(error)
-            raise PeerError(f"rank {self.rank} gave up waiting for {what}: {why}; {ACTION}") from None
-        finally:
-            self._now = None
-            self.waited += time.monotonic() - began
+        return Waiting(self, what)
+
+    def failed(self, what: Iterable[object], error: RuntimeError) -> PeerError:
+        """What a wait ends with, once it is known who is to blame."""
+        why = self._who() or _reason(error)
+        return PeerError(f"rank {self.rank} gave up waiting for {_words(what)}: {why}; {ACTION}")
 
     @contextmanager
     def telling(self) -> Iterator[None]:
@@ -108,13 +104,13 @@ class Watch:
         told: tuple[str, float] | None = None
         while not self._closed.wait(min(INTERVAL, self.report_after / 4)):
             self._feel()
-            now = self._now
+            now = self.now
             if now is None or now is told or time.monotonic() - now[1] < self.report_after:
                 continue
             told = now
             self._report(
-                f"[merak] rank {self.rank} has been waiting {time.monotonic() - now[1]:.0f} s for {now[0]}; it will "
-                f"give up after {self.limit.total_seconds():.0f} s"
+                f"[merak] rank {self.rank} has been waiting {time.monotonic() - now[1]:.0f} s for {_words(now[0])}; "
+                f"it will give up after {self.limit.total_seconds():.0f} s"
             )
 
     def _feel(self) -> None:
@@ -146,6 +142,32 @@ class Watch:
         atexit.unregister(self.close)
         self._closed.set()
         self._thread.join(timeout=5)
+
+
+class Waiting:
+    """One wait. A class and no generator: there are several for each micro-batch."""
+
+    __slots__ = ("_began", "_watch", "_what")
+
+    def __init__(self, watch: Watch, what: tuple[object, ...]) -> None:
+        self._watch, self._what = watch, what
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+        self._watch.now = self._what, self._began
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        watch = self._watch
+        try:
+            if isinstance(error, RuntimeError):
+                raise watch.failed(self._what, error) from None
+        finally:
+            watch.now = None
+            watch.waited += time.monotonic() - self._began
+
+
+def _words(what: Iterable[object]) -> str:
+    return " ".join(map(str, what))
 
 
 def work_is_queued(work: Any) -> bool:

@@ -192,7 +192,7 @@ class FlatReducer:
             return
         flat = bucket.flat()
         done: Callable[[], object] = lambda: None  # noqa: E731
-        with self.watch.waiting(f"the start of {what}"):
+        with self.watch.waiting("the start of", what):
             if kind.ways == 1:
                 work = dist.all_reduce(flat, group=kind.group, async_op=True)
             elif not kind.every:

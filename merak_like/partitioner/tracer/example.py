@@ -30,6 +30,18 @@ def leaves(batch: Any) -> dict[tuple[Any, ...], Any]:
     return dict(tree_flatten_with_path(batch))
 
 
+def leaf(batch: Any, path: tuple[Any, ...]) -> Any:
+    """The leaf at a path of ``leaves``, without a walk through the others."""
+    found = batch
+    try:
+        for key in path:
+            attribute = isinstance(key, str) and key.startswith(".") and not isinstance(found, Mapping)
+            found = getattr(found, key[1:]) if attribute else found[key]
+    except (TypeError, LookupError, AttributeError):  # a container of the user's own, which only torch can take apart
+        return leaves(batch)[path]
+    return found
+
+
 def replace_tensors(item: Any, new: Callable[[torch.Tensor], Any]) -> Any:
     """The same nested batch with every tensor replaced."""
     if isinstance(item, torch.Tensor):

@@ -32,7 +32,7 @@ class TensorGroup:
 
     def begin(self, tensor: Tensor, what: str, op: Any = SUM) -> Any:
         """Start to reduce a contiguous tensor in place."""
-        with self.watch.waiting(f"the start of {what}"):
+        with self.watch.waiting("the start of", what):
             return all_reduce(tensor, self.group, op)
 
     def reduce(self, tensor: Tensor, what: str, op: Any = SUM) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from merak_like.partitioner.tracer.example import leaves
+from merak_like.partitioner.tracer.example import leaf
 from merak_like.runtime import rng
 from merak_like.runtime.recompute import Again
 from merak_like.runtime.split_backward import PutOff, SplitBackward
@@ -101,10 +101,9 @@ class PhasedStage:
         self, micro_batch: int, batch: Any, received: Mapping[str, Tensor], *, put_off: bool = False
     ) -> dict[str, Tensor]:
         """Run one micro-batch; the values made, by name, detached."""
-        found = leaves(batch) if self.paths else {}
         values = Values(self.code)
         for name, path in self.paths.items():
-            values.put((name, None), found[path].to(self.device))
+            values.put((name, None), leaf(batch, path).to(self.device))
         for name in self.code.received:
             values.put((name, None), received[name])
         live, states, state = Live(put_off), dict[int, Tensor](), current_state(self.device.type)
@@ -154,7 +153,7 @@ class PhasedStage:
 
     def _call(self, piece: Piece, args: list[Any], ran: Ran) -> tuple[Any, ...]:
         if not piece.again or not torch.is_grad_enabled():
-            return piece.module(*args)
+            return piece.run(*args)
         ran.again = Again(piece, args, self.device, self._changing.get(piece.name, piece.buffers))
         made = ran.again.first(args)
         if piece.name not in self._changing:
