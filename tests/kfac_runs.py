@@ -164,10 +164,10 @@ def wire() -> Iterator[Counter[str]]:
             setattr(dist, name, function)
 
 
-def steps_to_target(losses: list[float]) -> int:
+def steps_to_target(losses: list[float], target: float = TARGET) -> int:
     """Until the mean loss of the last three steps is below the target."""
     for step in range(2, len(losses)):
-        if sum(losses[step - 2 : step + 1]) / 3 < TARGET:
+        if sum(losses[step - 2 : step + 1]) / 3 < target:
             return step + 1
     return len(losses) + 1
 
