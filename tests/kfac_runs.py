@@ -108,7 +108,7 @@ def by_hooks(
     for m in layers:
         m.register_forward_hook(after)
     optimizer = torch.optim.SGD(one.parameters(), rate)
-    for batch in data:
+    for step, batch in enumerate(data, 1):
         optimizer.zero_grad()
         seen.clear()
         one(**batch).backward()
@@ -122,8 +122,8 @@ def by_hooks(
             if m.bias is not None:
                 x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
             new = [x.t() @ x / len(x), (n * g).t() @ (n * g) / n]
-            old = means.get(m, new)
-            means[m] = [weight * a + (1 - weight) * b for a, b in zip(new, old, strict=True)]
+            old, share = means.get(m, new), max(weight, 1 / step)
+            means[m] = [share * a + (1 - share) * b for a, b in zip(new, old, strict=True)]
             a, b = means[m]
             pi = ((a.trace() / len(a)) / (b.trace() / len(b))).sqrt()
             left = torch.linalg.inv(b + damping**0.5 / pi * torch.eye(len(b), dtype=b.dtype))
@@ -164,10 +164,10 @@ def wire() -> Iterator[Counter[str]]:
             setattr(dist, name, function)
 
 
-def steps_to_target(losses: list[float]) -> int:
+def steps_to_target(losses: list[float], target: float = TARGET) -> int:
     """Until the mean loss of the last three steps is below the target."""
     for step in range(2, len(losses)):
-        if sum(losses[step - 2 : step + 1]) / 3 < TARGET:
+        if sum(losses[step - 2 : step + 1]) / 3 < target:
             return step + 1
     return len(losses) + 1
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from merak_like import Mesh, Plan, auto_parallel, make_plan, trace
 from merak_like._compat import StorageWeakRef, TorchDispatchMode
+from merak_like.runtime.methods import quantiser
 from merak_like.runtime.methods.compress import Compress
 from merak_like.runtime.methods.quantiser import quantise
 
@@ -50,6 +51,25 @@ def test_bytes_are_those_of_what_is_kept():
     assert packed is not None
     assert isinstance(packed.codes, Tensor)
     assert packed.nbytes == packed.codes.nbytes + packed.places.nbytes + packed.odd.nbytes + 16
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("share", [0.003, 0.05])
+def test_slices_are_one_tensor(entropy: bool, share: float, monkeypatch: pytest.MonkeyPatch):
+    """Bytes, and what is read from them, do not depend on how much is coded at once."""
+    torch.manual_seed(0)
+    x = torch.randn(10_001) * torch.randn(10_001) ** 3
+    found: list[tuple[Tensor, Tensor, int]] = []
+    for size in (quantiser.SLICE, 1024):
+        monkeypatch.setattr(quantiser, "SLICE", size)
+        packed = quantise(x, share * float(x.std()), entropy=entropy)
+        assert packed is not None
+        assert len(packed.odd) > 5
+        found.append((packed.tensor(), packed.places, packed.width))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][2] == found[1][2]
+    assert (found[0][2] > 8) == (share < 0.01)
 
 
 class Deep(nn.Module):

@@ -178,9 +178,15 @@ def test_compiled_stages_give_the_same_numbers(recompute: str, backend: str):
 def test_a_file_switches_them_on():
     asked = Settings.model_validate({
         "training": {"steps": 1}, "optimizer": {"flat": True},
-        "methods": {"chunked_loss": True, "compile": True, "compress": {"bound": 0.02}, "kfac": {}},
+        "methods": {"chunked_loss": True, "compile": True, "compress": {"bound": 0.02}, "kfac": {},
+                    "central_mask": {"probability": 0.3}, "low_rank": {"rank": 4, "every": 100, "norms": {"a": "b"}}},
     })  # fmt: skip
-    assert [type(m).__name__ for m in methods_of(asked.methods)] == ["ChunkedLoss", "Compiled", "Compress", "Kfac"]
+    found = methods_of(asked.methods)
+    names = ["ChunkedLoss", "Compiled", "Compress", "Kfac", "CentralMask", "LowRank"]
+    assert [type(m).__name__ for m in found] == names
+    assert repr(found[-1]) == "LowRank(rank=4, every=100, layers='.*', energy=False, norms={'a': 'b'})"
+    with pytest.raises(ValueError, match="rank"):
+        Settings.model_validate({"training": {"steps": 1}, "methods": {"low_rank": {"every": 5}}})
     model = nn.Linear(2, 2)
     assert type(optimizer_factory(model, asked.optimizer)(model.parameters())) is FlatAdamW
     assert not methods_of(Settings.model_validate({"training": {"steps": 1}}).methods)

@@ -182,12 +182,19 @@ def test_a_pass_that_takes_another_way_is_an_error():
 
 def test_fisher_weighs_the_factors_of_a_model():
     torch.manual_seed(0)
-    model, plain = Model("plain"), Model("plain")
-    plain.load_state_dict(model.state_dict())
+    models = {how: Model("plain") for how in ("plain", "rows", "elements")}
+    for model in models.values():
+        model.load_state_dict(models["plain"].state_dict())
     batches = [{"x": torch.randn(1, 3, 8)} for _ in range(20)]
-    fisher = fisher_information(model, ["block.fc1.weight"], batches, lambda m, b: m(**b)["loss"])
-    weight, weights = model.block.fc1.weight.detach(), fisher["block.fc1.weight"].sum(1, keepdim=True)
-    sft(plain, EXAMPLE, "block", 2)
-    sft(model, EXAMPLE, "block", 2, fisher=fisher)
-    errors = [(weights * (weight - m.block.fc1.weight).square()).sum().item() for m in (model, plain)]
-    assert errors[0] < errors[1]
+    fisher = fisher_information(models["rows"], ["block.fc1.weight"], batches, lambda m, b: m(**b)["loss"])
+    weight, weights = models["plain"].block.fc1.weight.detach(), fisher["block.fc1.weight"]
+    sft(models["plain"], EXAMPLE, "block", 2)
+    for how in ("rows", "elements"):
+        sft(models[how], EXAMPLE, "block", 2, fisher=fisher, weigh=how)
+    off = {how: (weight - m.block.fc1.weight.detach()).square() for how, m in models.items()}
+    rows = {how: float((weights.sum(1, keepdim=True) * each).sum()) for how, each in off.items()}
+    elements = {how: float((weights * each).sum()) for how, each in off.items()}
+    assert rows["rows"] < min(rows["plain"], rows["elements"])
+    assert elements["elements"] < min(elements["plain"], elements["rows"])
+    with pytest.raises(ValueError, match="weigh must be one of rows, elements, found 'columns'"):
+        sft(Model("plain"), EXAMPLE, "block", 2, weigh="columns")

@@ -13,7 +13,21 @@ from typing import NamedTuple
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-from steps import FULL, TINY, Size, adamw, batch_of, free, model_of, ours, plain, seconds, utilisation  # noqa: E402
+from steps import (  # noqa: E402
+    FULL,
+    TINY,
+    Size,
+    adamw,
+    batch_of,
+    block,
+    free,
+    hardware,
+    model_of,
+    ours,
+    plain,
+    seconds,
+    utilisation,
+)
 
 Lines = list[list[str]]
 
@@ -41,13 +55,38 @@ def compiled(size: Size, name: str) -> Lines:
     with plain(size, name, compiled=True) as step:
         theirs = seconds(step, size)
     batch = batch_of(size, name, size.device)
-    with ours(size, name, micro_batches=1, recompute="none", methods=[Compiled()]) as engine:
+    with ours(size, name, micro_batches=1, recompute="none", methods=[Compiled(backend=size.backend)]) as engine:
         mine = seconds(lambda: engine.step(batch), size)
         share = utilisation(engine, size, mine)
     return [
         [f"{name}, compiled: the engine to torch alone", "0.97", f"{theirs / mine:.3f}"],
         [f"{name}, compiled: MFU", "", share],
     ]
+
+
+def fused(size: Size) -> Lines:
+    """What a compiler fuses, in a block with dropout: the engine with ``Compiled`` against the engine without."""
+    import torch
+
+    from merak_like import auto_parallel
+    from merak_like.runtime.methods.compiled import Compiled
+
+    width, rows = (1024, (size.batch, size.seq)) if size.device == "cuda" else (32, (2, 16))
+    model = block(width, width // 64 or 1).to(getattr(torch, size.dtype))
+    batch = torch.randn(*rows, width, generator=torch.Generator().manual_seed(1)).to(getattr(torch, size.dtype))
+    taken: list[float] = []
+    for methods in ((), (Compiled(backend=size.backend),)):
+        engine = auto_parallel(
+            model, example=batch, optimizer=adamw, device=size.device, hardware=hardware(), methods=methods,
+            micro_batches=1, recompute="none", loss_fn=lambda made, given: (made - given).float().square().mean(),
+        )  # fmt: skip
+        given = batch.to(size.device)
+        taken.append(seconds(lambda engine=engine, given=given: engine.step(given), size))
+        engine.close()
+        del engine
+        free()
+    where = f"block of {width}, {size.dtype}, {rows[0]} x {rows[1]}: LayerNorm, softmax, dropout, GELU"
+    return [[f"{where}: compiled to eager, time of a step", "", f"{taken[1] / taken[0]:.2f}"]]
 
 
 def memory(size: Size, name: str) -> Lines:
@@ -117,7 +156,7 @@ def codecs(size: Size) -> Lines:
 
 def two_ranks(size: Size) -> Lines:
     """Two processes on the one device, their gradients summed over gloo, against one."""
-    small = Size(size.device, "float32", 4, 32, 1, TINY.models)
+    small = Size(size.device, "float32", 4, 32, 1, TINY.models, size.backend)
     alone = _losses(small)
     base = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29000 + os.getpid() % 1000)}
     words = [sys.executable, __file__, "rank_of_two", *(["--dry-run"] if size.device == "cpu" else [])]
@@ -142,7 +181,7 @@ def rank_of_two(size: Size) -> None:
     """One of them."""
     import torch.distributed as dist
 
-    small = Size(size.device, "float32", 4, 32, 1, TINY.models)
+    small = Size(size.device, "float32", 4, 32, 1, TINY.models, size.backend)
     dist.init_process_group("gloo")
     print(json.dumps({"losses": _losses(small, dp=2)}), flush=True)
     dist.destroy_process_group()
@@ -167,6 +206,8 @@ class Row(NamedTuple):
 
     title: str
     ask: Callable[[Size], Lines]
+    most: float = 60.0
+    """Seconds after which it is given up, so that no row takes the others' time."""
 
 
 ROWS = {
@@ -179,8 +220,9 @@ ROWS = {
     "costs_llama": Row("cost model", lambda size: costs(size, "Llama 1B")),
     "codecs": Row("codecs", codecs),
     "two_ranks": Row("two ranks", two_ranks),
-    "compiled_llama": Row("throughput", lambda size: compiled(size, "Llama 1B")),
-    "compiled_gpt2": Row("throughput", lambda size: compiled(size, "GPT-2 XL")),
+    "fused": Row("fused kernels", fused),
+    "compiled_llama": Row("throughput", lambda size: compiled(size, "Llama 1B"), 120.0),
+    "compiled_gpt2": Row("throughput", lambda size: compiled(size, "GPT-2 XL"), 120.0),
 }
 """The dearest last: what does not fit into the time is left out and named."""
 

@@ -19,6 +19,9 @@ class Size(NamedTuple):
     seq: int
     turns: int
     models: dict[str, tuple[str, dict[str, Any]]]
+    backend: str
+    """Of torch.compile. On a CPU "inductor" builds a C++ library for each kernel: minutes even at a tiny size.
+    What is asked there is whether graphs are captured and differentiated: "aot_eager" does that and no more."""
 
 
 FULL = Size("cuda", "bfloat16", 8, 1024, 5, {
@@ -27,14 +30,14 @@ FULL = Size("cuda", "bfloat16", 8, 1024, 5, {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 2048,
     }),
-})  # fmt: skip
+}, "inductor")  # fmt: skip
 TINY = Size("cpu", "float32", 2, 16, 2, {
     "GPT-2 XL": ("gpt2", {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 100}),
     "Llama 1B": ("llama", {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 100,
     }),
-})  # fmt: skip
+}, "aot_eager")  # fmt: skip
 
 
 def model_of(size: Size, name: str, where: str) -> Any:
@@ -58,6 +61,30 @@ def model_of(size: Size, name: str, where: str) -> Any:
             return made(settings).train()
     finally:
         torch.set_default_dtype(before)
+
+
+def block(width: int, heads: int) -> Any:
+    """A transformer block written out: two LayerNorms, a softmax with dropout, a GELU, two more dropouts."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+            self.into, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+            self.dropouts = nn.ModuleList(nn.Dropout(0.1) for _ in range(3))
+
+        def forward(self, x: Any) -> Any:
+            q, k, v = self.into(self.norms[0](x)).view(*x.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+            share = self.dropouts[0]((q @ k.mT * (width // heads) ** -0.5).softmax(-1))
+            x = x + self.dropouts[1](self.out((share @ v).transpose(1, 2).flatten(2)))
+            return x + self.dropouts[2](self.down(F.gelu(self.up(self.norms[1](x)))))
+
+    torch.manual_seed(0)
+    return Block()
 
 
 def batch_of(size: Size, name: str, where: str) -> dict[str, Any]:
@@ -104,7 +131,7 @@ def plain(size: Size, name: str, *, compiled: bool = False, checkpointing: bool 
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     batch, optimizer = batch_of(size, name, size.device), adamw(model.parameters())
-    held = {"call": torch.compile(model) if compiled else model, "optimizer": optimizer}
+    held = {"call": torch.compile(model, backend=size.backend) if compiled else model, "optimizer": optimizer}
     del model, optimizer  # so that nothing but this holds the weights
 
     def step() -> None:

@@ -1,8 +1,11 @@
 """Which clients a server hears next: those it does worst on, and those it has not heard for long.
 
-AdaSplit (Chopra et al. 2021, arXiv 2112.01637, sec. 3.2) keeps for each client discounted sums of its losses ``l`` and
-of its visits ``s`` and takes the clients with the largest upper bounds ``l / s + sqrt(2 ln T / s)``, T the discounted
-number of all rounds. A client that was not heard counts with the mean of its last two losses.
+AdaSplit (Chopra et al. 2021, arXiv 2112.01637) asks a bandit. For each client there are discounted sums of its losses
+``l`` and of its visits ``s``, and those with the largest upper bounds ``l / s + sqrt(2 ln T / s)`` are heard, T the
+discounted number of all rounds: the bound of UCB-CS (Cho et al. 2020, arXiv 2012.08009) without its two factors, a
+client's share of the data and the largest deviation of a loss. A client that was not heard counts with the mean of its
+last two losses. The paper's own text was not at hand: this was held against public code of the method, which keeps the
+same sums and has the same two rules for clients that were not heard, lately or ever.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The C3-score (Chopra et al. 2021, arXiv 2112.01637, sec. 4): accuracy, bandwidth and the client's compute in one."""
+"""The C3-score (Chopra et al. 2021, arXiv 2112.01637): accuracy, bandwidth and the client's compute in one.
+
+The paper names the three and the budgets; the form here, an exponential of shares of the budgets, is as reported of it,
+and its text was not at hand. So a score says with which temperature and budgets it was made.
+"""
 
 from __future__ import annotations
 

@@ -30,10 +30,13 @@ from torch.overrides import TorchFunctionMode
 
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.tracer import LossFn, trace
+from merak_like.split.element_weights import factor_by_elements
 from merak_like.split.feed_forward import ADDS, FeedForward, find_feed_forward, matrix_of
 from merak_like.split.low_rank import factor
 
 SKIPS = ("none", "surrogate")
+WEIGHINGS = {"rows": factor, "elements": factor_by_elements}
+"""How the Fisher information of a weight weighs its factors: FWSVD and TFWSVD."""
 
 
 def sft(
@@ -44,30 +47,32 @@ def sft(
     *,
     skip: str = "none",
     fisher: Mapping[str, Tensor] | None = None,
+    weigh: str = "rows",
     loss_fn: LossFn | None = None,
 ) -> FeedForward:
     """Change the model in place: layer (a module path) sends ``rank`` numbers a token past the middle of its
     feed-forward.
 
     ``example`` is a batch as training will see it, as for ``trace``. ``fisher`` holds the Fisher information of the
-    first matrices' weights by parameter name and weighs the factors; see ``fisher_information``. A model on the meta
-    device keeps its factors there, to be loaded later. Returns what was found; the new parameters are
-    ``{layer}.wire.v.weight`` and ``.s.weight``, ``{first}.u.weight`` and ``.u.bias``, and for a surrogate
-    ``{layer}.wire.skip.weight``.
+    first matrices' weights by parameter name and weighs the factors, by ``weigh`` either whole rows or each element for
+    itself; see ``fisher_information``, and ``element_weights.spread`` for which. A model on the meta device keeps its
+    factors there, to be loaded later. Returns what was found; the new parameters are ``{layer}.wire.v.weight`` and
+    ``.s.weight``, ``{first}.u.weight`` and ``.u.bias``, and for a surrogate ``{layer}.wire.skip.weight``.
 
     Raises ValueError where the layer has no feed-forward with one residual link, or for a rank it cannot have; the
     model is then as it was.
     """
-    if skip not in SKIPS:
-        raise ValueError(f"skip must be one of {', '.join(SKIPS)}, found {skip!r}")
+    for word, said, known in (("skip", skip, SKIPS), ("weigh", weigh, WEIGHINGS)):
+        if said not in known:
+            raise ValueError(f"{word} must be one of {', '.join(known)}, found {said!r}")
     block = _submodule(model, layer)
     if isinstance(block, Narrow):
         raise ValueError(f"{layer} is changed already, to rank {block.wire.rank}: take another layer or a fresh model")
     found = find_feed_forward(trace(model, example, loss_fn).graph, model, layer)
     matrices = [_matrix(model, path) for path in found.first]
     sizes = [weight.shape[0] for weight, _ in matrices]
-    information = _stacked_fisher(model, found, fisher)
-    factors = factor(torch.cat([weight.detach() for weight, _ in matrices]), rank, information)
+    information, whole = _stacked_fisher(model, found, fisher), torch.cat([weight.detach() for weight, _ in matrices])
+    factors = factor(whole, rank) if information is None else WEIGHINGS[weigh](whole, rank, information)
     like = matrices[0][0]
     surrogate = None
     if skip == "surrogate":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from merak_like.runtime.methods.compiled import Compiled
 from merak_like.runtime.methods.compress import Compress
+from merak_like.runtime.methods.experts import CentralMask
 from merak_like.runtime.methods.float8 import Float8
 from merak_like.runtime.methods.head_loss import ChunkedLoss
 from merak_like.runtime.methods.kfac import Kfac
 from merak_like.runtime.methods.method import Method
 from merak_like.runtime.methods.offload import Offload
+from merak_like.runtime.methods.projection import LowRank
 from merak_like.trainer.settings import Methods
 
 
@@ -27,4 +29,8 @@ def methods_of(asked: Methods) -> tuple[Method, ...]:
         found.append(Compress(**asked.compress.model_dump()))
     if asked.kfac is not None:
         found.append(Kfac(**asked.kfac.model_dump()))
+    if asked.central_mask is not None:
+        found.append(CentralMask(**asked.central_mask.model_dump()))
+    if asked.low_rank is not None:
+        found.append(LowRank(**asked.low_rank.model_dump()))
     return tuple(found)

@@ -108,7 +108,7 @@ class Kfac(Section):
     """Curvature that preconditions gradients (``merak_like.runtime.methods.kfac``)."""
 
     damping: Annotated[float, Field(gt=0)] = 0.003
-    weight: Annotated[float, Field(gt=0, le=1)] = 0.95
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.05
     every: Count = 1
     kl_clip: Annotated[float, Field(gt=0)] | None = 0.01
 
@@ -137,6 +137,23 @@ class Float8(Section):
     compile: bool = False
 
 
+class LowRank(Section):
+    """Weights projected to a rank now and then (``merak_like.runtime.methods.projection``)."""
+
+    rank: Count
+    every: Count
+    layers: str = ".*"
+    energy: bool = False
+    norms: dict[str, str] = {}
+
+
+class CentralMask(Section):
+    """Steps without a gradient of experts' common cores (``merak_like.runtime.methods.experts``)."""
+
+    probability: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    seed: int = 0
+
+
 class Methods(Section):
     """Parts that plug into the engine; none is on by itself."""
 
@@ -148,6 +165,8 @@ class Methods(Section):
     float8: Float8 | None = None
     compress: Compress | None = None
     kfac: Kfac | None = None
+    central_mask: CentralMask | None = None
+    low_rank: LowRank | None = None
 
 
 class Schedule(Section):

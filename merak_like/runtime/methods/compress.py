@@ -16,7 +16,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -39,8 +38,6 @@ A, NOISE = 0.32, 0.01
 RANGE = 2.5
 """Bounds are relative to so many root mean squares of the tensor: about its range, and no outlier moves it."""
 TIGHTEST, LOOSEST = 1e-3, 0.1
-SLICE = 2**17
-"""Numbers that are packed at once: codes on their way take ten times what they come to in the end."""
 SMALLEST = 1024
 """Numbers in a tensor that is worth packing."""
 EVERY = 50
@@ -52,27 +49,20 @@ class Kept:
     """A tensor that the backward will read, as it is or in few bits."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._held: Tensor | list[Tensor | Packed] = tensor.detach()
-        self._shape, self._dtype = tensor.shape, tensor.dtype
+        self._held: Tensor | Packed = tensor.detach()
+        self._tried = False
 
     def squeeze(self, bound: float, entropy: bool) -> tuple[int, int]:
-        """Pack it; its bytes before and after."""
-        if isinstance(self._held, list):
+        """Pack it, the first time it is asked to; its bytes before and after."""
+        if self._tried or isinstance(self._held, Packed):
             return 0, 0
-        before, flat = self._held.nbytes, self._held.reshape(-1)
-        self._held = [quantise(part, bound, entropy=entropy) or part.clone() for part in flat.split(SLICE)]
-        return before, sum(part.nbytes for part in self._held)
+        self._tried, before = True, self._held.nbytes
+        self._held = quantise(self._held, bound, entropy=entropy) or self._held.clone()
+        return before, self._held.nbytes
 
     def tensor(self) -> Tensor:
         """The tensor, within its bound."""
-        if not isinstance(self._held, list):
-            return self._held
-        parts = (part.tensor() if isinstance(part, Packed) else part for part in self._held)
-        first = next(parts)
-        whole = torch.empty(self._shape.numel(), dtype=self._dtype, device=first.device)
-        for i, part in enumerate(chain([first], parts)):
-            whole[i * SLICE : i * SLICE + part.numel()] = part
-        return whole.view(self._shape)
+        return self._held.tensor() if isinstance(self._held, Packed) else self._held
 
 
 @dataclass

@@ -6,8 +6,10 @@ Neural Networks with Distributed Preconditioning").
     broadcast    and sends that to the other replicas
 
 No factor ever travels. Every replica is the owner of some layers of its stage, so factors and inverses are spread over
-the replicas. Damping is factored (Martens and Grosse 2015, section 6.3), each token or image position is a row, a bias
-is a column of its layer. Embeddings, and layers that share a weight with one, keep their plain gradient. On
+the replicas. Damping is factored and averages are over all steps at first (Martens and Grosse 2015, sections 6.3 and
+5), each token or image position is a row, a bias is a column of its layer. An owner sees 1/dp of the batch, fewer rows
+than a wide layer has columns: it needs many steps in its average, so that of the past is the most of it (0.95 in the
+authors' implementation). Embeddings, and layers that share a weight with one, keep their plain gradient. On
 tensor-parallel ranks a factor is that of the rank's shard of the layer, an approximation of its own.
 """
 
@@ -41,6 +43,8 @@ class Factor:
     mean: Tensor | None = None
     total: Tensor | None = None
     rows: int = 0
+    steps: int = 0
+    """That the average is of."""
 
     def add(self, rows: Tensor, count: int) -> None:
         """Rows of one micro-batch, (rows, width), which are so many samples or tokens."""
@@ -50,11 +54,12 @@ class Factor:
         self.rows += count
 
     def settle(self, weight: float, scale: float) -> None:
-        """Let this step's ``scale`` times sum into the average."""
+        """Let this step's ``scale`` times sum into the average, plain until ``weight`` is more than its share."""
         if self.total is None:
             return
         new = self.total.mul_(scale)
-        self.mean = new if self.mean is None else self.mean.lerp_(new, weight)
+        self.steps += 1
+        self.mean = new if self.mean is None else self.mean.lerp_(new, max(weight, 1 / self.steps))
         self.forget()
 
     def forget(self) -> None:
@@ -107,8 +112,9 @@ class Curved:
 class Kfac(Method):
     """Preconditions the gradients of Linear and Conv2d layers. The optimizer, clipping and norm see the result.
 
-    ``damping`` is added to the factors' spectrum, ``weight`` is that of a new step in the running averages, inverses
-    are made anew each ``every`` steps, ``kl_clip`` bounds the step's length in the curvature's own measure (None: not).
+    ``damping`` is added to the factors' spectrum, ``weight`` is that of a new step in the running averages once they
+    are of more than 1 / ``weight`` steps, inverses are made anew each ``every`` steps, ``kl_clip`` bounds the step's
+    length in the curvature's own measure (None: not; then large rates are for large batches, see docs/methods.md).
     ``share_factors`` sums factors over replicas first: plain distributed K-FAC, for comparison.
     Averages are not in checkpoints: they are there again after a step.
     """
@@ -116,7 +122,7 @@ class Kfac(Method):
     watches = True
 
     def __init__(
-        self, *, damping: float = 0.003, weight: float = 0.95, every: int = 1, kl_clip: float | None = 0.01,
+        self, *, damping: float = 0.003, weight: float = 0.05, every: int = 1, kl_clip: float | None = 0.01,
         share_factors: bool = False,
     ) -> None:  # fmt: skip
         if damping <= 0 or not 0 < weight <= 1 or every < 1:
