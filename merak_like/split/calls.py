@@ -91,10 +91,10 @@ class Calls:
             try:
                 await asyncio.shield(work)
                 await call.over.wait()  # to return is to end the call
-            except asyncio.CancelledError:  # the edge is gone; a session's thread ends in its own time
-                call.abort()
-                await work
-                raise
+            finally:
+                call.abort()  # unless it is over; where the edge is gone, the session's thread ends in its own time
+                if not work.done():
+                    await work
 
         server = aio.server(
             maximum_concurrent_rpcs=2 * most,  # beyond its limit the host itself says no
