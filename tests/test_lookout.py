@@ -59,9 +59,7 @@ def test_rank_whose_weights_differ_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
     check(engine, 4)
     odd["w"] = 7
-    with pytest.raises(
-        RuntimeError, match=r"after step 5 the ranks do not hold the same .*: rank 1 has its own w "
-    ):
+    with pytest.raises(RuntimeError, match=r"after step 5 the ranks do not hold the same .*: rank 1 has its own w "):
         check(engine, 5)
 
 
