@@ -64,9 +64,8 @@ def bytes_of(one: Plan) -> int:
     return max(kinds["total"] for kinds in one.memory_bytes)
 
 
-@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize(("pp", "share"), [(1, 0.7), (2, 0.2)])
 @pytest.mark.parametrize("bandwidth", [1e6, 3e7, 1e12])
-@pytest.mark.parametrize("share", [0.2, 0.7])
 def test_choice_is_the_best_of_all(pp: int, bandwidth: float, share: float) -> None:
     """A slow link computes again, a fast one copies, and between them some do this and some that."""
     most, least = (bytes_of(plan((), pp, bandwidth, recompute=name)) for name in ("none", "full"))

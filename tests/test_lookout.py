@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from merak_like import _compat
 from merak_like.trainer import lookout
-from merak_like.trainer.lookout import Profiling
+from merak_like.trainer.lookout import Profiling, check
 from merak_like.trainer.settings import Profile
 
 
@@ -41,6 +43,24 @@ def test_memory_of_a_gpu_is_recorded_beside_the_profile(tmp_path: Path, monkeypa
         profiling.step_end()
     profiling.end()
     assert said == [1, 2, True, "start", 3, "stop", "rank-3.json", "rank-3.memory", False, 4]
+
+
+def test_rank_whose_weights_differ_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other ranks say is made up here; test_faults has four of them."""
+    world, watch = SimpleNamespace(alone=False, size=3), SimpleNamespace(waiting=lambda what: nullcontext())
+    engine: Any = SimpleNamespace(
+        world=world, _watch=watch, _shards=SimpleNamespace(label=str), _parameters={"w": nn.Parameter(torch.ones(3))}
+    )
+    odd: dict[str, int] = {}
+
+    def gather(said: list[Any], mine: dict[str, int]) -> None:
+        said[:] = [mine, {**mine, **odd}, mine]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    check(engine, 4)
+    odd["w"] = 7
+    with pytest.raises(RuntimeError, match=r"after step 5 the ranks do not hold the same .*: rank 1 has its own w "):
+        check(engine, 5)
 
 
 class Recorder:

@@ -46,9 +46,9 @@ def test_row_has_its_tests(row: str) -> None:
         assert hasattr(import_module(f"tests.test_{module}"), name), test
 
 
-@pytest.mark.parametrize("pp", [2, 3, 4])
+@pytest.mark.parametrize("pp", [2, 4])
 def test_no_layer_is_lost_or_doubled(pp: int) -> None:
-    """Five layers on two, three and four stages: every weight is on one stage, a tied one on those that read it."""
+    """Five layers on two and four stages: every weight is on one stage, a tied one on those that read it."""
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=8, n_embd=16, n_layer=5, n_head=2))
     plan = make_plan(trace(model, example_for(model, batch=1, seq=8)).graph, Mesh(pp=pp), hardware="a100-80gb", batch=4)
     held = [name for stage in plan.stages for name in stage.params]
