@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils import _pytree
@@ -28,7 +28,7 @@ class Own:
 
 _pytree.register_pytree_node(
     Own, lambda own: ([own.inner], None), lambda kids, _: Own(*kids),
-    flatten_with_keys_fn=lambda own: ([(_pytree.MappingKey("inner"), own.inner)], None),
+    flatten_with_keys_fn=lambda own: ([(cast(Any, _pytree.MappingKey("inner")), own.inner)], None),
 )  # fmt: skip
 
 

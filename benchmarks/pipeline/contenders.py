@@ -106,7 +106,7 @@ def torch_pipelining(config: GPT2Config, ids: Tensor, micro_batches: int, cut: i
     make, places = TORCH[kind]
     mine = places(rank, ranks)
     bounds = [0, cut, config.n_layer]
-    if len(mine) > 1:
+    if ranks * len(mine) > 2:
         bounds = [0, cut // 2, cut, (cut + config.n_layer) // 2, config.n_layer]
     pieces = [Piece(model_of(config), bounds[n], bounds[n + 1]) for n in mine]
     stages = [

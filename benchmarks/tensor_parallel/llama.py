@@ -21,9 +21,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from merak_like import auto_parallel
 
@@ -77,7 +77,8 @@ def dtensor() -> Step:
     whole = model()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in whole.model.layers:
-        plan = {name: ColwiseParallel() for name in COLUMNS} | {name: RowwiseParallel() for name in ROWS}
+        plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in COLUMNS}
+        plan |= {name: RowwiseParallel() for name in ROWS}
         parallelize_module(layer, mesh, plan)
     return loop(whole)
 

@@ -101,7 +101,7 @@ class Watch:
         return self._blame or ""
 
     def _look(self) -> None:
-        told: tuple[str, float] | None = None
+        told: tuple[tuple[object, ...], float] | None = None
         while not self._closed.wait(min(INTERVAL, self.report_after / 4)):
             self._feel()
             now = self.now
