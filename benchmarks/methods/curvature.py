@@ -8,8 +8,6 @@ from small import Lines
 
 RATES = {"sgd": (0.4, 0.5, 0.6), "clipped": (0.1, 0.3), "free": (0.1, 0.2, 0.3)}
 """What each is tuned over; clipped is with the default ``kl_clip``, free without one."""
-
-
 WAYS = [("sgd", "sgd"), *((kind, how) for kind in ("mpd", "kfac") for how in ("clipped", "free"))]
 
 
