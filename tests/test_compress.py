@@ -15,6 +15,7 @@ from merak_like._compat import StorageWeakRef, TorchDispatchMode
 from merak_like.runtime.methods import quantiser
 from merak_like.runtime.methods.compress import Compress
 from merak_like.runtime.methods.quantiser import quantise
+from tests.peaks import Peak
 
 TENSORS = {
     "normal": lambda: torch.randn(300, 70),
@@ -151,6 +152,21 @@ def test_what_was_packed_is_nowhere_else(methods: tuple[Compress, ...], most: in
     engine.close()
     assert len(alive.made) == 8
     assert alive.found == most
+
+
+def test_twelve_layers_take_half_of_the_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        quantiser, "SLICE", 2**12
+    )  # as small beside a tensor of this test as the usual beside a real one
+    some, most = batch("relu", 1024), list[int]()
+    for methods in ((), (Compress(0.02, adapt=False),)):
+        engine = auto_parallel(Deep("relu", 12), example=some, hardware="a100-80gb", device="cpu", methods=methods)
+        with Peak(some.values()) as peak:
+            engine.step(some)
+        engine.close()
+        most.append(peak.most)
+    assert most[0] > 12 * 1024 * 64 * 4
+    assert most[1] < 0.6 * most[0]
 
 
 def test_what_is_run_again_is_not_compressed():
