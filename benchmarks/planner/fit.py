@@ -125,15 +125,15 @@ def main() -> None:
         others = out or [i for i in range(len(every)) if i not in fitted]
         for table in dict.fromkeys(every[i].table for i in others):
             rows = [i for i in others if every[i].table == table]
-            off = np.expm1(errors(constants, rows))
+            off: Floats = np.expm1(errors(constants, rows))
             print(f"{table}: mean {np.abs(off).mean():.1%} of {len(rows)} rows left out")
-        if out:
-            print(chosen([every[i].seconds for i in out], (1 + off) * [every[i].seconds for i in out]))
+            if out:
+                print(chosen(np.array([every[i].seconds for i in out]), off))
 
 
-def chosen(measured: Sequence[float], predicted: Floats) -> str:
-    """How good a choice by the predictions is."""
-    truth, order = np.array(measured), np.argsort(predicted)
+def chosen(truth: Floats, off: Floats) -> str:
+    """How good a choice by predictions with these relative errors is."""
+    order = np.argsort((1 + off) * truth)
     ranks = np.corrcoef(np.argsort(np.argsort(truth)), np.argsort(order))[0, 1]
     lost, three = truth[order[0]] / truth.min() - 1, truth[order[:3]].min() / truth.min() - 1
     return f"Spearman {ranks:.3f}, the chosen is {lost:.1%} slower than the best, the best of three {three:.1%}"

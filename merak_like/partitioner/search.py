@@ -26,7 +26,7 @@ from merak_like.partitioner.judge import Judge, Judged
 from merak_like.partitioner.problem import Problem
 
 ACTIONS = 150_000
-"""Simulated actions the search may spend, within the limits below: a few seconds of Python."""
+"""Simulated actions the search may spend, within the limits below: some 0.1 to 0.3 s, at 0.5 to 3 us for each."""
 FEWEST, MOST = 6, 300
 """Simulations the search may always, and at most, make."""
 NODES = 100_000
