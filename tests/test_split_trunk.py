@@ -4,7 +4,7 @@ one pass, and each session's numbers are those it has alone."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +22,7 @@ from merak_like.split.half import Source
 from merak_like.split.host import Host
 from merak_like.split.limits import Limits
 from merak_like.split.messages import LoraText, OptimizerText, Task
+from merak_like.split.wire import Kind
 from tests import split_models
 
 CUT = "front:back"
@@ -99,6 +100,24 @@ def held(host: Host, edge: Edge) -> nn.Module:
     return host.registry.live[edge.session].training.made.model
 
 
+def step_together(host: Host, edges: Sequence[Edge], batches: Sequence[Any]) -> None:
+    """A step of each, where all are in line and have sent what they can before one computes: so they meet."""
+
+    def there(edge: Edge) -> bool:
+        connection = host.registry.live[edge.session or ""]._connection
+        sent = [] if connection is None else [key for key in list(connection._inbox) if key.kind is Kind.UP_FORWARD]
+        return len(sent) == edge.task.micro_batches
+
+    with ThreadPoolExecutor(len(edges)) as pool:
+        with host.turn.held():
+            steps = [pool.submit(edge.step, batch) for edge, batch in zip(edges, batches, strict=True)]
+            end = monotonic() + 60
+            while (len(host.turn._line) <= len(edges) or not all(map(there, edges))) and monotonic() < end:
+                sleep(0.01)
+        for step in steps:
+            step.result()
+
+
 def alone(who: int, first: Mapping[str, Tensor], steps: int, kind: type[Deep] = Deep) -> dict[str, Tensor]:
     """What one process makes of the same batches with adapters that begin so."""
     whole = model(kind)
@@ -146,14 +165,8 @@ def test_each_session_has_the_numbers_it_has_alone(together: int, kind: type[Dee
         assert promised[0] == weights
         own = [4 * sum(t.nbytes for t in of_adapters(held(host, edge)).values()) for edge in edges]
         assert [promised[3] - mine for mine in promised[1:3]] == [4 * weights - adds for adds in own]
+        step_together(host, edges, [batch_of(who, 0) for who in range(2)])
         with ThreadPoolExecutor(2) as pool:
-            with host.turn.held():  # all are in line before one computes
-                steps = [pool.submit(edge.step, batch_of(who, 0)) for who, edge in enumerate(edges)]
-                end = monotonic() + 60
-                while len(host.turn._line) < 3 and monotonic() < end:
-                    sleep(0.01)
-            for step in steps:
-                step.result()
             for work in [pool.submit(e.train, lambda s, who=w: batch_of(who, s), 3) for w, e in enumerate(edges)]:
                 work.result()
         for who, edge in enumerate(edges):
@@ -229,15 +242,8 @@ def test_models_of_transformers_are_adapted(name: str, cut: str, targets: tuple[
             ]  # fmt: skip
             for edge in edges:
                 edge.evaluate(batch)
-            with ThreadPoolExecutor(2) as pool:
-                with host.turn.held():
-                    steps = [pool.submit(edge.step, batch) for edge in edges]
-                    end = monotonic() + 60
-                    while len(host.turn._line) < 3 and monotonic() < end:
-                        sleep(0.01)
-                for step in steps:
-                    step.result()
-                losses = [edge.step(batch).loss for edge in edges]
+            step_together(host, edges, [batch, batch])
+            losses = [edge.step(batch).loss for edge in edges]
             assert adapted(held(host, edges[0]))
             found.append([losses, [of_adapters(held(host, edge)) for edge in edges]])
             if together > 1:
