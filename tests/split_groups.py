@@ -94,11 +94,16 @@ class Ward:
         self.host, self.port = None, port
         self.edges: dict[str, Edge] = {}
         if not port:
-            self.host = Host(
-                self.source, CUT, listen="127.0.0.1:0", folder=self.folder / "host", keys=Keys(certificates, "host"),
-                groups={"ward": group}, limits=Limits(waits=Waits(hello=20, idle=30, step=60, drain=20)),
-            ).start()  # fmt: skip
-            self.port = self.host.port
+            self.serve()
+
+    def serve(self) -> None:
+        """A host, at the port of the one before if there was one."""
+        self.host = Host(
+            self.source, CUT, listen=f"127.0.0.1:{self.port}", folder=self.folder / "host",
+            keys=Keys(self.certificates, "host"), groups={"ward": self.group},
+            limits=Limits(waits=Waits(hello=20, idle=30, step=60, drain=20)),
+        ).start()  # fmt: skip
+        self.port = self.host.port
 
     def __enter__(self) -> Ward:
         return self

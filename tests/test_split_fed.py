@@ -9,7 +9,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -17,12 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from merak_like.partitioner.tracer import trace
-from merak_like.split.connection import Lost
+from merak_like.split import checkpoint
+from merak_like.split.ahead import Ahead
+from merak_like.split.averages import Averages
+from merak_like.split.connection import Connection, Lost
 from merak_like.split.cut import Cut
+from merak_like.split.exchange import Exchange
+from merak_like.split.group import Group
 from merak_like.split.groups import Place, after, averages, due, group_of, saves
 from merak_like.split.halves import halve
 from merak_like.split.layers import layers_of, weighted
-from merak_like.split.wire import Kind
+from merak_like.split.wire import FROM_EDGE, Kind
 from tests import split_groups as groups
 from tests.split_groups import Ward
 from tests.split_process import Nursery
@@ -35,7 +40,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return groups.made_keys(tmp_path_factory.mktemp("keys"))
 
 
-@pytest.mark.parametrize("mode", ["parallel", pytest.param("sequential", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
 def test_averaged_is_one_process_that_averages(mode: str, certificates: Path, tmp_path: Path):
     """Batches of 8 and 6 samples; two rounds, a mean, a third round."""
     group = groups.text(mode, "ann", "bob", average=2)
@@ -53,6 +59,7 @@ def test_averaged_is_one_process_that_averages(mode: str, certificates: Path, tm
         assert not held._brought  # nothing of an edge is kept but the mean
 
 
+@pytest.mark.slow
 def test_the_last_step_of_a_round_ends_with_the_mean(certificates: Path, tmp_path: Path):
     """Both edges have the same layers when training ends there; and a connection that is cut before the mean comes is
     made again, without a step or a mean twice."""
@@ -125,6 +132,81 @@ def test_who_is_missing_for_a_mean_is_named(certificates: Path, tmp_path: Path):
         ward.edge("bob")
         ward.train(ann=1, bob=1)
         assert groups.furthest(ward.weights, groups.alone(group, 2)[1]) < 1e-10
+
+
+PLACES: dict[str, tuple[type, str, bool]] = {
+    "gathered": (Averages, "_put_together", True), "not on disk yet": (Group, "save", True),
+    "on disk": (Group, "save", False), "said to one": (Exchange, "put", False),
+}  # fmt: skip
+"""Where a host is lost: before or behind a call that has to do with the mean of round 2."""
+
+
+@pytest.mark.parametrize(
+    ("mode", "place"),
+    [
+        pytest.param(mode, place, marks=[] if (mode, place) == ("parallel", "not on disk yet") else [pytest.mark.slow])
+        for mode in ("parallel", "sequential")
+        for place in PLACES
+    ],
+)
+def test_a_host_that_is_gone_around_a_mean(
+    mode: str, place: str, certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """From one call on the host says and writes nothing more; another takes its folder. No step and no mean twice: two
+    rounds with batches of 8 and 6 samples, a mean, a third round, as one process does it."""
+    group = groups.text(mode, "ann", "bob", average=2, checkpoint_every=100)
+    gone, (kind, name, early) = Event(), PLACES[place]
+    with Ward(tmp_path, certificates, group) as ward:
+        assert ward.host is not None
+        doomed = ward.host.registry.groups["ward"]
+        own, send, save = getattr(kind, name), Connection.send, checkpoint.save
+
+        def due(self: Any, *args: Any) -> bool:
+            return (
+                doomed.rounds.at.round == 2
+                and (kind is not Exchange or args[0] == "own")
+                and (kind is not Group or bool(args))
+            )
+
+        def fatal(self: Any, *args: Any) -> Any:
+            if gone.is_set() or not due(self, *args) or isinstance(self, Ahead):
+                return own(self, *args)
+            if not early:
+                own(self, *args)
+            gone.set()
+            raise Lost("the host is gone")
+
+        def silent(self: Connection, key: Any, body: bytes) -> None:
+            if gone.is_set() and self.assembler.allowed is FROM_EDGE and doomed is of_now():
+                raise Lost("the host is gone")
+            send(self, key, body)
+
+        def lost(folder: Path, *args: Any, **kwargs: Any) -> Any:
+            if gone.is_set() and folder == doomed.folder and doomed is of_now():
+                raise Lost("the host is gone")
+            return save(folder, *args, **kwargs)
+
+        def of_now() -> Any:
+            return ward.host.registry.groups["ward"] if ward.host is not None else None
+
+        def again() -> None:
+            assert gone.wait(200)
+            assert ward.host is not None
+            ward.host.close()
+            monkeypatch.undo()
+            ward.serve()
+
+        monkeypatch.setattr(kind, name, fatal)
+        monkeypatch.setattr(Connection, "send", silent)
+        monkeypatch.setattr(checkpoint, "save", lost)
+        for member in group.members:
+            ward.edge(member, checkpoint_every=100)
+        watcher = Thread(target=again)
+        watcher.start()
+        ward.train(ann=3, bob=3)
+        watcher.join(60)
+        assert gone.is_set()
+        assert groups.furthest(ward.weights, groups.alone(group, 3 if mode == "parallel" else 6)[1]) < 1e-10
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def main() -> None:
             off: Floats = np.expm1(errors(constants, rows))
             print(f"{table}: mean {np.abs(off).mean():.1%} of {len(rows)} rows left out")
             if out:
-                print(chosen(np.array([every[i].seconds for i in out]), off))
+                print(chosen(np.array([every[i].seconds for i in out], float), off))
 
 
 def chosen(truth: Floats, off: Floats) -> str:

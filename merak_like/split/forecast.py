@@ -22,7 +22,7 @@ from merak_like.split.cut import Cut
 from merak_like.split.exchange import KINDS, Link, Way, coded
 from merak_like.split.half import Source, freeze_head
 from merak_like.split.halves import Halves, halve
-from merak_like.split.limits import memory_of
+from merak_like.split.limits import memory_of, weights_of
 from merak_like.split.means import Means
 from merak_like.split.messages import Done, Task
 from merak_like.split.order import Side, orders
@@ -148,7 +148,8 @@ class Counted:
             for key, one in {id(one): one for one in halves}.items()
         }
         works = [worked[id(one)] for one in halves]
-        updates = _update(halves[0], (0, 2), task, means.edge), _update(halves[0], (1,), task, means.host)
+        hosts = () if task.lora else (1,)  # adapters are few
+        updates = _update(halves[0], (0, 2), task, means.edge), _update(halves[0], hosts, task, means.host)
         around = Around(self.told.by_kind[SENT_BEGIN], self.told.by_kind[RECEIVED_DONE], *updates)
         said: dict[Side, tuple[Action, ...]] = {
             side: tuple(
@@ -185,9 +186,8 @@ def counted(halves: Sequence[Halves], task: Task, batch: Any, *, samples: bool =
             by_kind[name] = by_kind.get(name, 0) + count
     largest = max(halves, key=lambda one: one.sent[0].shape[:1])
     edge = _edge_memory(largest, task, max(sum(one.values()) for one in sizes.values()))
-    told = Forecast(
-        task.cut, _codec_text(task), task.micro_batches, by_kind, edge, memory_of(largest, task), walked=None
-    )
+    host = weights_of(largest) + memory_of(largest, task, copies=0) if task.lora else memory_of(largest, task)
+    told = Forecast(task.cut, _codec_text(task), task.micro_batches, by_kind, edge, host, walked=None)
     return Counted(told, halves, task, messages, sizes)
 
 
