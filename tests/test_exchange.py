@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -30,67 +30,74 @@ def given(rank: int, ranks: int, dtype: torch.dtype) -> Tensor:
     return numbers.to(dtype)[rank]
 
 
-def exchanges(world: int, most: int = exchange.MOST) -> dict[str, int]:
-    """On each rank: begin all of them, then wait for all, and compare with what was given. Returns how each went.
+def exchanges(world: int, ways: Sequence[int] = (exchange.MOST,)) -> list[dict[str, int]]:
+    """On each rank, for each way: begin all of them, wait for all, and compare with what was given. How each went.
 
-    ``most``: bytes of a message that goes through the socket of a pair.
+    ``ways``: bytes of a message that goes through the socket of a pair.
     """
     dist.init_process_group("gloo")
-    before, exchange.MOST = exchange.MOST, most
+    before, found = exchange.MOST, list[dict[str, int]]()
     try:
-        rank, group = dist.get_rank(), dist.new_group(backend="gloo")
-        begun: list[tuple[str, Any, Tensor, Tensor]] = []
-        for dtype in DTYPES:
-            all_given = torch.stack([given(r, world, dtype) for r in range(world)])
-            added, runs = all_given.sum(0, dtype=dtype), all_given.view(world, world, SIZE)
-            for op, whole in ((exchange.SUM, added), (exchange.MAX, all_given.amax(0))):
-                mine = given(rank, world, dtype)
-                begun.append((f"reduce {dtype}", exchange.all_reduce(mine, group, op), mine, whole))
-            own = torch.empty(SIZE, dtype=dtype)
-            work = exchange.reduce_scatter(own, given(rank, world, dtype), group)
-            begun.append((f"scatter {dtype}", work, own, added.view(world, SIZE)[rank]))
-            flat = torch.empty(world * SIZE, dtype=dtype)
-            work = exchange.all_gather(flat, runs[rank, 0].contiguous(), group)
-            begun.append((f"gather {dtype}", work, flat, runs[:, 0].reshape(-1)))
-            place = flat.clone()
-            place.view(world, SIZE)[rank] = runs[rank, 0]
-            work = exchange.all_gather(place, place.view(world, SIZE)[rank], group)
-            begun.append((f"gather in place {dtype}", work, place, runs[:, 0].reshape(-1)))
-            rows = torch.empty(2 * world, SIZE // 2, dtype=dtype)
-            work = exchange.all_gather(rows, runs[rank, 0].reshape(2, -1), group)
-            begun.append((f"gather rows {dtype}", work, rows, runs[:, 0].reshape(rows.shape)))
-        for what, work, found, wanted in begun:
-            assert work.wait(MINUTE) is not False, what
-            torch.testing.assert_close(found, wanted, msg=lambda text, what=what: f"{what}: {text}")
-            everywhere = [torch.empty_like(found) for _ in range(world)]
-            dist.all_gather(everywhere, found)
-            if "scatter" not in what:
-                assert all(torch.equal(found, other) for other in everywhere), what
-        kinds = [type(work).__name__ for _, work, *_ in begun] + ["pair"] * (
-            most > 0 and world == 2 and pair_of(group) is not None
-        )
-        return {kind: kinds.count(kind) for kind in kinds}
+        group = dist.new_group(backend="gloo")
+        for exchange.MOST in ways:
+            found.append(exchanged(world, group))
+        return found
     finally:
         exchange.MOST = before
         dist.destroy_process_group()
+
+
+def exchanged(world: int, group: Any) -> dict[str, int]:
+    """Everything once, by this rank; how it went."""
+    rank = dist.get_rank()
+    begun: list[tuple[str, Any, Tensor, Tensor]] = []
+    for dtype in DTYPES:
+        all_given = torch.stack([given(r, world, dtype) for r in range(world)])
+        added, runs = all_given.sum(0, dtype=dtype), all_given.view(world, world, SIZE)
+        for op, whole in ((exchange.SUM, added), (exchange.MAX, all_given.amax(0))):
+            mine = given(rank, world, dtype)
+            begun.append((f"reduce {dtype}", exchange.all_reduce(mine, group, op), mine, whole))
+        own = torch.empty(SIZE, dtype=dtype)
+        work = exchange.reduce_scatter(own, given(rank, world, dtype), group)
+        begun.append((f"scatter {dtype}", work, own, added.view(world, SIZE)[rank]))
+        flat = torch.empty(world * SIZE, dtype=dtype)
+        work = exchange.all_gather(flat, runs[rank, 0].contiguous(), group)
+        begun.append((f"gather {dtype}", work, flat, runs[:, 0].reshape(-1)))
+        place = flat.clone()
+        place.view(world, SIZE)[rank] = runs[rank, 0]
+        work = exchange.all_gather(place, place.view(world, SIZE)[rank], group)
+        begun.append((f"gather in place {dtype}", work, place, runs[:, 0].reshape(-1)))
+        rows = torch.empty(2 * world, SIZE // 2, dtype=dtype)
+        work = exchange.all_gather(rows, runs[rank, 0].reshape(2, -1), group)
+        begun.append((f"gather rows {dtype}", work, rows, runs[:, 0].reshape(rows.shape)))
+    for what, work, found, wanted in begun:
+        assert work.wait(MINUTE) is not False, what
+        torch.testing.assert_close(found, wanted, msg=lambda text, what=what: f"{what}: {text}")
+        everywhere = [torch.empty_like(found) for _ in range(world)]
+        dist.all_gather(everywhere, found)
+        if "scatter" not in what:
+            assert all(torch.equal(found, other) for other in everywhere), what
+    kinds = [type(work).__name__ for _, work, *_ in begun] + ["pair"] * (
+        exchange.MOST > 0 and world == 2 and pair_of(group) is not None
+    )
+    return {kind: kinds.count(kind) for kind in kinds}
 
 
 @pytest.mark.ranks
 @pytest.mark.timeout(120)
 def test_two_ranks_swap_and_have_the_same_bits() -> None:
     """All by a socket, all by gloo, and by what is small (one dtype of four is half as wide, one a quarter)."""
-    ways = {"socket": exchange.MOST, "gloo": 0, "mixed": SIZE * 4}
-    job = torchrun([Call(way, "tests.test_exchange:exchanges", {"world": 2, "most": n}) for way, n in ways.items()], 2)
-    for way, most in ways.items():
-        pair = {"pair": 1} if most and sys.platform == "linux" else {}
-        assert job.results(way) == [{"Messages": 6 * len(DTYPES)} | pair] * 2
+    ways = [exchange.MOST, 0, SIZE * 4]
+    job = torchrun([Call("two", "tests.test_exchange:exchanges", {"world": 2, "ways": ways})], 2)
+    pairs = [{"pair": 1} if way and sys.platform == "linux" else {} for way in ways]
+    assert job.results("two") == [[{"Messages": 6 * len(DTYPES)} | pair for pair in pairs]] * 2
 
 
 @pytest.mark.ranks
 @pytest.mark.timeout(120)
 def test_more_ranks_send_runs_to_their_owners() -> None:
     job = torchrun([Call("three", "tests.test_exchange:exchanges", {"world": 3})], 3)
-    assert [found["Messages"] for found in job.results("three")] == [len(DTYPES)] * 3
+    assert [found["Messages"] for (found,) in job.results("three")] == [len(DTYPES)] * 3
 
 
 def ends() -> tuple[Pair, Pair]:

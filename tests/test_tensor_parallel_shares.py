@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 from unittest import mock
@@ -18,12 +20,15 @@ from torch import Tensor, nn
 from merak_like._compat import TorchDispatchMode
 from merak_like.partitioner.mesh import Coord, Mesh
 from merak_like.runtime.batches import rows
+from merak_like.runtime.exchange import Messages
 from merak_like.runtime.groups import Groups
+from merak_like.runtime.pair import Pair
 from merak_like.runtime.split_backward import PutOff
 from merak_like.runtime.stage import Stage
 from merak_like.runtime.tensor_parallel import collectives
 from merak_like.runtime.tensor_parallel.phased_stage import PhasedStage
 from merak_like.runtime.tensor_parallel.sharding import Sharded
+from tests import lockstep
 from tests.lockstep import in_lockstep, plain
 from tests.training import Subject, subject, worst
 
@@ -185,3 +190,31 @@ def test_shares_under_autocast_are_no_further_off_than_autocast_itself(
     ran = in_lockstep(one, batch, 2, sequence_parallel, shares=2, around=lower)
     assert max(abs(each - exact[0]) for each in ran.losses) <= 3 * max(off[0], 1e-3)
     assert worst(ran.gradients, exact[1])[0] <= 3 * off[1]
+
+
+@pytest.mark.parametrize("shares", [1, 3])
+def test_what_is_summed_through_a_socket_is_what_one_process_computes(
+    shares: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads, several messages on their way at once."""
+    ends = [Pair(end) for end in socket.socketpair()]
+
+    def begin(tensor: Tensor, group: lockstep.Fake, op: Any = None) -> tuple[Messages, lockstep.Fake]:
+        theirs = torch.empty_like(tensor)
+        return Messages([ends[group.rank].swap(tensor, theirs)], lambda: tensor.add_(theirs)), group
+
+    def wait(_: Any, work: tuple[Messages, lockstep.Fake], what: str, peer: str) -> None:
+        messages, group = work
+        while not messages.wait(timedelta()):
+            group.ring.hand_on(group.rank)
+            group.ring.await_turn(group.rank)
+
+    monkeypatch.setattr(lockstep, "all_reduce", begin)
+    monkeypatch.setattr(lockstep.Free, "wait", wait)
+    torch.manual_seed(0)
+    batch = {name: torch.randn(7, 3, 8, dtype=torch.float64) for name in ("x", "labels")}
+    one = Subject(Net().double(), lambda: batch, lambda loss, _: loss, rows)
+    loss, gradients = plain(one, batch)
+    ran = in_lockstep(one, batch, 2, sequence_parallel=False, shares=shares)
+    assert max(abs(each - loss) for each in ran.losses) <= 1e-10
+    assert worst(ran.gradients, gradients)[0] <= 1e-10
