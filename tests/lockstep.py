@@ -30,10 +30,10 @@ from tests.training import Subject
 class Free:
     """A watch that watches nothing."""
 
-    def waiting(self, what: str) -> Any:
+    def waiting(self, *what: object) -> Any:
         return nullcontext()
 
-    def wait(self, work: Any, what: str, peer: str) -> None:
+    def wait(self, work: Any, *what: object) -> None:
         pass
 
 

@@ -19,7 +19,7 @@ ROWS = {
         ("transparency:test_scenario",),
     "the gradient norm is that of one stage (torchtitan#596)": ("transparency:test_training_equals_plain_training",),
     "accumulation doubles the loss (transformers#35438)":
-        ("trainer_parity:test_accumulation_does_not_double_the_loss",),
+        ("trainer_parity:test_hf_trainer_alone_is_transformers",),
     "a pipeline is asked for, and there is none (accelerate#2838)":
         ("faults:test_what_cannot_work_is_refused_on_every_rank", "trainer_cli:test_wrong_keys_and_values_are_named"),
     "a job that goes on in its second epoch has other data (accelerate#2016)":

@@ -72,10 +72,10 @@ class Desk(TorchDispatchMode):
         self.events.append(("begin", number))
         return number
 
-    def waiting(self, what: str) -> AbstractContextManager[None]:
+    def waiting(self, *what: object) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def wait(self, work: int, what: str, peer: str) -> None:
+    def wait(self, work: int, *what: object) -> None:
         self.events.append(("wait", work))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
