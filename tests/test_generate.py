@@ -101,14 +101,15 @@ def generator(model: nn.Module, *hosts: BlockHost, **more: Any) -> Generator:
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_tokens_are_those_of_one_process(name: str, fleet: Callable[[str], Fleet]):
     """Two hosts in a chain; prompts of two lengths together; greedy, and drawn with one seed."""
-    model, remote = fleet(name).model, fleet(name).remote
-    prompts = prompts_of(5, 9)
-    assert remote.generate(prompts, max_new_tokens=NEW) == said(model, prompts)
-    options: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "top_p": 0.9}
-    drawn = remote.generate(prompts[:1], max_new_tokens=NEW, sampling=Sampling(**options, seed=3))
-    torch.manual_seed(3)
-    assert drawn == said(model, prompts[:1], do_sample=True, **options)
-    assert drawn != said(model, prompts[:1])
+    prompts, drawn = prompts_of(5, 9), {"temperature": 0.8, "top_k": 50, "top_p": 0.9}
+    model = getattr(split_models, name)()[0].eval()
+    greedy = said(model, prompts)
+    torch.manual_seed(3)  # before there are hosts, whose threads share this process's numbers
+    by_chance = said(model, prompts[:1], do_sample=True, **drawn)
+    remote = fleet(name).remote
+    assert remote.generate(prompts, max_new_tokens=NEW) == greedy
+    assert remote.generate(prompts[:1], max_new_tokens=NEW, sampling=Sampling(**drawn, seed=3)) == by_chance
+    assert by_chance != greedy[:1]
     assert remote.replaced == []
 
 

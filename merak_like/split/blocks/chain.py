@@ -201,7 +201,7 @@ class Chain:
         )
 
     def _name(self, host: int) -> str:
-        return "{}:{}".format(*self.dialler.hosts[host])
+        return str(self.dialler.hosts[host])
 
     def _let_go(self, hop: Hop) -> None:
         self._count(hop.connection)
