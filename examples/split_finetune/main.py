@@ -31,7 +31,7 @@ sys.path.insert(0, str(HERE))
 import texts  # noqa: E402
 import torch  # noqa: E402
 
-from merak_like.cli.edge import load, task_of  # noqa: E402
+from merak_like.cli.edge_file import load, task_of  # noqa: E402
 from merak_like.cli.halves import half_source  # noqa: E402
 from merak_like.split.edge import Edge  # noqa: E402
 from merak_like.split.leakage import leakage  # noqa: E402

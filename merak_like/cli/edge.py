@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,74 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from merak_like.cli.halves import half_source
 
 if TYPE_CHECKING:
+    from merak_like.cli.edge_file import Machines, Setting
     from merak_like.split.means import Means
-    from merak_like.split.messages import Task
-
-
-class Machines(BaseModel):
-    """What there is, for ``plan`` and for the forecast that ``train`` ends with."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    uplink: str
-    """Bits a second from the edge to the host: ``20 Mbit``."""
-    downlink: str
-    latency: float = Field(default=0.01, ge=0)
-    """Seconds one way."""
-    edge: str = "this"
-    """A preset of hardware, a JSON file of figures, or ``this`` machine, measured."""
-    edge_flops: str | None = None
-    """Instead of ``edge``: what its matrix products reach, such as ``50 Gflops``."""
-    edge_memory: str | None = None
-    """Bytes the edge may use, such as ``4 GB``; None: what the hardware has."""
-    host: str = "a100-80gb"
-    """As ``edge``."""
-
-
-class Setting(BaseModel):
-    """edge.yaml; paths are relative to the file."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    """A folder with config.json and safetensors, or module:function."""
-    data: str
-    """module:function; ``function(step)`` returns a batch, or (batch, sample ids), the same whenever it is asked."""
-    cut: str
-    steps: int = Field(ge=1)
-    connect: str | list[str] = "127.0.0.1:7750"
-    """HOST:PORT, or several."""
-    keys: Path | None = None
-    name: str = "edge"
-    insecure: bool = False
-    state: Path = Path("edge")
-    """Checkpoints and the session's name: start again with the same to go on."""
-    weights: Path | None = None
-    hf_task: str | None = None
-    codec: str = "identity"
-    back_codec: str = "identity"
-    micro_batches: int = 1
-    window: int = 4
-    optimizer: dict[str, Any] = {}
-    max_grad_norm: float | None = None
-    seed: int = 0
-    checkpoint_every: int = 50
-    frozen_edge: bool = False
-    skip: str = "none"
-    group: str | None = None
-    """The group of the host's operator that this edge trains with."""
-    average_edges: bool = False
-    """Whether this edge's own layers may go to the host, to be averaged with those of its group."""
-    lora: dict[str, Any] | None = None
-    """``rank``, ``alpha`` and ``targets`` of adapters: the host trains these, and its weights stay as they are."""
-    patience: float = 300.0
-    device: str = "cpu"
-    machines: Machines | None = None
 
 
 def run(
@@ -101,6 +38,8 @@ def run(
     ``machines`` of the file; ``leakage`` measures how many tokens, or how much of an image, a decoder finds
     again in what would be sent.
     """
+    from merak_like.cli.edge_file import load  # its checks take a tenth of a second to set up
+
     if action not in ACTIONS:
         raise ValueError(f"no action {action!r}: there are {', '.join(ACTIONS)}")
     if action != "plan" and (rank or codec):
@@ -119,24 +58,6 @@ class Options:
     codecs: tuple[str, ...] = ()
 
 
-def load(file: Path) -> Setting:
-    """Read edge.yaml. Raises ValueError naming the field that is wrong."""
-    import yaml
-
-    try:
-        found = Setting.model_validate(yaml.safe_load(file.expanduser().read_text(encoding="utf-8")) or {})
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    here = file.expanduser().resolve().parent
-    sys.path.insert(0, str(here))
-    local = {k: here / v for k in ("keys", "state", "weights") if (v := getattr(found, k)) is not None}
-    model = str(here / found.model) if (here / found.model).exists() else found.model
-    return found.model_copy(update={**local, "model": model})
-
-
 def batches(spec: str) -> Callable[[int], Any]:
     """The function behind ``module:function``. Raises ValueError."""
     module, colon, name = spec.partition(":")
@@ -152,6 +73,7 @@ def batches(spec: str) -> Callable[[int], Any]:
 
 
 def _train(setting: Setting, options: Options) -> None:
+    from merak_like.cli.edge_file import task_of
     from merak_like.split.edge import Edge
     from merak_like.split.forecast import forecast
     from merak_like.split.tls import Keys
@@ -189,23 +111,8 @@ def _train(setting: Setting, options: Options) -> None:
         typer.echo(beside(told_before, lines), err=True)
 
 
-def task_of(setting: Setting) -> Task:
-    """The task that edge.yaml describes. Raises ValueError naming the field that is wrong."""
-    from merak_like.split.messages import LoraText, OptimizerText, Task
-
-    try:
-        names = ("cut", "codec", "back_codec", "micro_batches", "window", "max_grad_norm", "seed", "checkpoint_every",
-                 "frozen_edge", "skip", "group", "average_edges")  # fmt: skip
-        lora = None if setting.lora is None else LoraText(**setting.lora)
-        return Task(
-            optimizer=OptimizerText(**setting.optimizer), lora=lora, **{name: getattr(setting, name) for name in names}
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
 def _plan(setting: Setting, options: Options) -> None:
+    from merak_like.cli.edge_file import task_of
     from merak_like.split.choose import CODECS, Asked, choose
     from merak_like.split.cut import Cut
     from merak_like.split.told import table
@@ -243,6 +150,7 @@ def _means(machines: Machines | None) -> Means | None:
 
 
 def _leakage(setting: Setting, options: Options) -> None:
+    from merak_like.cli.edge_file import task_of
     from merak_like.split.image_leakage import image_leakage, images_of
     from merak_like.split.leakage import leakage
 
