@@ -208,7 +208,8 @@ class _Call(asyncio.Transport):
                     self._held = False
                     self._protocol.resume_writing()
         except Exception as broken:  # gRPC has a dozen words for a call that is over
-            error = ConnectionResetError(_told(broken))
+            told, _ = await asyncio.wait(self._tasks[1:], timeout=LINGER)  # why it is over may be the last to be read
+            error = None if told else ConnectionResetError(_told(broken))
         finally:
             with suppress(Exception):
                 await self._finish()
