@@ -13,6 +13,8 @@ import numpy
 import torch
 
 Pack = bytes
+REFUSALS = (pickle.PickleError, AttributeError, TypeError, RuntimeError)
+"""How pickle and torch say that a value cannot be written, or not be read back."""
 
 
 def pack(what: str, value: Any) -> Pack:
@@ -21,7 +23,7 @@ def pack(what: str, value: Any) -> Pack:
     try:
         torch.save(value, stream)
         unpack(stream.getvalue())
-    except (pickle.PickleError, AttributeError, TypeError, RuntimeError) as error:
+    except REFUSALS as error:
         found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         reason = f"it has a {found[1]}" if found else str(error).strip().splitlines()[0][:200]
         raise ValueError(
@@ -35,8 +37,8 @@ def pack_once(what: str, value: Any, seen: dict[bytes, Pack]) -> Pack:
     """The same, but what is like a value before is not packed and read back again: weights are many and much alike."""
     try:
         key = pickle.dumps(value)
-    except Exception:
-        return pack(what, value)
+    except REFUSALS:
+        return pack(what, value)  # which tells what cannot be kept, and why
     if key not in seen:
         seen[key] = pack(what, value)
     return seen[key]
