@@ -3,12 +3,9 @@ applied once, whatever is lost."""
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from merak_like.split.host import Host
 from tests import split_groups as groups
 from tests.commands import refused
 from tests.split_groups import Ward
+from tests.split_killed import changes_nothing
 from tests.split_process import Nursery
 
 pytest.importorskip("cryptography")
@@ -85,36 +83,7 @@ def test_a_host_that_crashes_changes_nothing(
     mode: str, place: str, certificates: Path, nursery: Nursery, tmp_path: Path
 ):
     """Killed with SIGKILL in the middle of a round, and started again: to the last bit what a calm run gives."""
-    group = groups.text(mode, "ann", "bob")
-    options = {"keys": str(certificates), "groups": {"ward": group.model_dump(mode="json")}, "cut": groups.CUT,
-               "model": "tests.split_groups:made"}  # fmt: skip
-
-    def run(folder: Path, fault: str) -> dict[str, Tensor]:
-        host = nursery.start("host", folder=str(folder / "host"), fault=fault, at=3, **options)
-        with Ward(folder, certificates, group, port=host["port"]) as ward:
-            for name in group.members:
-                ward.edge(name, codec="aqsgd(4)|int8")
-            if fault:
-                watcher = Thread(target=again, args=(host, folder))
-                watcher.start()
-            ward.train(ann=6, bob=6)
-            if fault:
-                watcher.join(60)
-                host = restarted[-1]
-            os.kill(host["pid"], signal.SIGTERM)
-            assert nursery.wait(host["pid"])["status"] == 0
-            return ward.kept()
-
-    restarted: list[dict[str, int]] = []
-
-    def again(host: dict[str, int], folder: Path) -> None:
-        assert nursery.wait(host["pid"])["status"] == -signal.SIGKILL
-        restarted.append(nursery.start("host", folder=str(folder / "host"), port=host["port"], **options))
-
-    calm, shaken = run(tmp_path / "calm", ""), run(tmp_path / "shaken", place)
-    assert restarted
-    assert calm.keys() == shaken.keys()
-    assert all(torch.equal(calm[name], shaken[name]) for name in calm)
+    changes_nothing(nursery, certificates, groups.text(mode, "ann", "bob"), tmp_path, place)
 
 
 @pytest.mark.slow
