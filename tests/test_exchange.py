@@ -150,9 +150,7 @@ def test_a_pair_of_which_one_is_gone_says_so() -> None:
         one.swap(torch.ones(2), torch.empty(2))
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="abstract socket names are Linux's; elsewhere gloo is used"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="abstract socket names are Linux's; elsewhere gloo is used")
 def test_only_a_caller_of_this_user_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("\0merak-test")
