@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,19 @@ class Unfit(ValueError):
     """These micro-batches cannot go together."""
 
 
+class Alike(NamedTuple):
+    """What micro-batches that go together have in common."""
+
+    forward: bool
+    learning: bool
+    training: bool
+    halves: str
+    batch: Any
+    layers: tuple[str, ...]
+    received: tuple[bool, ...]
+    """Which of the values come with a gradient to give back."""
+
+
 @dataclass
 class Ask:
     """What one session wants computed."""
@@ -53,11 +66,11 @@ class Ask:
     error: Exception | None = None
 
     @property
-    def kind(self) -> tuple[Any, ...]:
-        """What micro-batches that go together have in common."""
+    def kind(self) -> Alike:
+        """With whose it may go."""
         stage = self.stage
         flags = tuple(self.received[name].requires_grad for name in stage.code.received)
-        return (
+        return Alike(
             self.gradients is None, torch.is_grad_enabled(), stage.programs.model.training, stage.halves.digest,
             signature(self.batch), tuple(stage.layers), flags,
         )  # fmt: skip
@@ -71,9 +84,9 @@ class Pool:
         self.turn, self.most = turn, most
         self.sizes: list[int] = []
         """Sessions of the last passes."""
-        self._waiting: list[tuple[tuple[Any, ...], Ask]] = []
-        self._carriers: dict[tuple[Any, ...], HalfPrograms] = {}
-        self._proved: dict[tuple[Any, ...], bool] = {}
+        self._waiting: list[tuple[Alike, Ask]] = []
+        self._carriers: dict[tuple[str, ...], HalfPrograms] = {}
+        self._proved: dict[Alike, bool] = {}
         """Whether rows have nothing to do with each other, by kind."""
 
     def through(self, ask: Ask) -> dict[str, Tensor]:
@@ -91,7 +104,7 @@ class Pool:
         assert ask.found is not None
         return ask.found
 
-    def _run(self, kind: tuple[Any, ...], asks: Sequence[Ask]) -> None:
+    def _run(self, kind: Alike, asks: Sequence[Ask]) -> None:
         if len(self._proved) > KINDS:
             self._proved.clear()
         if len(asks) > 1 and self._proved.get(kind, True):
@@ -113,15 +126,15 @@ class Pool:
             except Exception as error:  # is its session's
                 ask.error = error
 
-    def _joint(self, kind: tuple[Any, ...], asks: Sequence[Ask]) -> list[dict[str, Tensor]]:
-        paths = kind[5]
+    def _joint(self, kind: Alike, asks: Sequence[Ask]) -> list[dict[str, Tensor]]:
+        paths = kind.layers
         if paths not in self._carriers and len(self._carriers) >= CARRIERS:
             self._carriers.clear()
         programs = self._carriers.setdefault(paths, asks[0].stage.programs)
         counts = [rows(ask.batch) for ask in asks]
         batch = _joined([ask.batch for ask in asks], counts)
         mode = programs.model.training
-        programs.model.train(kind[2])
+        programs.model.train(kind.training)
         try:
             half = programs.at(batch)
             stage, values = half.stages[1], half.halves.trace.graph.values
