@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from merak_like.runtime.batches import rows
 from merak_like.runtime.links import Spec
 from merak_like.split.half import Source
-from merak_like.split.leakage import distance_correlation, label_score, of_labels, overhear
+from merak_like.split.leakage import distance_correlation, kept_back, label_score, of_labels, overhear
 from merak_like.split.messages import Task
 
 WIDTH = 64
@@ -94,7 +94,7 @@ def image_leakage(
             f"found {len(batches)}"
         )
     heard = overhear(source, task, batches, _a_row_an_image, seed)
-    asked = max(1, len(batches) // 4)
+    asked = kept_back(len(batches))
     images = [batch[name].float() for batch, _ in batches]
     x, x_new = torch.cat(images[:-asked]), torch.cat(images[-asked:])
     z, z_new = (torch.cat(part).float() for part in (heard.arrived[:-asked], heard.arrived[-asked:]))

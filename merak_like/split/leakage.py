@@ -74,7 +74,7 @@ def leakage(
     for arrived, (batch, _) in zip(heard.arrived, batches, strict=True):
         kept = batch["attention_mask"].flatten() != 0 if "attention_mask" in batch else slice(None)
         pairs.append((arrived.flatten(0, 1).float()[kept], batch[TOKENS].flatten()[kept]))
-    asked = max(1, len(pairs) // 4)
+    asked = kept_back(len(pairs))
     z, tokens = (torch.cat(part) for part in zip(*pairs[:-asked], strict=True))
     z_new, tokens_new = (torch.cat(part) for part in zip(*pairs[-asked:], strict=True))
     most = int(tokens.bincount().argmax())
@@ -118,6 +118,11 @@ def overhear(
     return Overheard(made.model, arrived, [pair for pair in told if pair is not None])
 
 
+def kept_back(batches: int) -> int:
+    """How many of the batches, the last, are for asking."""
+    return max(1, batches // 4)
+
+
 def a_row_a_token(batch: Any, sent: Sequence[Spec]) -> Spec:
     """The one value with a row a token."""
     shape = tuple(batch[TOKENS].shape)
@@ -156,7 +161,7 @@ def _gradients(made: Made, batch: Any, text: str, seed: int) -> tuple[Tensor, Te
 def label_score(heard: Overheard, steps: int, seed: int) -> tuple[float | None, float]:
     """Share of the last quarter's labels that a classifier finds in the gradients, and of the most frequent label."""
     pairs = heard.gradients
-    asked = max(1, len(heard.arrived) // 4)
+    asked = kept_back(len(heard.arrived))
     if len(pairs) <= asked:
         return None, 0.0
     g, labels = (torch.cat(part) for part in zip(*pairs[:-asked], strict=True))
