@@ -31,14 +31,14 @@ class Part:
 
 
 PARTS = {
-    "tracing": Part("tracing/main.py", 40),
-    "schedules": Part("schedules/main.py", 20),
+    "tracing": Part("tracing/main.py", 25),
+    "schedules": Part("schedules/main.py", 10),
     "engine": Part("pipeline/overhead.py", 40, processes=2),
-    "pipeline": Part("pipeline/main.py", 220, processes=2),
-    "paced": Part("paced/main.py", 150, ("--ranks", "4")),
-    "tensor_parallel": Part("tensor_parallel/main.py", 180, ("mlp", "llama")),
-    "zero": Part("zero/main.py", 150, processes=2),
-    "overhead": Part("overhead/main.py", 90),
+    "pipeline": Part("pipeline/main.py", 190, processes=2),
+    "paced": Part("paced/main.py", 110, ("--ranks", "4")),
+    "tensor_parallel": Part("tensor_parallel/main.py", 170, ("mlp", "llama")),
+    "zero": Part("zero/main.py", 240, processes=2),
+    "overhead": Part("overhead/main.py", 110),
 }
 """At most 900 seconds in all."""
 

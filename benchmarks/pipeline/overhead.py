@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/pipeline/overhead.py
 
-The slope of a step's CPU time over the number of micro-batches, less what the bare forward and backward of the same
-stage cost; the same for torch.distributed.pipelining.
+The slope of a step's CPU time (all threads: gloo has its own) over the number of micro-batches, less what the bare
+forward and backward of the same stage cost; the same for torch.distributed.pipelining. All take turns, step by step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from merak_like import auto_parallel
 
-WIDTH, FEW, MANY, STEPS = 8, 16, 80, 15
+WIDTH, FEW, MANY, ROUNDS = 8, 16, 80, 41
 
 
 def layers() -> nn.Sequential:
@@ -35,20 +35,18 @@ def loss_of(output: Tensor, batch: object) -> Tensor:
     return output.square().mean()
 
 
-def slope(make: Callable[[int], Callable[[], object]]) -> float:
-    """CPU seconds of one more micro-batch."""
-    costs = []
-    for count in (FEW, MANY):
-        step = make(count)
-        step()
-        times = []
-        for _ in range(STEPS):
+def slopes(contenders: Mapping[str, Callable[[int], Callable[[], object]]]) -> dict[str, float]:
+    """CPU seconds of one more micro-batch, by contender."""
+    steps = {(name, count): make(count) for name, make in contenders.items() for count in (FEW, MANY)}
+    times = {key: list[float]() for key in steps}
+    for _ in range(ROUNDS):
+        for key, step in steps.items():
             dist.barrier()
-            start = time.thread_time()
+            start = time.process_time()
             step()
-            times.append(time.thread_time() - start)
-        costs.append(statistics.median(times))
-    return (costs[1] - costs[0]) / (MANY - FEW)
+            times[key].append(time.process_time() - start)
+    costs = {key: statistics.median(each[1:]) for key, each in times.items()}  # the first step warms up
+    return {name: (costs[name, MANY] - costs[name, FEW]) / (MANY - FEW) for name in contenders}
 
 
 def bare(count: int) -> Callable[[], object]:
@@ -82,10 +80,10 @@ def main() -> None:
     """Print and write overhead.json."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    compute = slope(bare)
-    rows = {}
-    for name, make in (("ours (1f1b)", ours), ("torch Schedule1F1B", theirs)):
-        each = torch.tensor((slope(make) - compute) * 1e6)
+    found = slopes({"bare": bare, "ours (1f1b)": ours, "torch Schedule1F1B": theirs})
+    compute, rows = found.pop("bare"), {}
+    for name, cost in found.items():
+        each = torch.tensor((cost - compute) * 1e6)
         dist.all_reduce(each, dist.ReduceOp.MAX)
         # a stage of a two-stage pipeline does F, B, one send and one receive per micro-batch
         rows[name] = {"per micro-batch": round(each.item()), "per action": round(each.item() / 4)}
