@@ -45,12 +45,12 @@ types: $(READY)
 # share their processes.
 unit: export OMP_NUM_THREADS = 1
 unit: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not ranks"
-	@if grep -rqs "mark\.ranks" tests; then set -x; $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "ranks and not slow"; fi
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not exhaustive and not ranks"
+	@if grep -rqs "mark\.ranks" tests; then set -x; $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "ranks and not slow and not exhaustive"; fi
 
 test-all: export OMP_NUM_THREADS = 1
 test-all: lint types
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m "not exhaustive"
 
 bench: $(READY)
 	$(BIN)/python benchmarks/short.py

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merak_like.partitioner.held import held
+from merak_like.partitioner.job import STAND_IN
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planned import costs_of, edges_of, named_schedule, recomputing, schedule_of
@@ -210,7 +211,7 @@ def test_only_what_the_memory_asks_for_is_computed_again() -> None:
 @pytest.mark.parametrize("schedule", [AUTO, AUTO_V])
 def test_an_order_that_is_built_is_in_the_plan_and_no_slower(schedule: str) -> None:
     graph = gpt(8, d=64, s=64)
-    made, usual = (plan(graph, 2, schedule=name) for name in (schedule, {AUTO: "1f1b", AUTO_V: "zb-v"}[schedule]))
+    made, usual = (plan(graph, 2, schedule=name) for name in (schedule, STAND_IN[schedule][0]))
     assert made.starts == usual.starts
     assert len(made.orders) == 2
     assert made.step_seconds < usual.step_seconds
@@ -221,6 +222,18 @@ def test_an_order_that_is_built_is_in_the_plan_and_no_slower(schedule: str) -> N
     tight = plan(graph, 2, schedule=schedule, memory_limit=limit)
     assert max(tight.rank_bytes) <= limit
     assert made.step_seconds <= tight.step_seconds <= usual.step_seconds
+
+
+@pytest.mark.parametrize("layers", [8, 9])
+def test_stages_are_cut_for_each_schedule_that_stands_in(layers: int) -> None:
+    graph = gpt(layers, d=64, s=64)
+    made = plan(graph, 4, schedule=AUTO)
+    of = {name: plan(graph, 4, schedule=name) for name in STAND_IN[AUTO]}
+    assert made.step_seconds <= min(each.step_seconds for each in of.values())
+    best = "1f1b" if layers == 8 else "zb-h1"
+    assert made.starts == of[best].starts
+    assert (of["1f1b"].starts == of["zb-h1"].starts) == (layers == 8)
+    assert any(f" times for {best}, " in note for note in made.notes)
 
 
 def test_an_order_without_halves_is_built_where_what_waits_is_too_much() -> None:

@@ -43,6 +43,9 @@ aten = torch.ops.aten
 PRODUCTS: dict[Any, tuple[int, int]] = {aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.default: (1, 2)}
 """Which arguments are multiplied."""
 
+UNDEFINED = {aten.log.default}
+"""At zero, which stands for what was not computed: small ones give zeros too, or the loss would not be a number."""
+
 MAKING = {aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default, aten.empty_strided.default}
 RESHAPING = {"aten::set_", "aten::resize_", "aten::t_", "aten::transpose_", "aten::unsqueeze_", "aten::squeeze_"}
 """Operations in place that are about shapes and memory and not about numbers."""
@@ -62,6 +65,8 @@ class Pace(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in PRODUCTS:
             return _product(*(args[place] for place in PRODUCTS[func]))
+        if func in UNDEFINED:
+            return _zeros(args[0].shape, args[0].dtype)
         if func.namespace != "aten" or func in MAKING:
             return func(*args, **kwargs)
         try:

@@ -16,8 +16,8 @@ from merak_like.partitioner.schedules import AUTO, AUTO_V
 from merak_like.partitioner.schedules.action import Schedule
 from merak_like.partitioner.schedules.scp import LADDER
 
-STAND_IN = {AUTO: "1f1b", AUTO_V: "zb-v"}
-"""What the stages are cut for where the order is built for the stages."""
+STAND_IN = {AUTO: ("1f1b", "zb-h1"), AUTO_V: ("zb-v",)}
+"""What the stages are cut for where the order is built for the stages: for each, and the first where one must do."""
 RECOMPUTE = ("auto", "none", "full", "blocks")
 """As little as the memory asks for; nothing; all that the schedule lets be recomputed; the same, a block at a time."""
 
@@ -38,7 +38,8 @@ class Job:
     @cached_property
     def order(self) -> Schedule:
         """The compute-only schedule that partitions are judged by."""
-        return named_schedule(STAND_IN.get(self.schedule, self.schedule), self.mesh.pp, self.micro_batches, self.chunks)
+        name, *_ = STAND_IN.get(self.schedule, (self.schedule,))
+        return named_schedule(name, self.mesh.pp, self.micro_batches, self.chunks)
 
     @property
     def stages(self) -> int:

@@ -13,6 +13,7 @@ from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.job import STAND_IN
 from merak_like.partitioner.judge import Judge, Judged
 from merak_like.partitioner.locality import unused
+from merak_like.partitioner.ordering import Arranged
 from merak_like.partitioner.problem import Problem
 from merak_like.partitioner.recompute import peak
 from merak_like.partitioner.schedules.auto.build import Found as Order
@@ -22,21 +23,16 @@ from merak_like.partitioner.search import Found
 def notes(
     graph: ProxyGraph,
     setting: Setting,
-    found: Found,
-    judged: Judged,
-    order: Order | None,
+    arranged: Arranged,
     micro_batches: Mapping[int, float],
 ) -> tuple[str, ...]:
-    """The sentences. ``judged`` is what was found under its final ``order``, None for a schedule that is known.
-
-    ``micro_batches`` maps other numbers that were tried to seconds (infinite: does not fit).
-    """
-    problem = setting.problem
+    """The sentences. ``micro_batches`` maps other numbers that were tried to seconds (infinite: does not fit)."""
+    problem, found, judged, order = setting.problem, arranged.found, arranged.judged, arranged.order
     told = [*_assumed(graph, setting), *_binding(problem, judged), *_recomputed(problem, judged)]
     if problem.job.stages > 1:
-        told += [_searched(problem, found), *_equal_blocks(graph, setting, found)]
+        told += [_searched(problem, found, arranged.cut_for), *_equal_blocks(graph, setting, found)]
     if order is not None:
-        told.append(_ordered(problem, found, judged, order))
+        told.append(_ordered(found, judged, order, arranged.cut_for))
     if micro_batches:
         ways = [f"{m}: {'too little memory' if s == float('inf') else _seconds(s)}" for m, s in micro_batches.items()]
         by = "the pipeline of its quickest partition"
@@ -106,11 +102,11 @@ def _recomputed(problem: Problem, judged: Judged) -> list[str]:
     return told
 
 
-def _searched(problem: Problem, found: Found) -> str:
+def _searched(problem: Problem, found: Found, cut_for: str) -> str:
     inner, cuts, job = problem.size - 1, problem.job.stages - 1, problem.job
     ways = comb(inner, cuts)
     many = f"{ways:,}" if ways < 10**9 else f"about 10^{len(str(ways)) - 1}"
-    under = f" for {STAND_IN[job.schedule]}" if job.schedule in STAND_IN else ""
+    under = f" for {cut_for}" if job.schedule in STAND_IN else ""
     told = f"best of {many} ways to cut {inner} places {cuts} times{under}, {found.simulated} of them simulated: "
     if found.proven:
         return told + "optimal under the estimated costs, proven by bound"
@@ -118,9 +114,9 @@ def _searched(problem: Problem, found: Found) -> str:
     return told + f"not proven optimal, but no way is more than {away:.1%} faster"
 
 
-def _ordered(problem: Problem, found: Found, judged: Judged, order: Order) -> str:
+def _ordered(found: Found, judged: Judged, order: Order, cut_for: str) -> str:
     step, before = judged.timeline.makespan, found.judged.timeline.makespan
-    gain = f"{STAND_IN[problem.job.schedule]} would take {_seconds(before)} ({before / step - 1:+.1%})"
+    gain = f"{cut_for} would take {_seconds(before)} ({before / step - 1:+.1%})"
     gap = max(0.0, 1 - order.bound / step)
     best = "no order is faster" if gap < 1e-9 else f"no order is more than {gap:.1%} faster"
     return f"the order is built for these stages: {gain}; {best}"

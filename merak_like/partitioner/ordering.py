@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 from merak_like.partitioner.job import STAND_IN
@@ -14,6 +15,33 @@ from merak_like.partitioner.search import Found
 
 EFFORT = 0.25
 """Of the search for an order: about a second for the largest jobs."""
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """A partition under its final order."""
+
+    found: Found
+    judged: Judged
+    order: Order | None
+    """For an order that was built: how good it is."""
+    cut_for: str
+    """The schedule that the partition was found for."""
+
+
+def arrange(problem: Problem, search: Callable[[Problem], Found | None]) -> Arranged | None:
+    """What is found for the job's schedule, in its final order; None where nothing fits.
+
+    Where the order is built for the stages, they are cut for each schedule that stands in for it, and the fastest is
+    taken: a backward that can be put off asks for other stages than one that cannot.
+    """
+    schedule = problem.job.schedule
+    tried = list[Arranged]()
+    for place, name in enumerate(STAND_IN.get(schedule, (schedule,))):
+        found = search(replace(problem, job=replace(problem.job, schedule=name)) if place else problem)
+        if found is not None and all(found.starts != each.found.starts for each in tried):
+            tried.append(Arranged(found, *in_order(problem, found), name))
+    return min(tried, key=lambda each: each.judged.timeline.makespan, default=None)
 
 
 def in_order(problem: Problem, found: Found) -> tuple[Judged, Order | None]:

@@ -26,7 +26,7 @@ from merak_like.partitioner.memory import MemoryModel
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.notes import notes
 from merak_like.partitioner.one_rank import Sources
-from merak_like.partitioner.ordering import in_order
+from merak_like.partitioner.ordering import arrange
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.problem import Problem
 from merak_like.partitioner.schedules import AS_DATA, AUTO, AUTO_V
@@ -91,17 +91,16 @@ def make_plan(
     quickest = [quick(setting.problem) for setting in tried] if len(tried) > 1 else [None]
     steps = [found.judged.timeline.makespan if found else float("inf") for found in quickest]
     setting = tried[int(np.argmin(steps))] if min(steps) < float("inf") else tried[-1]
-    found = search(setting.problem) if thorough else quick(setting.problem)
-    if found is None:
+    arranged = arrange(setting.problem, search if thorough else quick)
+    if arranged is None:
         raise too_little_memory(setting.problem, partial(asked.problem, setting), batch // mesh.dp)
     compared = {s.problem.job.micro_batches: step for s, step in zip(tried, steps, strict=True)} if tried[1:] else {}
-    judged, order = in_order(setting.problem, found)
     return assemble(
-        asked.graph, setting, found.starts, judged,
+        asked.graph, setting, arranged.found.starts, arranged.judged,
         micro_batch=batch // mesh.dp // setting.problem.job.micro_batches,
         signature=dict(signature or {}),
         sharding=sharding,
-        notes=notes(asked.graph, setting, found, judged, order, compared),
+        notes=notes(asked.graph, setting, arranged, compared),
     )  # fmt: skip
 
 

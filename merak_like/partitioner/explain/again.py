@@ -16,7 +16,7 @@ from merak_like.partitioner.assemble import Setting
 from merak_like.partitioner.basis import Basis
 from merak_like.partitioner.job import STAND_IN
 from merak_like.partitioner.judge import Judge, Judged
-from merak_like.partitioner.ordering import in_order
+from merak_like.partitioner.ordering import arrange, in_order
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planned import recomputing, schedule_of
 from merak_like.partitioner.planner import Asked, ask, make_plan, stages_per_rank
@@ -129,8 +129,8 @@ class Again:
         if "schedule" in asked:
             asked["chunks"] = stages_per_rank(asked["schedule"], None)
         changed = replace(self.asked, **asked).setting(micro_batches or self.plan.micro_batches).problem
-        found = quick(changed)
-        return found and in_order(changed, found)[0]
+        arranged = arrange(changed, quick)
+        return arranged and arranged.judged
 
 
 def _cut_at(problem: Problem, basis: Basis, starts: Sequence[int], scale: float) -> Problem:
