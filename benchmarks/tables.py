@@ -64,6 +64,24 @@ def whole() -> str:
     return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
+def whole_short() -> str:
+    """Of all layouts the chosen, the best, and each one's best way beside Merak's rules."""
+    data = json.loads((ROOT / "benchmarks/whole/results.json").read_text())
+    least = data["best"]["measured"]
+    lines = ["| dp x pp x tp | fastest way, s | to the best of all | Merak's rules to it |", "|---|---:|---:|---:|"]
+    for degrees in dict.fromkeys((row["dp"], row["pp"], row["tp"]) for row in data["rows"]):
+        same = {row["name"]: row for row in data["rows"] if (row["dp"], row["pp"], row["tp"]) == degrees}
+        rules = same.pop("merak's rules")["measured"]
+        best = min(same.values(), key=lambda row: row["measured"])
+        mark = " (chosen)" if data["chosen"] in same.values() else ""
+        numbers = f"{best['measured']:.2f} | {best['measured'] / least:.2f} | {rules / best['measured']:.2f}"
+        lines.append(f"| {' x '.join(map(str, degrees))}{mark} | {numbers} |")
+    chosen = data["chosen"]
+    lines += ["", f"The planner's choice is {chosen['dp']} x {chosen['pp']} x {chosen['tp']} with {chosen['name']}: "
+              f"{data['chosen to best']:.3f} of the best step that was measured of {len(data['rows'])} ways."]  # fmt: skip
+    return "\n".join([*lines, "", setting_of(data["setting"])])
+
+
 def paced() -> str:
     """Simulated and measured steps of every schedule, on blocks that sleep."""
     data = json.loads((ROOT / "benchmarks/paced/results.json").read_text())
@@ -264,7 +282,7 @@ def line() -> str:
 
 TABLES = {
     "tensor_parallel": tensor_parallel, "zero": zero, "alone": alone, "scaling": scaling,
-    "whole": whole,
+    "whole": whole, "whole_short": whole_short,
     "pipeline": pipeline, "pipeline_deep": pipeline_deep, "overhead": overhead, "paced": paced,
     "learning": learning, "groups": groups, "line": line, "published": published, "chosen": chosen, "every": every,
     "here": here,

@@ -14,17 +14,22 @@ from hypothesis import strategies as st
 
 from merak_like.partitioner.held import held
 from merak_like.partitioner.job import STAND_IN
+from merak_like.partitioner.judge import Judge
 from merak_like.partitioner.mesh import Mesh
+from merak_like.partitioner.ordering import in_order
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planned import costs_of, edges_of, named_schedule, recomputing, schedule_of
 from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.recompute import COMBINED, Front, Live, choose, front, peak
 from merak_like.partitioner.schedules import AS_DATA, AUTO, AUTO_V
 from merak_like.partitioner.schedules.action import Kind
+from merak_like.partitioner.schedules.action import chain as neighbours
 from merak_like.partitioner.schedules.passes import add_transfers
 from merak_like.partitioner.schedules.scp import LADDER
+from merak_like.partitioner.search import Found
 from merak_like.partitioner.simulator import Costs, StageCosts, simulate
 from tests.graphs import TOY, GraphBuilder, chain, encoder_decoder, gpt
+from tests.test_planner import problem_of
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -234,6 +239,25 @@ def test_stages_are_cut_for_each_schedule_that_stands_in(layers: int) -> None:
     assert made.starts == of[best].starts
     assert (of["1f1b"].starts == of["zb-h1"].starts) == (layers == 8)
     assert any(f" times for {best}, " in note for note in made.notes)
+
+
+def test_an_order_that_is_built_lets_a_stage_that_reads_nothing_before_it_wait_all_the_same() -> None:
+    """As the engine does: its neighbour's turn comes first, though no value crosses."""
+    made = GraphBuilder()
+    labels = made.input("labels", (512, 64), "float32")
+    x = made.input("x", (512, 64), "float32")
+    for layer, work in enumerate((4, 3, 2, 5)):
+        weight = made.weight(f"{layer}", 64, 64)
+        x = made.op(f"{layer}", x, kind="module", params=(weight,), shape=(512, 64), flops=work * 10**9)
+    aside = made.op("aside", labels, shape=(512, 64), flops=10**5)
+    made.op("loss", x, aside, shape=(1,), flops=10**5)
+    problem = problem_of(made.graph(), 6, 8, AUTO)
+    judged = Judge(problem)((0, 3, 4, 5, 6, 7, 8))
+    assert judged is not None
+    assert (3, 4) not in problem.traffic.edges((0, 3, 4, 5, 6, 7, 8))
+    assert neighbours(6) <= judged.edges
+    built, _ = in_order(problem, Found((0, 3, 4, 5, 6, 7, 8), judged, proven=False, simulated=1, bound=0.0))
+    add_transfers(built.schedule, neighbours(6))  # a ValueError says where ranks wait for one another
 
 
 def test_an_order_without_halves_is_built_where_what_waits_is_too_much() -> None:

@@ -13,7 +13,7 @@ from merak_like.partitioner.orders import Orders
 from merak_like.partitioner.placement import hop
 from merak_like.partitioner.planned import named_schedule
 from merak_like.partitioner.schedules import AUTO, AUTO_V
-from merak_like.partitioner.schedules.action import Schedule
+from merak_like.partitioner.schedules.action import Edges, Schedule, chain
 from merak_like.partitioner.schedules.scp import LADDER
 
 STAND_IN = {AUTO: ("1f1b", "zb-h1"), AUTO_V: ("zb-v",)}
@@ -60,6 +60,11 @@ class Job:
     def orders(self) -> Orders:
         """The order with transfers, for who judges partitions."""
         return Orders(self.order)
+
+    @cached_property
+    def chain(self) -> Edges:
+        """Neighbours: each waits for the one before, whatever it receives."""
+        return chain(self.stages)
 
     @cached_property
     def recomputes(self) -> frozenset[int]:

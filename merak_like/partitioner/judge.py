@@ -135,7 +135,10 @@ class Judge:
         self._fronts: dict[tuple[int, int], Front] = {}
 
     def __call__(self, starts: Sequence[int]) -> Judged | None:
-        """Simulate a partition, each value sent straight from stage to stage; None if it does not fit the memory."""
+        """Simulate a partition; None if it does not fit the memory.
+
+        Each value is sent straight from stage to stage. Neighbours wait for each other even if none is, as they run.
+        """
         job = self.problem.job
         ranges, stages = list(pairwise(starts)), self._partition(starts)
         fronts = [self._only(stage, s) for s, stage in enumerate(stages)]
@@ -163,7 +166,7 @@ class Judge:
         sent = self.problem.traffic.edges(starts)
         links = {ends: job.link(*ends) for ends in sent}
         transfer = {ends: link.seconds(sent[ends]) for ends, link in links.items() if link is not None}
-        edges = frozenset(sent)
+        edges = frozenset(sent) | job.chain
         whole = Costs(tuple(costs), transfer)
         where = frozenset(s for s, units in enumerate(again) if units)
         compiled = job.orders(where, edges)
