@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.schedules.action import Action, Edges, Kind
 from merak_like.runtime import collect, rng
-from merak_like.runtime.batches import LossWeight, filled, split
+from merak_like.runtime.batches import LossWeight, filled, weighed
 from merak_like.runtime.checkpoint.contents import Contents
 from merak_like.runtime.checkpoint.saver import Checkpoints
 from merak_like.runtime.data_parallel import Gradients
@@ -106,10 +106,9 @@ class Engine(Lasting):
     def _run(self, batch: Any, batch_is_global: bool, *, training: bool) -> int:
         """Run every action of this rank's order; how many items the loss is the mean of."""
         replicas, count = self.plan.mesh.dp, self.plan.micro_batches
-        parts = split(self._prepare(batch), count * (replicas if batch_is_global else 1))
+        parts, weights = weighed(batch, count * (replicas if batch_is_global else 1), self._prepare, self._loss_weight)
         first = self.groups.coord.dp * count
         own = slice(first, first + count) if batch_is_global else slice(None)
-        weights = [self._loss_weight(part) for part in parts]
         counts = {"items": sum(weights), "empty": float(not any(weights))}
         if not batch_is_global:
             alone = self.groups.coord.pp == self.groups.coord.tp == 0

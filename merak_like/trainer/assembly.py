@@ -20,6 +20,7 @@ from merak_like.trainer.data.loader import Samples, Share
 from merak_like.trainer.deepspeed import engine_arguments
 from merak_like.trainer.groups import optimizer_factory
 from merak_like.trainer.methods import methods_of
+from merak_like.trainer.reading import Reading
 from merak_like.trainer.settings import Parallelism, Settings, Training
 
 
@@ -94,11 +95,11 @@ def around(args: Settings) -> Iterator[None]:
             torch.use_deterministic_algorithms(False)
 
 
-def share(engine: Engine, samples: Samples, batch: int) -> Share:
-    """A replica reads only its own samples where that cannot change a shape, and so a number."""
+def share(engine: Engine, samples: Samples, batch: int, reading: Reading) -> Share:
+    """A replica reads only its own samples where that cannot change a shape, and so a number; a rank its values."""
     mesh = engine.plan.mesh
     own = mesh.dp > 1 and getattr(samples, "uniform", False) and batch % (mesh.dp * engine.plan.micro_batches) == 0
-    return Share(engine.groups.coord.dp, mesh.dp) if own else Share()
+    return Share(engine.groups.coord.dp if own else 0, mesh.dp if own else 1, reading.names)
 
 
 def restore_options(engine: Engine, fresh: list[dict[str, Any]], names: tuple[str, ...]) -> None:
