@@ -31,11 +31,12 @@ from merak_like.runtime.optimizer import StepResult, Update, agree_on
 from merak_like.runtime.orders import Orders
 from merak_like.runtime.programs import Program, Programs
 from merak_like.runtime.recording import Profile, Recorder
+from merak_like.runtime.speaking import Speaking
 from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 from merak_like.runtime.watch import Watch
 
 
-class Engine(Lasting):
+class Engine(Lasting, Speaking):
     """Trains a model as its plan says. Every rank of the job makes the same calls with the same batches."""
 
     def __init__(
