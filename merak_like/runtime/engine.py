@@ -31,6 +31,7 @@ from merak_like.runtime.optimizer import StepResult, Update, agree_on
 from merak_like.runtime.orders import Orders
 from merak_like.runtime.programs import Program, Programs
 from merak_like.runtime.recording import Profile, Recorder
+from merak_like.runtime.shortage import explained
 from merak_like.runtime.speaking import Speaking
 from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 from merak_like.runtime.watch import Watch
@@ -76,7 +77,7 @@ class Engine(Lasting, Speaking):
 
         ``batch`` is the whole batch (the same on every rank) or, with ``batch_is_global=False``, this replica's share.
         Gradients stay readable until the next one. Raises FloatingPointError, before the weights change, for a loss or
-        norm that is not finite, and PeerError when another rank is gone.
+        norm that is not finite, NoMemory, and PeerError when another rank is gone.
         """
         with self._at_work(), self._around_step():
             self._clear_gradients()
@@ -101,8 +102,7 @@ class Engine(Lasting, Speaking):
                 self._made.clear()
                 for module, training in modes.items():
                     module.training = training
-            loss, _ = self._numbers(0.0)
-            return StepResult(loss, 0.0, total)
+            return StepResult(self._numbers(0.0)[0], 0.0, total)
 
     def _run(self, batch: Any, batch_is_global: bool, *, training: bool) -> int:
         """Run every action of this rank's order; how many items the loss is the mean of."""
@@ -238,7 +238,7 @@ class Engine(Lasting, Speaking):
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         self._open()
-        with self._watch.telling():
+        with self._watch.telling(), explained(self):
             yield
 
     def _enter_stream(self, action: Action, received: dict[str, Tensor]) -> None:

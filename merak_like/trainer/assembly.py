@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.report.text import parse_bytes
 from merak_like.runtime.engine import Engine
+from merak_like.runtime.shortage import NoMemory
 from merak_like.trainer.data.loader import Samples, Share
 from merak_like.trainer.deepspeed import engine_arguments
 from merak_like.trainer.groups import optimizer_factory
@@ -81,10 +83,23 @@ def _limit(asked: Parallelism) -> int | None:
 
 
 @contextmanager
+def leaving_record(folder: Path) -> Iterator[None]:
+    """Write down what was in memory when it ended."""
+    try:
+        yield
+    except NoMemory as error:
+        error.save(folder)
+        raise
+
+
+@contextmanager
 def around(args: Settings) -> Iterator[None]:
-    """What precision and repeatability need around everything that computes."""
+    """What precision and repeatability need around everything that computes; where memory ends, a record is left."""
     kind = torch.device(args.parallelism.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    with torch.autocast(kind, torch.bfloat16) if args.precision == "autocast" else nullcontext():
+    with (
+        leaving_record(args.folder / "memory"),
+        torch.autocast(kind, torch.bfloat16) if args.precision == "autocast" else nullcontext(),
+    ):
         if not args.training.deterministic or torch.are_deterministic_algorithms_enabled():
             yield
             return
