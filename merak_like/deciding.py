@@ -49,7 +49,7 @@ def divided(
 
 def cut(
     parts: Sharding, rough: Trace, micro: Any, example: Any, mesh: Mesh, micro_batches: int | None, proof: Proof,
-    **choices: Any,
+    methods: Sequence[Method] = (), **choices: Any,
 ) -> tuple[Plan, Trace, Any]:  # fmt: skip
     """The plan for a batch like the example, and the micro-batch of it with its trace. ``choices`` are ``make_plan``'s.
 
@@ -61,7 +61,8 @@ def cut(
         micro, rough = chosen, parts.trace(chosen, "cpu")
         compared = [note for note in plan.notes if note.startswith("numbers of micro-batches")]
         plan = decide(parts.graph(rough), plan.micro_batches).with_notes(compared)
-    return plan, rough, micro
+    notes = [method.note for method in methods if method.note]
+    return (plan.with_notes(notes) if notes else plan), rough, micro
 
 
 def settled(
@@ -144,7 +145,7 @@ def alone(
         proof = parts.prove(rough, micro)
         parts.believe(proof)
         return cut(
-            parts, rough, micro, example, mesh, micro_batches, proof, schedule=schedule, chunks=chunks,
+            parts, rough, micro, example, mesh, micro_batches, proof, methods, schedule=schedule, chunks=chunks,
             recompute=recompute, hardware=device, memory_limit=memory_limit, zero=spread.zero,
             sequence_parallel=form, states=precise.states(elsewhere=spread.offload),
         )[0]  # fmt: skip
