@@ -22,6 +22,7 @@ from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.this_machine import this_machine
 from merak_like.partitioner.tracer import LossFn, Trace
+from merak_like.runtime import four_bit
 from merak_like.runtime.batches import rows, signature, split, to_device
 from merak_like.runtime.fully_sharded import Whole
 from merak_like.runtime.methods.method import Job, Method, Methods
@@ -42,6 +43,7 @@ def divided(
     sequence_parallel: bool, fuse: bool,
 ) -> tuple[Sharding, str]:  # fmt: skip
     """How a model lies over the ranks of a stage, and what is then computed again."""
+    four_bit.refuse(model, mesh.tp, spread.zero)
     if spread.weights and mesh.dp > 1:
         return Whole(model, loss_fn), "none" if recompute == "auto" else recompute
     return sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel, fuse), recompute
