@@ -130,6 +130,8 @@ def test_a_run_leaves_its_numbers_and_a_model_that_loads(tmp_path: Path) -> None
     assert {"grad_norm", "learning_rate", "seconds_per_step", "items_per_second", "tflops_per_rank", "data_wait",
             "model_flops_utilisation"} <= line.keys()  # fmt: skip
     assert lines[-1]["peak_memory_bytes"] > 1e6
+    assert lines[-1]["peak_memory_bytes_of_ranks"] == [lines[-1]["peak_memory_bytes"]]
+    assert [(line["step"], line["planned_bubble"]) for line in lines if "bubble" in line] == [(3, 0.0)]
     assert looked["eval_perplexity"] == pytest.approx(math.exp(looked["eval_loss"]))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     batch = {key: torch.stack([sample[key] for sample in data("llama", 10, 2)]) for key in ("input_ids", "labels")}

@@ -105,7 +105,7 @@ class Trainer:
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def train(self, *, resume: Resume | None = None) -> dict[str, float]:
+    def train(self, *, resume: Resume | None = None) -> dict[str, Any]:
         """Train to the end; a summary. Raises FloatingPointError, naming the samples, where a step is not finite.
 
         ``resume`` is ``checkpoints.resume`` of the settings: True to go on from this run's newest whole checkpoint,
@@ -118,7 +118,7 @@ class Trainer:
         finally:
             self._signals.close()
 
-    def _train(self, resume: Resume | None) -> dict[str, float]:
+    def _train(self, resume: Resume | None) -> dict[str, Any]:
         args, state = self.args, self.state
         if state.step == 0:
             self._begin(args.checkpoints.resume if resume is None else resume)
@@ -136,7 +136,7 @@ class Trainer:
                 asked = time.perf_counter()
                 item = next(batches)
                 third = state.step - first == AT - 1
-                with compared(self.engine, self.journal.say) if third else nullcontext():
+                with compared(self.engine, self.journal, state.step + 1) if third else nullcontext():
                     self._step(item, time.perf_counter() - asked)
         best = state.best_step if args.checkpoints.best and not self.interrupted else None
         if best is not None and not self.checkpointer.load(best, state.best_in):

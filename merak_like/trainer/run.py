@@ -166,7 +166,7 @@ def planned(run: Run, prepared: Prepared) -> Plan:
     return of_settings(prepared.model, run, prepared.example(run.training.batch), prepared.loss_fn, steps)
 
 
-def start(run: Run) -> tuple[dict[str, float], bool]:
+def start(run: Run) -> tuple[dict[str, Any], bool]:
     """Train as the run says; its folder then has plan, metrics, checkpoints, a page and the model in ``model/``.
 
     Whether it came to the end: a run that a signal interrupts has its checkpoint, but no model yet.
