@@ -24,7 +24,7 @@ KINDS = ("nf4", "fp4")
 def library() -> Any:
     """bitsandbytes' functions. Raises ValueError where it is not installed."""
     try:
-        from bitsandbytes import functional
+        from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"4-bit weights need bitsandbytes, but {error}: pip install 'merak-like[four-bit]'") from None
     return functional

@@ -7,7 +7,7 @@ for looking at what a model says while it trains, not for serving it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Speaking:
     """The part of an engine that writes."""
 
     def generate(
-        self: Engine, prompts: Sequence[Sequence[int]] | Tensor, *, max_new_tokens: int, end: int | None = None,
+        self, prompts: Sequence[Sequence[int]] | Tensor, *, max_new_tokens: int, end: int | None = None,
         pad: int = 0, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
     ) -> list[list[int]]:  # fmt: skip
         """Each prompt's tokens with up to ``max_new_tokens`` behind them, or up to and with ``end``. Every rank calls.
@@ -43,23 +43,24 @@ class Speaking:
                 f"generate needs prompts of at least one token and at least one new one, found lengths "
                 f"{[len(text) for text in texts]} and max_new_tokens={max_new_tokens}"
             )
+        engine = cast("Engine", self)  # which it is a part of
         choose = Sampling(temperature, top_k, top_p, seed)
         width = max(map(len, texts)) + max_new_tokens
-        most = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        most = getattr(getattr(engine.model, "config", None), "max_position_embeddings", None)
         if isinstance(most, int) and 0 < most < width:
             raise ValueError(
                 f"{max_new_tokens} new tokens behind a prompt of {width - max_new_tokens} are {width}, but "
-                f"{self.plan.model} has {most} positions: ask for at most {max(0, most - width + max_new_tokens)}"
+                f"{engine.plan.model} has {most} positions: ask for at most {max(0, most - width + max_new_tokens)}"
             )
         ends = [len(text) + max_new_tokens for text in texts]
         done = [False] * len(texts)
         for turn in range(max_new_tokens):
-            logits = _next(self, texts, width, pad)
+            logits = _next(engine, texts, width, pad)
             if turn == 0:
-                other = _next(self, texts, width, int(pad == 0))
+                other = _next(engine, texts, width, int(pad == 0))
                 if not torch.allclose(logits, other, rtol=0, atol=LOOKS_AHEAD * float(logits.abs().max())):
                     raise ValueError(
-                        f"what {self.plan.model} says next depends on what stands behind a text: generate is for "
+                        f"what {engine.plan.model} says next depends on what stands behind a text: generate is for "
                         "causal language models"
                     )
             for row, token in enumerate(choose(logits)):

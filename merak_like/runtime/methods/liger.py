@@ -18,7 +18,9 @@ WHERE = ("cuda", "xpu")
 def library() -> Any:
     """Liger's module. Raises ValueError where it cannot be imported."""
     try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+            LigerFusedLinearCrossEntropyLoss,
+        )
     except ImportError as error:
         raise ValueError(
             f"ChunkedLoss(kernel='liger') needs liger-kernel and Triton, but {error}: pip install 'merak-like[liger]', "
