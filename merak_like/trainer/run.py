@@ -34,7 +34,8 @@ from merak_like.trainer.report import REPORT, page
 
 SYNTHETIC = 1024
 """Samples of ``data.train: synthetic``."""
-PACKAGES = ("torch", "transformers", "safetensors", "numpy", "accelerate", "peft", "datasets", "deepspeed", "pydantic")
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "accelerate", "peft", "datasets", "deepspeed", "pydantic",
+            "torchao", "bitsandbytes", "liger-kernel")  # fmt: skip
 
 
 @dataclass(frozen=True)
