@@ -21,10 +21,8 @@ class Mixer(nn.Module):
     def __init__(self, width: int = 64, depth: int = 6, classes: int = 10) -> None:
         super().__init__()
         self.enter = nn.Linear(16, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-            for _ in range(depth)
-        )
+        layers = (nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU()) for _ in range(depth))
+        self.blocks = nn.ModuleList(layers)
         self.leave = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -226,9 +226,10 @@ def as_in_a_real_run() -> Iterator[Callable[[], bool]]:
             setattr(module, "is_fake_tensor", before)  # noqa: B010
 
 
-def record_memory(on: bool) -> None:
-    """Begin, or end, to remember what is allocated on GPUs and by which line."""
-    torch.cuda.memory._record_memory_history("all" if on else None)
+def record_memory(what: str | None) -> None:
+    """Remember what is allocated on GPUs and by which line: what there is ("state"), what there was too ("all"), or no
+    more (None)."""
+    torch.cuda.memory._record_memory_history(what)
 
 
 def dump_memory(path: Any) -> None:

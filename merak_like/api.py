@@ -166,7 +166,7 @@ def auto_parallel(
             parts.graph(rough)  # it decides how weights lie
         else:
             plan, rough, micro = cut(
-                parts, rough, micro, example, mesh, micro_batches, proof, schedule=schedule, chunks=chunks,
+                parts, rough, micro, example, mesh, micro_batches, proof, methods, schedule=schedule, chunks=chunks,
                 recompute=recompute, hardware=hardware or "a100-80gb", memory_limit=memory_limit, zero=spread.zero,
                 sequence_parallel=sequence_parallel,
                 states=precise.states(elsewhere=spread.offload and world.device.type != "cpu"),

@@ -22,6 +22,7 @@ from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.this_machine import this_machine
 from merak_like.partitioner.tracer import LossFn, Trace
+from merak_like.runtime import four_bit
 from merak_like.runtime.batches import rows, signature, split, to_device
 from merak_like.runtime.fully_sharded import Whole
 from merak_like.runtime.methods.method import Job, Method, Methods
@@ -42,6 +43,7 @@ def divided(
     sequence_parallel: bool, fuse: bool,
 ) -> tuple[Sharding, str]:  # fmt: skip
     """How a model lies over the ranks of a stage, and what is then computed again."""
+    four_bit.refuse(model, mesh.tp, spread.zero)
     if spread.weights and mesh.dp > 1:
         return Whole(model, loss_fn), "none" if recompute == "auto" else recompute
     return sharding(model, mesh.tp, loss_fn, tp_shares, sequence_parallel, fuse), recompute
@@ -49,7 +51,7 @@ def divided(
 
 def cut(
     parts: Sharding, rough: Trace, micro: Any, example: Any, mesh: Mesh, micro_batches: int | None, proof: Proof,
-    **choices: Any,
+    methods: Sequence[Method] = (), **choices: Any,
 ) -> tuple[Plan, Trace, Any]:  # fmt: skip
     """The plan for a batch like the example, and the micro-batch of it with its trace. ``choices`` are ``make_plan``'s.
 
@@ -61,7 +63,8 @@ def cut(
         micro, rough = chosen, parts.trace(chosen, "cpu")
         compared = [note for note in plan.notes if note.startswith("numbers of micro-batches")]
         plan = decide(parts.graph(rough), plan.micro_batches).with_notes(compared)
-    return plan, rough, micro
+    notes = [method.note for method in methods if method.note]
+    return (plan.with_notes(notes) if notes else plan), rough, micro
 
 
 def settled(
@@ -144,7 +147,7 @@ def alone(
         proof = parts.prove(rough, micro)
         parts.believe(proof)
         return cut(
-            parts, rough, micro, example, mesh, micro_batches, proof, schedule=schedule, chunks=chunks,
+            parts, rough, micro, example, mesh, micro_batches, proof, methods, schedule=schedule, chunks=chunks,
             recompute=recompute, hardware=device, memory_limit=memory_limit, zero=spread.zero,
             sequence_parallel=form, states=precise.states(elsewhere=spread.offload),
         )[0]  # fmt: skip

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from merak_like import Engine
+from merak_like import Engine, auto_parallel
 from merak_like.runtime.checkpoint import folder as files
 from merak_like.runtime.checkpoint.folder import CheckpointError, Manifest
 from merak_like.runtime.checkpoint.saver import Checkpoints
@@ -250,6 +251,31 @@ def test_write_that_fails_in_the_background_is_raised_by_the_next_call(
     written = engine.saved()
     assert written is not None
     assert files.candidates(tmp_path / "run") == [written]
+
+
+def test_only_what_a_forward_changes_is_copied_before_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen weights, nearly all of a model that learns by LoRA, used to be copied in the call."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    engine = auto_parallel(
+        model, example=torch.randn(4, 4), loss_fn=lambda out, batch: (out - batch).square().mean(),
+        optimizer=torch.optim.SGD, hardware="a100-80gb", device="cpu",
+    )  # fmt: skip
+    copied: dict[bool, set[str]] = {True: set(), False: set()}
+    copy = Checkpoints._copy
+
+    def noted(self: Checkpoints, held: Any) -> Any:
+        copied[threading.current_thread() is threading.main_thread()] |= {one.key for one in held}
+        return copy(self, held)
+
+    monkeypatch.setattr(Checkpoints, "_copy", noted)
+    engine.save(tmp_path, background=True)
+    engine.saved()
+    engine.close()
+    assert copied[True] == {f"model.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert copied[False] == {f"model.{name}" for name, _ in model.named_parameters()}
 
 
 def test_update_waits_until_what_is_written_in_the_background_is_copied(

@@ -120,9 +120,13 @@ def test_engine_has_the_choice() -> None:
         alone(Model(), Mesh(), BATCH, micro_batches=4, methods=methods, **asked) for methods in ((), given[0])
     )
     assert away.step_seconds < again.step_seconds
+    said = [note for note in away.notes if "Offload" in note]
+    assert said == [f"some activations wait in the machine's memory: planned for methods=[{found!r}]"]
+    like = alone(Model(), Mesh(), BATCH, micro_batches=4, methods=[found], **asked)
+    assert like.digest == away.digest, "what the note says is what was planned"
     engine = auto_parallel(Model(), example=BATCH, hardware="a100-80gb", device="cpu", methods=given[0])
     engine.close()
-    with pytest.raises(ValueError, match="beside plan= say those that it was made with"):
+    with pytest.raises(ValueError, match="beside plan= say those that it was made with, as its notes have"):
         auto_parallel(Model(), example=BATCH, plan=engine.plan, device="cpu", methods=given[0])
     with pytest.raises(ValueError, match=r"Offload\(blocks='auto'\) follows calls of modules, and with tp=2"):
         alone(Model(), Mesh(tp=2), BATCH, hardware="a100-80gb", methods=given[0])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from merak_like.runtime.sampling import Sampling
 from merak_like.split.blocks.generator import Generator
 from merak_like.split.blocks.route import Leg, route
 from merak_like.split.blocks.runner import Caches, Runner, bytes_of
@@ -22,7 +23,6 @@ from merak_like.split.blocks.words import Ask
 from merak_like.split.connection import Lost
 from merak_like.split.half import Source
 from merak_like.split.limits import Limits
-from merak_like.trainer.sampling import Sampling
 from tests import split_models
 
 transformers = pytest.importorskip("transformers")

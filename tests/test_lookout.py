@@ -23,10 +23,11 @@ def test_memory_of_gpus_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_record_memory_history", "_dump_snapshot"):
         given = inspect.signature(getattr(torch.cuda.memory, name)).bind
         monkeypatch.setattr(torch.cuda.memory, name, lambda *args, given=given: said.append(given(*args).arguments))
-    _compat.record_memory(True)
+    _compat.record_memory("all")
     _compat.dump_memory("snapshot")
-    _compat.record_memory(False)
-    assert said == [{"enabled": "all"}, {"filename": "snapshot"}, {"enabled": None}]
+    _compat.record_memory("state")
+    _compat.record_memory(None)
+    assert said == [{"enabled": "all"}, {"filename": "snapshot"}, {"enabled": "state"}, {"enabled": None}]
 
 
 def test_memory_of_a_gpu_is_recorded_beside_the_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +43,7 @@ def test_memory_of_a_gpu_is_recorded_beside_the_profile(tmp_path: Path, monkeypa
         profiling.step_begin()
         profiling.step_end()
     profiling.end()
-    assert said == [1, 2, True, "start", 3, "stop", "rank-3.json", "rank-3.memory", False, 4]
+    assert said == [1, 2, "all", "start", 3, "stop", "rank-3.json", "rank-3.memory", "state", 4]
 
 
 def test_rank_whose_weights_differ_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

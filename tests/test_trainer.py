@@ -13,13 +13,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, get_scheduler
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    EarlyStoppingCallback,
+    TrainerCallback,
+    get_scheduler,
+)
 from transformers import Trainer as HF
 
 from merak_like.api import auto_parallel
 from merak_like.partitioner.report.text import bytes_text
-from merak_like.trainer.evaluation import enough
-from merak_like.trainer.generate import generate
+from merak_like.runtime.batches import enough
 from merak_like.trainer.groups import decayed, optimizer_factory
 from merak_like.trainer.loop import Trainer
 from merak_like.trainer.rates import rate, warmup_steps
@@ -124,6 +130,8 @@ def test_a_run_leaves_its_numbers_and_a_model_that_loads(tmp_path: Path) -> None
     assert {"grad_norm", "learning_rate", "seconds_per_step", "items_per_second", "tflops_per_rank", "data_wait",
             "model_flops_utilisation"} <= line.keys()  # fmt: skip
     assert lines[-1]["peak_memory_bytes"] > 1e6
+    assert lines[-1]["peak_memory_bytes_of_ranks"] == [lines[-1]["peak_memory_bytes"]]
+    assert [(line["step"], line["planned_bubble"]) for line in lines if "bubble" in line] == [(3, 0.0)]
     assert looked["eval_perplexity"] == pytest.approx(math.exp(looked["eval_loss"]))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     batch = {key: torch.stack([sample[key] for sample in data("llama", 10, 2)]) for key in ("input_ids", "labels")}
@@ -240,7 +248,7 @@ def test_generate_says_what_transformers_says(tmp_path: Path) -> None:
     trainer = Trainer(build("llama"), quick(tmp_path, training=Training(steps=60, batch=8)), data("llama", 64, 1))
     trainer.train()
     prompts = [[3, 4, 5], [50, 51, 52, 53, 54], [7]]
-    made = generate(trainer.engine, prompts, max_new_tokens=6)
+    made = trainer.engine.generate(prompts, max_new_tokens=6)
     trainer.save(tmp_path / "model")
     plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     for prompt, text in zip(prompts, made, strict=True):
@@ -248,12 +256,26 @@ def test_generate_says_what_transformers_says(tmp_path: Path) -> None:
         theirs = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
                                 pad_token_id=0, eos_token_id=None)[0]  # fmt: skip
         assert text == theirs.tolist()
-    sampled = [
-        generate(trainer.engine, prompts, max_new_tokens=6, temperature=2.0, top_k=20, seed=s) for s in (1, 1, 2)
-    ]
+    sampled = [trainer.engine.generate(prompts, max_new_tokens=6, temperature=2.0, top_k=20, seed=s) for s in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
-    stopped = generate(trainer.engine, prompts[:1], max_new_tokens=6, end=made[0][4])
+    stopped = trainer.engine.generate(prompts[:1], max_new_tokens=6, end=made[0][4])
     assert stopped == [made[0][:5]]
+    with pytest.raises(ValueError, match=r"30 new tokens behind a prompt of 5 are 35, but Llama\w+ has 32 positions: "
+                                         "ask for at most 27"):  # fmt: skip
+        trainer.engine.generate(prompts, max_new_tokens=30)
+    with pytest.raises(ValueError, match=r"at least one token and at least one new one, found lengths \[2, 0\]"):
+        trainer.engine.generate([[1, 2], []], max_new_tokens=1)
+
+
+def test_a_model_that_reads_ahead_is_not_asked_for_text() -> None:
+    """A masked language model says something, too: from the filling behind the text."""
+    small: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = BertForMaskedLM(BertConfig(vocab_size=50, num_attention_heads=2, max_position_embeddings=16, **small))
+    ids = torch.arange(8).view(1, 8)
+    engine = auto_parallel(model, example={"input_ids": ids, "labels": ids}, hardware="a100-80gb", device="cpu")
+    with pytest.raises(ValueError, match="depends on what stands behind a text: generate is for causal"):
+        engine.generate([[1, 2, 3]], max_new_tokens=2)
+    engine.close()
 
 
 def test_a_trainer_that_is_refused_leaves_nothing_open(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tests.ranks import Call, results_of, selected_calls
 from tests.trainer_runs import (
     BATCH,
     EVERY,
+    PROMPTS,
     SAMPLES,
     STEPS,
     WHOLE,
@@ -144,6 +145,13 @@ SPEAKING = [
 def test_predictions_and_text_are_those_of_one_process(call: Call, result: Callable[[Call], list[Any]]) -> None:
     text, logits = speaks(1, 1)
     plain: Any = build("llama").double().eval()
+    alone: dict[str, Any] = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
+    theirs = [plain.generate(torch.tensor([p]), do_sample=False, **alone)[0].tolist() for p in PROMPTS]
+    torch.manual_seed(3)
+    drawn = plain.generate(
+        torch.tensor(PROMPTS[:1]), do_sample=True, temperature=0.8, top_k=50, top_p=0.9, **alone
+    )  # fmt: skip
+    assert text == [*theirs, drawn[0].tolist()]
     rows = torch.stack([row["input_ids"] for row in data("llama", 7, 3)])
     torch.testing.assert_close(torch.tensor(logits).double(), plain(input_ids=rows).logits, rtol=0, atol=1e-6)
     for said, made in result(call):

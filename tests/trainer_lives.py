@@ -76,7 +76,8 @@ def trainer(folder: Path, *callbacks: Any, dp: Degree = 1, pp: int = 1, drop: fl
 
 
 TIMES = {"time", "seconds_per_step", "items_per_second", "data_wait", "tflops_per_rank", "train_steps", "train_seconds",
-         "model_flops_utilisation", "peak_memory_bytes", "fullest_rank"}  # fmt: skip
+         "model_flops_utilisation", "peak_memory_bytes", "fullest_rank", "peak_memory_bytes_of_ranks", "bubble",
+         "planned_bubble"}  # fmt: skip
 
 
 def left(one: Trainer) -> Any:

@@ -201,18 +201,21 @@ def by_trainer(kind: str, dp: int, pp: int, folder: str, tp: int = 1) -> Ran | N
     return _as_ran(lines, trainer.state.best_step, weights)
 
 
+PROMPTS = [[3, 4, 5], [50, 51, 52, 53, 54], [7]]
+
+
 def speaks(dp: int, pp: int, tp: int = 1, folder: str = "") -> list[Any]:
-    """What a model says, and its logits for a batch that does not divide evenly, on every rank."""
+    """What a model says, likeliest and by chance, and its logits for a batch that does not divide evenly."""
     from merak_like import auto_parallel
     from merak_like.runtime.predict import predict
-    from merak_like.trainer.generate import generate
 
     rows = torch.stack([row["input_ids"] for row in data("llama", 7, 3)])
     batch = {"input_ids": rows, "labels": rows}
     engine = auto_parallel(
         build("llama").double(), dp, pp, tp, example=batch, micro_batches=2, hardware="a100-80gb", device="cpu"
     )  # fmt: skip
-    said = generate(engine, [[3, 4, 5], [50, 51, 52, 53, 54], [7]], max_new_tokens=4)
+    said = engine.generate(PROMPTS, max_new_tokens=4)
+    said += engine.generate(PROMPTS[:1], max_new_tokens=4, temperature=0.8, top_k=50, top_p=0.9, seed=3)
     logits = predict(engine, batch)[1]["logits"]
     engine.close()
     return [said, logits.tolist()]

@@ -15,6 +15,7 @@ import typer
 EXTRAS = {
     "transformers": "hf", "accelerate": "hf", "peft": "peft", "datasets": "data", "pyarrow": "data",
     "matplotlib": "plots", "deepspeed": "deepspeed", "tensorboard": "tensorboard",
+    "bitsandbytes": "four-bit", "liger-kernel": "liger",
 }  # fmt: skip
 """Packages that some part needs, and the extra that installs them."""
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}

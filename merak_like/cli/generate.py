@@ -39,9 +39,9 @@ def run(
 
     Hosts are `merak serve --generate`. Embedding, head and the choice of every token are here; without hosts all is.
     """
+    from merak_like.runtime.sampling import Sampling
     from merak_like.split.blocks.generator import Generator
     from merak_like.split.tls import Keys
-    from merak_like.trainer.sampling import Sampling
 
     words, prompts = _read(model, prompt)
     choose = Sampling(temperature, top_k, top_p, seed)

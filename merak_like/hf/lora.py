@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
         f"LoRA needs peft, but {error}: pip install 'merak-like[peft]'", name=error.name
     ) from None
 
+from merak_like.runtime.four_bit import quantise
 from merak_like.trainer.config import Lora
 
 TASKS: Mapping[str, str] = {
@@ -26,7 +27,7 @@ TASKS: Mapping[str, str] = {
 
 
 def wrap(model: nn.Module, asked: Lora, *, seed: int = 0) -> nn.Module:
-    """The model with additions, the same on every rank by ``seed``; all else is frozen.
+    """The model with additions, the same on every rank by ``seed``; all else is frozen, in four bits where it says so.
 
     The model must have its weights (not be on the meta device). A classifier's new head is trained whole. Raises
     ValueError for targets that match no module.
@@ -37,6 +38,8 @@ def wrap(model: nn.Module, asked: Lora, *, seed: int = 0) -> nn.Module:
     names = asked.targets if whole else [asked.targets] if isinstance(asked.targets, str) else list(asked.targets)
     kind = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None)
     options: dict[str, Any] = {"lora_alpha": asked.alpha, "target_modules": names, "task_type": kind}
+    if asked.base != "full":
+        quantise(model, asked.base)
     config = peft.LoraConfig(r=asked.r, lora_dropout=asked.dropout, **options)
     torch.manual_seed(seed)
     return peft.get_peft_model(model, config)  # type: ignore[arg-type]

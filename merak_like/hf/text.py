@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -18,6 +19,8 @@ class Tokenizer:
     """The token that ends a document."""
     pad: int
     vocabulary: int
+    _one_at_a_time: Lock = field(default_factory=Lock, repr=False, compare=False)
+    """A batch is made ahead while another is evaluated, and ``inner`` is changed by each call."""
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token numbers, nothing added: a document is only its text."""
@@ -25,7 +28,8 @@ class Tokenizer:
 
     def whole(self, texts: list[str], most: int) -> list[dict[str, Any]]:
         """Each text as the model was taught to read one: with its special tokens, cut at ``most``."""
-        made = self.inner(texts, truncation=True, max_length=most)
+        with self._one_at_a_time:
+            made = self.inner(texts, truncation=True, max_length=most)
         return [{key: made[key][i] for key in made} for i in range(len(texts))]
 
     def decode(self, tokens: list[int]) -> str:

@@ -24,10 +24,10 @@ from merak_like.api import auto_parallel
 from merak_like.hf.ds_config import Asked
 from merak_like.hf.refused import refused
 from merak_like.hf.resuming import ENGINE, View, newest, take_up
+from merak_like.runtime.batches import enough
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.predict import predict
 from merak_like.runtime.signals import polite
-from merak_like.trainer.evaluation import enough
 from merak_like.trainer.weights import load_weights
 
 try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -36,6 +37,27 @@ def split(batch: Any, parts: int) -> list[Any]:
     return [_rows(batch, total, start, stop) for start, stop in pairwise(bounds)]
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A batch, and what each micro-batch counts, for ranks that cannot count because they have not loaded all of it.
+
+    Tensors on the meta device stand for those that are not here.
+    """
+
+    batch: Any
+    items: tuple[int, ...]
+    times: int = 1
+    """How often each row is in it."""
+
+
+def weighed(batch: Any, parts: int, prepare: Callable[[Any], Any], weigh: LossWeight) -> tuple[list[Any], list[int]]:
+    """The micro-batches of a batch, or of its outline, as the model takes them, and what each counts in the loss."""
+    if isinstance(batch, Outline):
+        return split(prepare(batch.batch), parts), list(batch.items)
+    made = split(prepare(batch), parts)
+    return made, [weigh(part) for part in made]
+
+
 def filled(parts: Sequence[Any], weights: Sequence[int]) -> list[Any]:
     """The parts to learn from, and one that has items in the place of each that has none.
 
@@ -59,6 +81,23 @@ def _rows(item: Any, total: int, start: int, stop: int) -> Any:
         return type(item)(*(_rows(x, total, start, stop) for x in item))
     if isinstance(item, (tuple, list)):
         return type(item)(_rows(x, total, start, stop) for x in item)
+    return item
+
+
+def enough(batch: Any, parts: int) -> tuple[Any, int]:
+    """A batch of at least ``parts`` rows, and how often each row is in it: repeating all leaves every mean as it is."""
+    size = rows(batch)
+    times = -(-parts // size)
+    return (batch, 1) if times == 1 else (_repeated(batch, size, times), times)
+
+
+def _repeated(item: Any, size: int, times: int) -> Any:
+    if isinstance(item, Tensor):
+        return torch.cat([item] * times) if item.dim() and item.shape[0] == size else item
+    if isinstance(item, Mapping):
+        return {key: _repeated(value, size, times) for key, value in item.items()}
+    if isinstance(item, (tuple, list)):
+        return type(item)(_repeated(value, size, times) for value in item)
     return item
 
 

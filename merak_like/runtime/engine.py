@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.schedules.action import Action, Edges, Kind
 from merak_like.runtime import collect, rng
-from merak_like.runtime.batches import LossWeight, filled, split
+from merak_like.runtime.batches import LossWeight, filled, weighed
 from merak_like.runtime.checkpoint.contents import Contents
 from merak_like.runtime.checkpoint.saver import Checkpoints
 from merak_like.runtime.data_parallel import Gradients
@@ -31,11 +31,13 @@ from merak_like.runtime.optimizer import StepResult, Update, agree_on
 from merak_like.runtime.orders import Orders
 from merak_like.runtime.programs import Program, Programs
 from merak_like.runtime.recording import Profile, Recorder
+from merak_like.runtime.shortage import explained
+from merak_like.runtime.speaking import Speaking
 from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 from merak_like.runtime.watch import Watch
 
 
-class Engine(Lasting):
+class Engine(Lasting, Speaking):
     """Trains a model as its plan says. Every rank of the job makes the same calls with the same batches."""
 
     def __init__(
@@ -75,7 +77,7 @@ class Engine(Lasting):
 
         ``batch`` is the whole batch (the same on every rank) or, with ``batch_is_global=False``, this replica's share.
         Gradients stay readable until the next one. Raises FloatingPointError, before the weights change, for a loss or
-        norm that is not finite, and PeerError when another rank is gone.
+        norm that is not finite, NoMemory, and PeerError when another rank is gone.
         """
         with self._at_work(), self._around_step():
             self._clear_gradients()
@@ -100,16 +102,14 @@ class Engine(Lasting):
                 self._made.clear()
                 for module, training in modes.items():
                     module.training = training
-            loss, _ = self._numbers(0.0)
-            return StepResult(loss, 0.0, total)
+            return StepResult(self._numbers(0.0)[0], 0.0, total)
 
     def _run(self, batch: Any, batch_is_global: bool, *, training: bool) -> int:
         """Run every action of this rank's order; how many items the loss is the mean of."""
         replicas, count = self.plan.mesh.dp, self.plan.micro_batches
-        parts = split(self._prepare(batch), count * (replicas if batch_is_global else 1))
+        parts, weights = weighed(batch, count * (replicas if batch_is_global else 1), self._prepare, self._loss_weight)
         first = self.groups.coord.dp * count
         own = slice(first, first + count) if batch_is_global else slice(None)
-        weights = [self._loss_weight(part) for part in parts]
         counts = {"items": sum(weights), "empty": float(not any(weights))}
         if not batch_is_global:
             alone = self.groups.coord.pp == self.groups.coord.tp == 0
@@ -238,7 +238,7 @@ class Engine(Lasting):
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         self._open()
-        with self._watch.telling():
+        with self._watch.telling(), explained(self):
             yield
 
     def _enter_stream(self, action: Action, received: dict[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,11 +13,13 @@ from merak_like.partitioner.mesh import Coord
 from merak_like.partitioner.schedules.action import Action, Kind
 from merak_like.partitioner.tensor_parallel.layout import Layout
 from merak_like.runtime.batches import rows
-from merak_like.runtime.engine import Engine
 from merak_like.runtime.initialize import World
 from merak_like.runtime.optimizer import StepResult
 from merak_like.runtime.tensor_parallel.shards import Shards
 from merak_like.runtime.watch import Watch
+
+if TYPE_CHECKING:
+    from merak_like.runtime.engine import Engine
 
 LOSS = "loss"
 

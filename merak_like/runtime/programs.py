@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from merak_like.partitioner.realign import realign, recomputed_ranges
 from merak_like.partitioner.schedules.action import Edges
 from merak_like.partitioner.tensor_parallel.layout import Layout
 from merak_like.partitioner.tracer import Trace
+from merak_like.partitioner.tracer.example import leaf
 from merak_like.runtime import rng
 from merak_like.runtime.batches import signature
 from merak_like.runtime.links import Spec
 from merak_like.runtime.prepared import Prepared, StageLike
+from merak_like.runtime.stage_code import inputs_of
 from merak_like.runtime.tensor_parallel.sharding import Prepare, Sharding
 
 
@@ -37,6 +39,17 @@ class Program:
     """Whether the model draws random numbers, so that streams must be kept."""
     parts: Mapping[str, Layout]
     """How results lie of which a tensor-parallel rank has a part only, by their names."""
+    reads: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
+    """Names of the batch's values that this rank must have, and where they are in a batch."""
+
+    def check(self, batch: Any) -> None:
+        """Raise ValueError where this rank must have of a batch what it knows the outline of only."""
+        absent = [name for name, path in self.reads.items() if getattr(leaf(batch, path), "is_meta", False)]
+        if absent:
+            raise ValueError(
+                f"a batch needs {', '.join(absent)} here, which this rank did not load because its stages did not read "
+                "it in the first batch: let collate give all batches the same values"
+            )
 
     def backward(self, edge: tuple[int, int]) -> tuple[Spec, ...]:
         """The gradients that come back along an edge."""
@@ -72,9 +85,11 @@ class Programs:
         if key in self._known:
             self._known[key] = self._known.pop(key)  # to the end: the one used longest ago is forgotten first
         for program in self._known.get(key, ()):
+            program.check(batch)
             if program.fits(batch):
                 return program
         made = self._program(self.sharding.trace(batch, self.device), batch)
+        made.check(batch)
         if sum(map(len, self._known.values())) >= KEPT:
             self._forget_one()
         self._known.setdefault(key, []).append(made)
@@ -107,8 +122,9 @@ class Programs:
             for s in range(len(starts) - 2):
                 edges[s, s + 1].append(state)
         return Program(
-            stages, {edge: tuple(specs) for edge, specs in edges.items()}, traced, ready.fits, drawing, ready.parts
-        )
+            stages, {edge: tuple(specs) for edge, specs in edges.items()}, traced, ready.fits, drawing, ready.parts,
+            read_on(self.rank, self.plan, traced, starts),
+        )  # fmt: skip
 
     def _stage(self, ready: Prepared, index: int) -> StageLike:
         again = recomputed_ranges(self.plan, index, self.planned.graph, ready.trace.graph)
@@ -120,3 +136,14 @@ class Programs:
         starts = realign(self.plan, self.planned.graph, graph)
         found = {(c.source, target) for c in crossings(graph, starts) for target in c.targets}
         return frozenset(found | {(s, s + 1) for s in range(len(self.plan.stages) - 1)})
+
+    def read(self, rank: int) -> set[tuple[Any, ...]]:
+        """Where in a batch like the planned one is what a pipeline rank must have."""
+        return {*read_on(rank, self.plan, self.planned, self.plan.starts).values()}
+
+
+def read_on(rank: int, plan: Plan, traced: Trace, starts: Sequence[int]) -> dict[str, tuple[Any, ...]]:
+    """The batch's values that a pipeline rank must have: what its stages read, or all where the model asks of data."""
+    own = [stage.index for stage in plan.stages if stage.rank == rank]
+    read = {name for index in own for name in inputs_of(traced, starts, index)}
+    return {name: path for name, path in traced.inputs.items() if name in read or traced.questions}

@@ -103,6 +103,13 @@ def crossed(trace: Trace, starts: Sequence[int], index: int) -> tuple[tuple[str,
     )
 
 
+def inputs_of(trace: Trace, starts: Sequence[int], index: int) -> tuple[str, ...]:
+    """The batch values a stage's ops read (its folded calls may read fewer)."""
+    read = {name for op in trace.graph.ops[starts[index] : starts[index + 1]] for name in op.inputs}
+    outputs = {v for v in trace.graph.outputs.values() if index == len(starts) - 2}
+    return tuple(name for name in trace.inputs if name in read | outputs)
+
+
 class StageBuilder:
     """Generates code from the nodes of a trace, with the user's own modules and parameters."""
 
@@ -130,7 +137,7 @@ class StageBuilder:
         received = tuple(c.value for c in self.crossings if index in c.targets)
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
-        inputs = self.inputs_of(index)
+        inputs = inputs_of(self.trace, self.starts, index)
         for name in (*inputs, *received):
             env[self.named[name]] = graph.placeholder(name)
         self.body(graph, self.by_stage[index], env)
@@ -157,13 +164,6 @@ class StageBuilder:
         buffers = {id(b): b for b in map(self.attributes.get, names) if b is not None}
         module = fx.GraphModule(root, graph, class_name=f"Ops{min(ops)}")
         return Piece(name, module, inputs, received, made, again, random, tuple(buffers.values()))
-
-    def inputs_of(self, index: int) -> tuple[str, ...]:
-        """The batch values the stage's ops read (its folded calls may read fewer)."""
-        ops = self.trace.graph.ops[self.starts[index] : self.starts[index + 1]]
-        read = {name for op in ops for name in op.inputs}
-        outputs = {v for v in self.trace.graph.outputs.values() if index == len(self.starts) - 2}
-        return tuple(name for name in self.trace.inputs if name in read | outputs)
 
     def body(self, graph: fx.Graph, nodes: Sequence[fx.Node], env: dict[fx.Node, fx.Node]) -> None:
         ambient: fx.Node | None = None

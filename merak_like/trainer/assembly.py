@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.report.text import parse_bytes
 from merak_like.runtime.engine import Engine
+from merak_like.runtime.shortage import NoMemory
 from merak_like.trainer.data.loader import Samples, Share
 from merak_like.trainer.deepspeed import engine_arguments
 from merak_like.trainer.groups import optimizer_factory
 from merak_like.trainer.methods import methods_of
+from merak_like.trainer.reading import Reading
 from merak_like.trainer.settings import Parallelism, Settings, Training
 
 
@@ -80,10 +83,23 @@ def _limit(asked: Parallelism) -> int | None:
 
 
 @contextmanager
+def leaving_record(folder: Path) -> Iterator[None]:
+    """Write down what was in memory when it ended."""
+    try:
+        yield
+    except NoMemory as error:
+        error.save(folder)
+        raise
+
+
+@contextmanager
 def around(args: Settings) -> Iterator[None]:
-    """What precision and repeatability need around everything that computes."""
+    """What precision and repeatability need around everything that computes; where memory ends, a record is left."""
     kind = torch.device(args.parallelism.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    with torch.autocast(kind, torch.bfloat16) if args.precision == "autocast" else nullcontext():
+    with (
+        leaving_record(args.folder / "memory"),
+        torch.autocast(kind, torch.bfloat16) if args.precision == "autocast" else nullcontext(),
+    ):
         if not args.training.deterministic or torch.are_deterministic_algorithms_enabled():
             yield
             return
@@ -94,11 +110,11 @@ def around(args: Settings) -> Iterator[None]:
             torch.use_deterministic_algorithms(False)
 
 
-def share(engine: Engine, samples: Samples, batch: int) -> Share:
-    """A replica reads only its own samples where that cannot change a shape, and so a number."""
+def share(engine: Engine, samples: Samples, batch: int, reading: Reading) -> Share:
+    """A replica reads only its own samples where that cannot change a shape, and so a number; a rank its values."""
     mesh = engine.plan.mesh
     own = mesh.dp > 1 and getattr(samples, "uniform", False) and batch % (mesh.dp * engine.plan.micro_batches) == 0
-    return Share(engine.groups.coord.dp, mesh.dp) if own else Share()
+    return Share(engine.groups.coord.dp if own else 0, mesh.dp if own else 1, reading.names)
 
 
 def restore_options(engine: Engine, fresh: list[dict[str, Any]], names: tuple[str, ...]) -> None:

@@ -82,6 +82,8 @@ class Lora(Section):
     alpha: float = 16.0
     dropout: Share = 0.0
     targets: str | tuple[str, ...] = "all-linear"
+    base: Literal["full", "nf4", "fp4"] = "full"
+    """How the frozen weights are kept: in four bits a number, by bitsandbytes."""
 
 
 class Run(Settings):

@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from merak_like.runtime.batches import rows
+from merak_like.runtime.batches import enough, rows
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.predict import predict
 from merak_like.trainer.data.collate import IGNORED, Collate
-from merak_like.trainer.data.loader import Samples
+from merak_like.trainer.data.loader import Samples, Share
+from merak_like.trainer.reading import EVERYTHING, Reading
 
 
 class Predictions(NamedTuple):
@@ -37,21 +38,25 @@ def accuracy(made: Predictions) -> dict[str, float]:
 
 def evaluated(
     engine: Engine, data: Samples, collate: Collate, batch: int, most: int | None = None,
-    metrics: Metrics | None = None, *, stop: Callable[[], bool] = lambda: False,
+    metrics: Metrics | None = None, *, stop: Callable[[], bool] = lambda: False, reading: Reading = EVERYTHING,
 ) -> dict[str, float]:  # fmt: skip
     """``eval_loss``, the mean over all items of all batches; for language models ``eval_perplexity``; and ``metrics``.
 
     With ``metrics`` every rank gathers all predictions: choose data for which they fit into memory. Nothing is found
-    where ``stop()``, asked between batches, says so on every rank.
+    where ``stop()``, asked between batches, says so on every rank. ``reading`` is what each rank loads of a batch.
     """
+    reading = reading if metrics is None else EVERYTHING
+    share = Share(names=reading.names)
+    own = share.samples(data)
     loss, items = 0.0, 0
     made_of: list[tuple[Tensor, Tensor]] = []
     starts = range(0, len(data), batch)[:most]
     for start in starts:
         if stop():
             return {}
-        made = collate([data[i] for i in range(start, min(start + batch, len(data)))])
-        full, times = enough(made, engine.plan.mesh.dp * engine.plan.micro_batches)
+        made = None if share.nothing else collate([own[i] for i in range(start, min(start + batch, len(data)))])
+        parts = engine.plan.mesh.dp * engine.plan.micro_batches
+        full, times = reading.complete(engine, *((None, 1) if made is None else enough(made, parts)))
         if metrics is None:
             result = engine.evaluate(full)
         else:
@@ -88,23 +93,6 @@ def _joined(tensors: tuple[Tensor, ...]) -> NDArray[Any]:
         for t in tensors
     ]
     return np.asarray(torch.cat(filled))
-
-
-def enough(batch: Any, parts: int) -> tuple[Any, int]:
-    """A batch of at least ``parts`` rows, and how often each row is in it: repeating all leaves every mean as it is."""
-    size = rows(batch)
-    times = -(-parts // size)
-    return (batch, 1) if times == 1 else (_repeated(batch, size, times), times)
-
-
-def _repeated(item: Any, size: int, times: int) -> Any:
-    if isinstance(item, Tensor):
-        return torch.cat([item] * times) if item.dim() and item.shape[0] == size else item
-    if isinstance(item, Mapping):
-        return {key: _repeated(value, size, times) for key, value in item.items()}
-    if isinstance(item, (tuple, list)):
-        return type(item)(_repeated(value, size, times) for value in item)
-    return item
 
 
 def counts_tokens(engine: Engine) -> bool:

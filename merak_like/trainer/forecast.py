@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.recorded import Step
 from merak_like.partitioner.report.text import bytes_text, percent_text, seconds_text
 from merak_like.runtime.engine import Engine
+from merak_like.trainer.journal import Journal
 from merak_like.trainer.speed import most_memory
 
 AT = 3
@@ -16,13 +17,15 @@ AT = 3
 
 
 @contextmanager
-def compared(engine: Engine, say: Callable[[str], None]) -> Iterator[None]:
+def compared(engine: Engine, journal: Journal, step: int) -> Iterator[None]:
     """Measure the step inside, action by action, and say how it was planned. Every rank enters."""
     with engine.profile() as profile:
         yield
     memory = most_memory(engine)["peak_memory_bytes"]
     if profile.recorded is not None and profile.recorded.steps:
-        say(beside(engine.plan, profile.recorded.step(0), memory))
+        measured = profile.recorded.step(0)
+        journal.say(beside(engine.plan, measured, memory))
+        journal.write(step, {"bubble": measured.bubble, "planned_bubble": engine.plan.bubble})
 
 
 def beside(plan: Plan, step: Step, memory: float) -> str:

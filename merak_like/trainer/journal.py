@@ -44,15 +44,17 @@ class Journal:
             self._bar.start()
             self._bar.update(self._task, completed=step)
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """One line."""
+    def write(self, step: int, numbers: Mapping[str, Any]) -> None:
+        """One line; to trackers only what is a number."""
         if self._file is None:
             return
         print(json.dumps({"step": step, "time": round(time.time(), 3), **numbers}), file=self._file, flush=True)
         for log, _ in self._trackers:
-            log(numbers, step)
+            log({name: value for name, value in numbers.items() if isinstance(value, int | float)}, step)
         if self._bar is not None:
             text = ", ".join(shown(name, value) for name, value in numbers.items() if name in SHOWN)
+            if not text:
+                return
             if any(name.startswith("eval_") for name in numbers) or not self._bar.console.is_terminal:
                 self._bar.console.print(f"step {step}/{self._steps}: {text}")
             else:

@@ -40,7 +40,7 @@ class Profiling:
         device, kinds = self._engine.world.device, [ProfilerActivity.CPU]
         if device.type == "cuda":
             kinds.append(ProfilerActivity.CUDA)
-            record_memory(True)
+            record_memory("all")
         self._running = profile(activities=kinds, record_shapes=True, profile_memory=True)
         self._running.start()
 
@@ -59,7 +59,7 @@ class Profiling:
         self._running.export_chrome_trace(str(name.with_suffix(".json")))
         if self._engine.world.device.type == "cuda":
             dump_memory(name.with_suffix(".memory"))
-            record_memory(False)
+            record_memory("state")
         self._running = None
 
 
@@ -70,6 +70,8 @@ class Lookout:
         self._inner, self._engine, self._every = inner, engine, args.training.check_every
         asked = args.logging.profile
         self._profiling = None if asked is None else Profiling(asked, engine, args.folder / "profile")
+        if engine.world.device.type == "cuda":
+            record_memory("state")  # should memory end, the snapshot tells which lines have it (see shortage.py)
 
     def fire(self, event: str, state: State, control: Control, **more: Any) -> None:
         """Look, and tell the others. Raises RuntimeError where ranks have come apart."""

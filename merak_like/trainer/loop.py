@@ -27,6 +27,7 @@ from merak_like.trainer.journal import METRICS, Journal
 from merak_like.trainer.listeners import Rates, listeners
 from merak_like.trainer.lookout import Lookout
 from merak_like.trainer.rates import warmup_steps
+from merak_like.trainer.reading import alike, reading
 from merak_like.trainer.settings import COMPUTED_IN, Settings
 from merak_like.trainer.speed import meter, most_memory
 from merak_like.trainer.state import Control, State, due
@@ -78,7 +79,9 @@ class Trainer:
         with ExitStack() as undone:  # who gets no trainer cannot close it
             undone.callback(self._signals.close)
             with around(args):
-                self.engine = assembled(model, args, loader.at(0), loss_fn, loss_weight, learns, weights)
+                example = loader.at(0)
+                self.engine = assembled(model, args, example, loss_fn, loss_weight, learns, weights)
+                self._reading = reading(self.engine, example, self._collate)
             for part in (self.engine.groups, self.engine._reducer, self.engine._watch):
                 undone.callback(part.close)
             self.engine.heed(self._signals)
@@ -91,7 +94,7 @@ class Trainer:
         groups = self.engine.optimizer.param_groups if self.engine.optimizer else []
         self.base_rates = [group["lr"] for group in groups]
         self._options = [{k: v for k, v in g.items() if k != "params"} for g in groups] if made_here else []
-        self._share = share(self.engine, samples, args.training.batch)
+        self._share = share(self.engine, samples, args.training.batch, self._reading)
         self.loader = Loader(samples, self._collate, order, args.training.batch, self._share)
         self.checkpointer = Checkpointer(self.engine, args.folder, args.checkpoints)
         heard = listeners(callbacks, args, self.model, self.engine, self._rates, tokenizer, len(samples))
@@ -102,7 +105,7 @@ class Trainer:
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def train(self, *, resume: Resume | None = None) -> dict[str, float]:
+    def train(self, *, resume: Resume | None = None) -> dict[str, Any]:
         """Train to the end; a summary. Raises FloatingPointError, naming the samples, where a step is not finite.
 
         ``resume`` is ``checkpoints.resume`` of the settings: True to go on from this run's newest whole checkpoint,
@@ -115,7 +118,7 @@ class Trainer:
         finally:
             self._signals.close()
 
-    def _train(self, resume: Resume | None) -> dict[str, float]:
+    def _train(self, resume: Resume | None) -> dict[str, Any]:
         args, state = self.args, self.state
         if state.step == 0:
             self._begin(args.checkpoints.resume if resume is None else resume)
@@ -133,7 +136,7 @@ class Trainer:
                 asked = time.perf_counter()
                 item = next(batches)
                 third = state.step - first == AT - 1
-                with compared(self.engine, self.journal.say) if third else nullcontext():
+                with compared(self.engine, self.journal, state.step + 1) if third else nullcontext():
                     self._step(item, time.perf_counter() - asked)
         best = state.best_step if args.checkpoints.best and not self.interrupted else None
         if best is not None and not self.checkpointer.load(best, state.best_in):
@@ -181,9 +184,10 @@ class Trainer:
         learning_rate = self._set_rate()
         try:
             with around(args):
-                result = self.engine.step(batch, batch_is_global=self._share.of == 1)
+                batch, _ = self._reading.complete(self.engine, batch, batch_is_global=self._share.whole)
+                result = self.engine.step(batch, batch_is_global=self._share.whole)
         except FloatingPointError as error:
-            raise FloatingPointError(f"{error}; the batch is {self._batch_told()}") from None
+            raise FloatingPointError(f"{error}; the batch is {self.loader.told(self.state.position)}") from None
         self._tell("optimizer_step")
         self._count(result, waited)
         control.log = due(args.logging.every, state)
@@ -207,16 +211,12 @@ class Trainer:
             state.skipped += 1
             self.journal.write(state.step + 1, {"skipped": state.skipped})
             self.journal.say(f"step {state.step + 1} left out: loss {result.loss}, gradient norm {result.grad_norm}; "
-                             f"the batch is {self._batch_told()}")  # fmt: skip
+                             f"the batch is {self.loader.told(self.state.position)}")  # fmt: skip
         else:
             state.items += result.tokens
             state.loss, state.losses = state.loss + result.loss, state.losses + 1
             self.meter.add(result.tokens, waited)
         state.step, state.position = state.step + 1, state.position + self.args.training.batch
-
-    def _batch_told(self) -> str:
-        samples = self.loader.indices(self.state.position)
-        return f"samples {samples[:16]}{' ...' if len(samples) > 16 else ''}"
 
     def _set_rate(self) -> float:
         step = self.state.step
@@ -243,7 +243,7 @@ class Trainer:
         with around(self.args):
             return evaluated(
                 self.engine, data, collate, asked.batch or self.args.training.batch, asked.batches,
-                self._compute_metrics, stop=stop,
+                self._compute_metrics, stop=stop, reading=alike(self._reading, collate, self._collate),
             )  # fmt: skip
 
     def _look_and_save(self) -> None:

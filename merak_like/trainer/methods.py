@@ -18,7 +18,7 @@ def methods_of(asked: Methods) -> tuple[Method, ...]:
     """Those that are asked for, in the order in which they apply."""
     found: list[Method] = []
     if asked.chunked_loss:
-        found.append(ChunkedLoss())
+        found.append(ChunkedLoss(kernel="liger" if asked.chunked_loss == "liger" else "own"))
     if asked.compile:
         found.append(Compiled())
     if asked.offload is not None:

@@ -79,6 +79,7 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         ("loss", "last training loss", "{:.4f}"), ("eval_perplexity", "last perplexity", "{:.3f}"),
         ("seconds_per_step", "seconds a step", "{:.3f}"), ("items_per_second", "items a second", "{:,.0f}"),
         ("model_flops_utilisation", "MFU", "{:.1%}"), ("tflops_per_rank", "TFLOP/s of a rank", "{:.3g}"),
+        ("bubble", "idle pipeline", "{:.1%}"), ("planned_bubble", "planned to idle", "{:.1%}"),
         ("peak_memory_bytes", "memory of the fullest rank, GB", "{:.3g}"), ("skipped", "steps left out", "{:.0f}"),
         ("accuracy", "accuracy", "{:.4f}"), ("wire_bytes", "GB on the wire", "{:.3g}"),
         ("client_flops", "operations of clients", "{:.3g}"), ("c3_score", "C3-score", "{:.4f}"),
@@ -86,6 +87,8 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         value = last(name)
         if value is not None:
             found[title] = text.format(value / 1e9 if name.endswith("_bytes") else value)
+    if each := last("peak_memory_bytes_of_ranks"):
+        found["memory of each rank, GB"] = ", ".join(f"{n / 1e9:.3g}" for n in each)
     return found
 
 

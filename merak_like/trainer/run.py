@@ -34,7 +34,8 @@ from merak_like.trainer.report import REPORT, page
 
 SYNTHETIC = 1024
 """Samples of ``data.train: synthetic``."""
-PACKAGES = ("torch", "transformers", "safetensors", "numpy", "accelerate", "peft", "datasets", "deepspeed", "pydantic")
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "accelerate", "peft", "datasets", "deepspeed", "pydantic",
+            "torchao", "bitsandbytes", "liger-kernel")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def planned(run: Run, prepared: Prepared) -> Plan:
     return of_settings(prepared.model, run, prepared.example(run.training.batch), prepared.loss_fn, steps)
 
 
-def start(run: Run) -> tuple[dict[str, float], bool]:
+def start(run: Run) -> tuple[dict[str, Any], bool]:
     """Train as the run says; its folder then has plan, metrics, checkpoints, a page and the model in ``model/``.
 
     Whether it came to the end: a run that a signal interrupts has its checkpoint, but no model yet.

@@ -159,7 +159,7 @@ class Methods(Section):
 
     compile: bool = False
     """Run stages through ``torch.compile``."""
-    chunked_loss: bool = False
+    chunked_loss: bool | Literal["liger"] = False
     """Never make the logits of a whole micro-batch in training."""
     offload: Offload | None = None
     float8: Float8 | None = None

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -83,7 +84,10 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def most_memory(engine: Engine) -> dict[str, float]:
-    """The peak memory of the fullest rank, and which it is."""
+def most_memory(engine: Engine) -> dict[str, Any]:
+    """The peak memory of the fullest rank, which it is, and that of each."""
     everyone = collect.from_all(peak_bytes(engine.world.device), engine.world, engine._watch)
-    return {"peak_memory_bytes": max(everyone), "fullest_rank": everyone.index(max(everyone))}
+    return {
+        "peak_memory_bytes": max(everyone), "fullest_rank": everyone.index(max(everyone)),
+        "peak_memory_bytes_of_ranks": everyone,
+    }  # fmt: skip

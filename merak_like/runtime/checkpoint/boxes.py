@@ -99,7 +99,8 @@ def boxes_of_run(shape: Sizes, start: int, stop: int) -> list[Box]:
 
 def _cut(tensor: Tensor, box: Box) -> Tensor:
     for dim, (start, size) in enumerate(zip(box.start, box.sizes, strict=True)):
-        tensor = tensor.narrow(dim, start, size)
+        if size != tensor.shape[dim]:
+            tensor = tensor.narrow(dim, start, size)
     return tensor
 
 

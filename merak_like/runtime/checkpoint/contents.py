@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,19 +51,27 @@ class Contents:
 
     def written(self) -> list[Held]:
         """The tensors that this rank writes. What several ranks hold is shared out among the replicas."""
-        held = [one for slot in self.update.slots for one in self._of_slot(slot) if self._writes(slot.name, slot)]
+        held = [one for slot in self.update.slots if self._writes(slot.name, slot) for one in self._of_slot(slot)]
         return held + [self.plain(name, tensor) for name, tensor in self.others().items() if self._writes(name)]
 
     def _writes(self, name: str, slot: Slot | None = None) -> bool:
-        rank_of, coord = holders(self.plan), self.groups.coord
+        coord = self.groups.coord
         if coord.tp and name not in self.shards.layouts:
             return False
         if slot is not None and slot.run is not None:
             return slot.counted
-        if self._is_buffer(name):
-            return rank_of[name] == coord.pp
-        share = list(rank_of).index(name) % self.plan.mesh.dp
-        return rank_of[name] == coord.pp and share == coord.dp
+        on, number = self._held[name]
+        return on == coord.pp and (name in self.buffers or number % self.plan.mesh.dp == coord.dp)
+
+    @cached_property
+    def _held(self) -> dict[str, tuple[int, int]]:
+        """Name to the pipeline rank that answers for it, and its number among all."""
+        return {name: (rank, number) for number, (name, rank) in enumerate(holders(self.plan).items())}
+
+    @cached_property
+    def buffers(self) -> frozenset[str]:
+        """What changes in a forward."""
+        return frozenset(name for stage in self.plan.stages for name in stage.buffers)
 
     def others(self) -> dict[str, Tensor]:
         """What the optimizer does not have: frozen parameters and buffers of this rank's stages."""
@@ -72,17 +81,15 @@ class Contents:
         named |= dict(self.model.named_buffers(remove_duplicate=False))
         return {name: named[name].detach() for name in sorted(own - self.trained) if name in named}
 
-    def _is_buffer(self, name: str) -> bool:
-        return any(name in stage.buffers for stage in self.plan.stages)
-
-    def _key(self, name: str) -> str:
+    def key(self, name: str) -> str:
+        """Under which a tensor is kept that the optimizer does not have."""
         replica = self.groups.coord.dp
-        return f"replicas.{replica}.{name}" if replica and self._is_buffer(name) else f"model.{name}"
+        return f"replicas.{replica}.{name}" if replica and name in self.buffers else f"model.{name}"
 
     def plain(self, name: str, tensor: Tensor) -> Held:
         shape = tuple(tensor.shape)
         placement = self.place(name, shape)
-        return Held(self._key(name), placement.shape, tuple(parts(tensor, shape, placement)))
+        return Held(self.key(name), placement.shape, tuple(parts(tensor, shape, placement)))
 
     def as_slot(self, key: str, slot: Slot, tensor: Tensor) -> Held:
         placement = self.place(slot.name, slot.shape)

@@ -70,10 +70,10 @@ class Checkpoints:
         held, facts = self._contents.written(), self._contents.facts(state)
         if not background:
             return self._write(folder, step, held, facts, keep, spare)
-        changing = {f"model.{slot.name}" for slot in self._contents.update.slots}
-        early = [i for i, one in enumerate(held) if one.key not in changing and not one.key.startswith("optimizer.")]
+        changing = {self._contents.key(name) for name in self._contents.buffers}
+        early = [i for i, one in enumerate(held) if one.key in changing]
         for i, one in zip(early, self._copy([held[i] for i in early]), strict=True):
-            held[i] = one  # buffers change in a forward, all else in an update, which waits: see ``settle``
+            held[i] = one  # buffers change in a forward, all else in an update at most, which waits: see ``settle``
         self._copied.clear()
         work = lambda: self._in_thread(folder, step, held, early, facts, keep, spare)  # noqa: E731
         self._thread = threading.Thread(target=work, name="merak-checkpoint")

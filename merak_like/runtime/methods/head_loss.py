@@ -9,23 +9,29 @@ What stands between the two acts on rows alone, so it moves before the layer and
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from merak_like._compat import tree_leaves
 from merak_like.partitioner.graph import Op, ProxyGraph
 from merak_like.partitioner.tracer import Trace
+from merak_like.runtime.data_parallel import Gradients
+from merak_like.runtime.methods import liger
 from merak_like.runtime.methods.chunked_loss import CHUNK_BYTES, linear_cross_entropy
-from merak_like.runtime.methods.method import Job, Method
+from merak_like.runtime.methods.method import Job, Method, Place
 
 Node = Any
 """A node of the recorded code."""
 RESHAPING = frozenset("view reshape contiguous flatten __getitem__".split())
+KERNELS: Mapping[str, Callable[..., Tensor]] = {
+    "own": linear_cross_entropy, "liger": liger.linear_cross_entropy
+}  # fmt: skip
+"""What computes layer and loss together."""
 CASTING = frozenset("float to type double half bfloat16".split())
 
 
@@ -33,13 +39,18 @@ class ChunkedLoss(Method):
     """Never makes the logits of more than a few rows in training; the model's ``logits`` are not among its results.
 
     Evaluation stays as it is. Raises ValueError for a model whose loss is not the cross-entropy of a Linear layer's
-    output, naming what stands between them.
+    output, naming what stands between them. ``kernel`` "liger" lets Liger's kernels do it, on a GPU where they are
+    installed; they choose their chunks.
     """
 
-    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES, *, kernel: str = "own") -> None:
         if chunk_bytes < 1:
             raise ValueError(f"chunk_bytes={chunk_bytes}: it is the bytes of a chunk's logits, at least 1")
-        self.chunk_bytes = chunk_bytes
+        if kernel not in KERNELS:
+            raise ValueError(f"no kernel {kernel!r} for the loss: there are {', '.join(KERNELS)}")
+        self.chunk_bytes, self.kernel = chunk_bytes, kernel
+        if kernel == "liger":
+            liger.library()
 
     def check(self, job: Job) -> None:
         """A vocabulary that is spread over ranks has its own cross-entropy."""
@@ -50,8 +61,14 @@ class ChunkedLoss(Method):
         """The same model without its logits."""
         if not trace.training:
             return trace
-        found = find(trace, model)
-        return fused(trace, found, self.chunk_bytes)
+        own = {"chunk_bytes": self.chunk_bytes} if self.kernel == "own" else {}
+        return fused(trace, find(trace, model), KERNELS[self.kernel], own)
+
+    def gradients(self, reducer: Gradients, place: Place) -> Gradients:
+        """The same; where it runs is known now."""
+        if self.kernel == "liger":
+            liger.check(place.world.device)
+        return reducer
 
 
 @dataclass
@@ -155,8 +172,8 @@ def _sizes(node: Node) -> list[Any]:
     return list(node.args[1]) if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else [*node.args[1:]]
 
 
-def fused(trace: Trace, head: Head, chunk_bytes: int) -> Trace:
-    """The trace with layer and loss as one op. Its code and calls are changed in place."""
+def fused(trace: Trace, head: Head, kernel: Callable[..., Tensor], own: dict[str, Any]) -> Trace:
+    """The trace with layer and loss as one op, ``own`` its own options. Its code and calls are changed in place."""
     graph, values = trace.graph, trace.graph.values
     hidden, width = head.layer.args[0], values[head.layer.args[0].name].shape[-1]
     shapes = {n.name: (*values[n.name].shape[:-1], width) for n in head.between if n.target in RESHAPING}
@@ -184,10 +201,10 @@ def fused(trace: Trace, head: Head, chunk_bytes: int) -> Trace:
     for node in read:
         node.meta["index"] = head.loss.meta["index"]
     names = {"ignore_index", "reduction", "label_smoothing"}
-    options = {k: v for k, v in head.options.items() if k in names} | {"chunk_bytes": chunk_bytes}
+    options = {k: v for k, v in head.options.items() if k in names} | own
     if wide:
         options["dtype"] = getattr(torch, wide[-1])
-    head.loss.op, head.loss.target = "call_function", linear_cross_entropy
+    head.loss.op, head.loss.target = "call_function", kernel
     head.loss.args, head.loss.kwargs = (source, read[0], (*read, None)[1], head.target), options
     for node in reversed(gone):
         trace.code.erase_node(node)

@@ -84,6 +84,8 @@ class Method:
     """Whether it sees each layer's call."""
     compiles = False
     """Whether layers are no longer called one by one."""
+    note = ""
+    """What a plan shall say of it."""
 
     def __repr__(self) -> str:
         """With its options: all ranks must have the same."""

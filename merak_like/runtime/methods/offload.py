@@ -61,6 +61,11 @@ class Offload(Method):
         return Offload("|".join(re.escape(path) for path in paths), bandwidth=self.bandwidth, ahead=self.ahead)
 
     @property
+    def note(self) -> str:  # type: ignore[override]
+        """Which blocks a plan was made for: who obeys it must ask for the same."""
+        return f"some activations wait in the machine's memory: planned for methods=[{self!r}]"
+
+    @property
     def parking(self) -> Parking:
         """Where activations are; it counts them."""
         if self._parking is None:
@@ -85,7 +90,7 @@ class Offload(Method):
         if self.blocks == AUTO and not named:
             raise ValueError(
                 "Offload('auto') chooses blocks while a plan is made: beside plan= say those that it was made with, as "
-                "its notes have them, Offload('...')"
+                "its notes have them (planned for methods=[...]), or leave it out where they have none"
             )
         if not named:
             some = ", ".join(repr(name) for name, _ in list(model.named_modules())[1:6])

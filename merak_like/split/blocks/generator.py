@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from merak_like.runtime.sampling import Sampling
 from merak_like.split.blocks.chain import Chain
 from merak_like.split.blocks.runner import Caches, Runner
 from merak_like.split.blocks.shapes import chunks, shape_of
@@ -21,7 +22,6 @@ from merak_like.split.dialler import Dialler
 from merak_like.split.half import Source
 from merak_like.split.tls import Keys
 from merak_like.split.wire import CHUNK
-from merak_like.trainer.sampling import Sampling
 
 
 class Generator:

@@ -131,11 +131,26 @@ def _classified(asked: Data, source: Any, others: Any, tokenizer: Tokenizer, see
     made: list[Any] = []
     for side, given in zip(sides, labels, strict=True):
         texts = [str(files.field(record, asked.text, "data.text")) for record in side]
-        samples = tokenizer.whole(texts, asked.seq)
-        made.append([{**s, "labels": numbers[str(label)]} for s, label in zip(samples, given, strict=True)])
+        made.append(_Labelled(texts, [numbers[str(label)] for label in given], tokenizer, asked.seq))
     if len(made) == 1 and asked.eval_share:
         made = list(split(made[0], asked.eval_share, seed))
     return Datasets(made[0], made[1] if len(made) > 1 else None, Pad(tokenizer.pad, MULTIPLE), tuple(names))
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """Texts with their classes; a text is tokenised when, and where, a batch needs it."""
+
+    texts: Sequence[str]
+    labels: Sequence[int]
+    tokenizer: Tokenizer
+    most: int
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.tokenizer.whole([self.texts[index]], self.most)[0], "labels": self.labels[index]}
 
 
 def _natural(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, Full, Queue
 from typing import Any, Protocol
 
@@ -21,11 +21,45 @@ class Samples(Protocol):
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Samples that are mappings, with a few of their fields."""
+
+    samples: Samples
+    names: frozenset[str]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.samples[index]
+        return {name: sample[name] for name in sample if name in self.names}
+
+
+@dataclass(frozen=True)
 class Share:
-    """Which part of a batch this rank reads: rows of one replica, or all."""
+    """Which part of a batch this rank reads: rows of one replica, or all; some of its values, none, or all."""
 
     number: int = 0
     of: int = 1
+    names: frozenset[str] | None = None
+    """The values; None: all."""
+
+    def samples(self, samples: Any) -> Any:
+        """The samples with what this rank reads of each. A dataset that can leave out columns does (``datasets``)."""
+        if not self.names:
+            return samples
+        some = getattr(samples, "select_columns", None)
+        return Columns(samples, self.names) if some is None else some(sorted(self.names))
+
+    @property
+    def whole(self) -> bool:
+        """Whether this rank's rows are all."""
+        return self.of == 1
+
+    @property
+    def nothing(self) -> bool:
+        """Whether this rank reads nothing."""
+        return self.names is not None and not self.names
 
     def rows(self, batch: int) -> tuple[int, int]:
         """The first row and the stop."""
@@ -41,15 +75,23 @@ class Loader:
     order: Order
     batch: int
     share: Share = Share()
+    own: Any = field(init=False, repr=False, compare=False)
+    """The samples, as this rank reads them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "own", self.share.samples(self.samples))
 
     def at(self, position: int) -> Any:
-        """The batch (or this rank's share of it) that starts at a position."""
+        """The batch (or this rank's share of it) that starts at a position; None where this rank reads nothing."""
+        if self.share.nothing:
+            return None
         start, stop = self.share.rows(self.batch)
-        return self.collate([self.samples[i] for i in self.order.at(position + start, stop - start)])
+        return self.collate([self.own[i] for i in self.order.at(position + start, stop - start)])
 
-    def indices(self, position: int) -> list[int]:
-        """Which samples the whole batch at a position is made of."""
-        return self.order.at(position, self.batch)
+    def told(self, position: int) -> str:
+        """Which samples the whole batch at a position is made of, in words."""
+        samples = self.order.at(position, self.batch)
+        return f"samples {samples[:16]}{' ...' if len(samples) > 16 else ''}"
 
     def ahead(self, position: int, stop: int, many: int = 2) -> Iterator[Any]:
         """Batches from a position on up to ``stop``, ``many`` of them made ahead. Close the iterator to end early."""
