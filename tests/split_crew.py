@@ -6,6 +6,7 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from tests.split_proxy import Proxy
 
 
 @contextmanager
-def served(source: Source, cut: str, folder: Path) -> Iterator[Host | None]:
+def served(source: Source, cut: str, folder: Path, mesh: Mesh | None = None) -> Iterator[Host | None]:
     """A host on all ranks: on rank 0 the host, elsewhere None when it is over."""
-    world = join(Mesh(pp=world_size()), timeout=60, device="cpu")
-    crew = Crew(world, stage_rank("host", Cut.parse(cut), world.size))
+    mesh = mesh or Mesh(pp=world_size())
+    world = join(mesh, timeout=60, device="cpu")
+    crew = Crew(world, stage_rank("host", Cut.parse(cut), mesh.pp), mesh)
     if world.rank:
         Helper(source, crew, world.device).run()
         yield None
@@ -42,13 +44,14 @@ def served(source: Source, cut: str, folder: Path) -> Iterator[Host | None]:
 
 
 def trained(
-    model: nn.Module, batch: Any, task: Task, batches: list[Any], *, crew: bool, proxy: Proxy | None = None
+    model: nn.Module, batch: Any, task: Task, batches: list[Any], *, mesh: Mesh | None, proxy: Proxy | None = None
 ) -> tuple[list[float], dict[str, Tensor]] | None:  # fmt: skip
-    """Losses, and the weights of both halves as their checkpoints have them."""
+    """Losses, and the weights of both halves as their checkpoints have them. Without a mesh on this rank alone."""
     source = Source(lambda: copy.deepcopy(model))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        kept = served(source, task.cut, folder) if crew else Host(source, task.cut, listen="127.0.0.1:0", folder=folder)
+        alone = partial(Host, source, task.cut, listen="127.0.0.1:0", folder=folder)
+        kept = alone() if mesh is None else served(source, task.cut, folder, mesh)
         with kept as host:
             if host is None:
                 return None
@@ -80,7 +83,7 @@ def _trace(edge: Edge, batches: list[Any]) -> None:
 
 
 def differences(
-    name: str, cut: str, steps: int, micro_batches: int = 3, dp: int = 1, pp: int = 2, **more: Any
+    name: str, cut: str, steps: int, micro_batches: int = 3, dp: int = 1, pp: int = 2, tp: int = 1, **more: Any
 ) -> dict[str, float] | None:
     """How far a crew's losses and weights are from a host's on one rank, in float64."""
     model, batch = getattr(split_models, name)()
@@ -92,10 +95,10 @@ def differences(
         batch = batches[0]
     how = OptimizerText(**more.pop("optimizer", {"name": "sgd", "lr": 0.1}))
     task = Task(cut=cut, micro_batches=micro_batches, optimizer=how, checkpoint_every=100, **more)
-    found = trained(model, batch, task, batches, crew=True)
+    found = trained(model, batch, task, batches, mesh=Mesh(dp, pp, tp))
     if found is None:
         return None
-    expected = trained(model, batch, task, batches, crew=False)
+    expected = trained(model, batch, task, batches, mesh=None)
     assert expected is not None
     assert found[1].keys() == expected[1].keys()
     return {
@@ -105,19 +108,20 @@ def differences(
     }
 
 
-def cut_off(kinds: list[int], steps: int = 3, dp: int = 1, pp: int = 2) -> dict[str, bool] | None:
+def cut_off(kinds: list[int], steps: int = 3, dp: int = 1, pp: int = 2, tp: int = 1) -> dict[str, bool] | None:
     """The connection breaks at a frame of each kind: whether all is as where nothing broke, to the last bit."""
     model, batch = split_models.calm()
+    mesh = Mesh(dp, pp, tp)
     batches = [split_models.tiny_batch(s % 2) for s in range(steps)]
     task = Task(
         cut="layers.0:layers.3", codec="aqsgd(4)|int8", micro_batches=4, window=2, checkpoint_every=100, seed=3,
         optimizer=OptimizerText(lr=0.01),
     )  # fmt: skip
-    whole = trained(model, batch, task, batches, crew=True)
+    whole = trained(model, batch, task, batches, mesh=mesh)
     same: dict[str, bool] = {}
     for kind in kinds:
         proxy = Proxy(0, (Kind(kind), 1 if kind < 16 else 5))
-        found = trained(model, batch, task, batches, crew=True, proxy=proxy)
+        found = trained(model, batch, task, batches, mesh=mesh, proxy=proxy)
         proxy.close()
         if whole is not None and found is not None:
             same[Kind(kind).name] = (
@@ -126,7 +130,7 @@ def cut_off(kinds: list[int], steps: int = 3, dp: int = 1, pp: int = 2) -> dict[
     return same if whole is not None else None
 
 
-def gone_on(dp: int = 1, pp: int = 2) -> tuple[list[float], list[float]] | None:
+def gone_on(dp: int = 1, pp: int = 2, tp: int = 1) -> tuple[list[float], list[float]] | None:
     """Losses of a host that ended in the middle, and of one that did not, under a codec that remembers."""
     model, batch = split_models.calm()
     source, found = Source(lambda: copy.deepcopy(model)), list[list[float]]()
@@ -139,7 +143,7 @@ def gone_on(dp: int = 1, pp: int = 2) -> tuple[list[float], list[float]] | None:
         losses: list[float] = []
         with tempfile.TemporaryDirectory() as name:
             for life in lives:
-                with served(source, task.cut, Path(name)) as host:
+                with served(source, task.cut, Path(name), Mesh(dp, pp, tp)) as host:
                     if host is None:
                         continue
                     kept = {"folder": Path(name) / "edge", "patience": 30}

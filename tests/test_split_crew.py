@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from merak_like.partitioner.cuts import live_values
+from merak_like.partitioner.mesh import Coord, Mesh
 from merak_like.partitioner.schedules.action import Action, Schedule, chain
 from merak_like.partitioner.schedules.validate import validate
 from merak_like.partitioner.tracer import trace
+from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.initialize import World
 from merak_like.runtime.links import NoLinks, Spec
+from merak_like.runtime.watch import Watch
 from merak_like.split import checkpoint
 from merak_like.split.connection import Lost
 from merak_like.split.crew import Crew
@@ -33,9 +36,14 @@ from tests.split_pair import CUTS
 KINDS = (Kind.BEGIN, Kind.UP_FORWARD, Kind.DOWN_FORWARD, Kind.DOWN_BACKWARD, Kind.UP_BACKWARD, Kind.DONE)
 
 
-def differences(name: str, cut: str, steps: int, ranks: int = 2, **more: Any) -> Call:
-    facts = {"name": name, "cut": cut, "steps": steps, "dp": 1, "pp": ranks, **more}
+def differences(name: str, cut: str, steps: int, dp: int = 1, pp: int = 2, tp: int = 1, **more: Any) -> Call:
+    facts = {"name": name, "cut": cut, "steps": steps, "dp": dp, "pp": pp, "tp": tp, **more}
     return Call("-".join(map(str, facts.values())), "tests.split_crew:differences", facts)
+
+
+def nothing() -> Reducer:
+    """Of a rank that sums with nobody."""
+    return Reducer({}, {}, Watch(0, timedelta(seconds=5)))
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +57,8 @@ def results(request: pytest.FixtureRequest) -> Callable[[Call], list[Any]]:
     "call",
     [
         differences("calm", CUTS["calm"], 3),
+        differences("steady", CUTS["calm"], 3, 2, 1, 1, micro_batches=4),
+        differences("steady", CUTS["calm"], 3, 1, 1, 2),
         pytest.param(differences("bert", "bert.encoder.layer.0@6:bert.pooler.dense", 3), marks=pytest.mark.slow),
         pytest.param(differences("bert", "bert.encoder.layer.0", 3), marks=pytest.mark.slow),
         pytest.param(differences("gpt2", CUTS["gpt2"], 3, window=1), marks=pytest.mark.slow),
@@ -152,7 +162,7 @@ def test_a_step_that_breaks_goes_on_with_zeros_to_its_end_and_fails_there():
     cpu = torch.device("cpu")
     crew = Crew(World(0, 1, cpu, timedelta(seconds=5)))
     exchange, channel = Enduring({"up": "identity", "down": "identity"}, 0, cpu), Breaks()
-    links = Together(NoLinks(), crew, exchange)
+    links = Together(NoLinks(), crew, exchange, nothing())
     spec = Spec("x", (2, 3), torch.float32, True)
     exchange.begin(channel, 4, [])
     links.flush()
@@ -197,7 +207,9 @@ def test_a_batch_that_a_stage_cannot_take_breaks_the_step_and_no_more():
     model, batch = split_models.calm()
     cpu = torch.device("cpu")
     exchange = Enduring({}, 0, cpu)
-    programs = HalfPrograms("host", model, Cut.parse("layers.0"), exchange, cpu, None, ranks=2, rank=1)
+    programs = HalfPrograms(
+        "host", model, Cut.parse("layers.0"), exchange, cpu, None, mesh=Mesh(pp=2), at=Coord(0, 1, 0)
+    )
     wrong = {**batch, "labels": batch["labels"] + 1000}
     half = programs.at(batch)
     (stage,) = half.stages.values()
@@ -209,6 +221,6 @@ def test_a_batch_that_a_stage_cannot_take_breaks_the_step_and_no_more():
     assert isinstance(exchange.broken, IndexError)
     assert stage.backward(0, {"loss": torch.ones(())}) == {}
     with pytest.raises(IndexError):
-        Together(NoLinks(), Crew(World(0, 1, cpu, timedelta(seconds=5))), exchange).flush()
+        Together(NoLinks(), Crew(World(0, 1, cpu, timedelta(seconds=5))), exchange, nothing()).flush()
     assert stage.forward(1, batch, received)["loss"].item() > 0.0
     assert stage.backward(1, {"loss": torch.ones(())})

@@ -11,30 +11,34 @@ import torch
 
 from merak_like.runtime.links import NoLinks
 from merak_like.split.crew import Crew
-from merak_like.split.enduring import Enduring
+from merak_like.split.doors import door
 from merak_like.split.exchange import Exchange
 from merak_like.split.half import Made, Source, build_half
 from merak_like.split.messages import Begin, Task
 from merak_like.split.outline import batch_of, blank
 from merak_like.split.training import Training, optimizer_of
+from merak_like.split.trunk import Trunk
 
 
-def build_together(
-    source: Source, task: Task, example: Any, exchange: Exchange, device: torch.device, crew: Crew
-) -> Made:
+def together(crew: Crew, build: Callable[[], Made]) -> Made:
     """Build this rank's part of a half. Where one rank cannot, none has built it, and all raise."""
     made: Made | None = None
     failed: Exception | None = None
     try:
-        made = build_half(
-            "host", source, task, example, exchange, links=NoLinks(), optimizer=optimizer_of(task.optimizer),
-            device=device, crew=crew,
-        )  # fmt: skip
+        made = build()
     except Exception as error:
         failed = error
     crew.agree(failed)
     assert made is not None
     return made
+
+
+def own_half(source: Source, task: Task, example: Any, exchange: Exchange, device: torch.device, crew: Crew) -> Made:
+    """A half of one client's own, as far as this rank has it."""
+    return build_half(
+        "host", source, task, example, exchange, links=NoLinks(), optimizer=optimizer_of(task.optimizer),
+        device=device, crew=crew,
+    )  # fmt: skip
 
 
 class Helper:
@@ -43,6 +47,7 @@ class Helper:
     def __init__(self, source: Source, crew: Crew, device: torch.device) -> None:
         self.source, self.crew, self.device = source, crew, device
         self.halves: dict[str, Training] = {}
+        self.trunk = Trunk(source, crew, device)
         self._do: dict[str, Callable[..., None]] = {
             "live": lambda: None, "open": self._open, "step": self._step, "save": self._save,
             "restore": self._restore, "close": self._close,
@@ -62,8 +67,12 @@ class Helper:
 
     def _open(self, session: str, task: dict[str, Any], example: Any) -> None:
         agreed = Task.model_validate(task, strict=False)
-        exchange = Enduring({}, agreed.seed, self.device)
-        made = build_together(self.source, agreed, blank(example), exchange, self.device, self.crew)
+        exchange = door(self.crew, agreed, self.device)
+        batch = blank(example)
+        if agreed.lora is not None:
+            made = together(self.crew, lambda: self.trunk.build(agreed, batch, exchange))
+        else:
+            made = together(self.crew, lambda: own_half(self.source, agreed, batch, exchange, self.device, self.crew))
         training = Training(
             made, exchange, agreed.optimizer, Path(session), agreed.checkpoint_every, self.crew
         )  # nothing is written here: the folder only names the session
