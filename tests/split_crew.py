@@ -88,7 +88,7 @@ def differences(
     """How far a crew's losses and weights are from a host's on one rank, in float64."""
     model, batch = getattr(split_models, name)()
     model.double()
-    if name in ("bert", "gpt2"):
+    if name in ("bert", "gpt2", "llama"):
         batches = [split_models.text_batch(s, classes=name == "bert") for s in range(steps)]
     else:
         batches = [{k: v[:6] for k, v in split_models.tiny_batch(s).items()} for s in range(steps)]

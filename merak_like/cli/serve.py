@@ -84,14 +84,14 @@ def run(
         from merak_like.cli.generate import span
         from merak_like.split.blocks.serving import BlockHost
 
-        if ranks > 1:
-            raise ValueError(f"--generate runs on one rank, not {ranks}: start a host for some blocks on each")
+        if ranks > 1 or dp * tp > 1:
+            raise ValueError(
+                f"--generate runs on one rank, not {max(ranks, dp * tp)}: start a host for some blocks on each"
+            )
         _until_drained(BlockHost(source, *span(generate, "--generate"), device=device, **common))
         typer.echo("drained")
         return
-    if ranks % (dp * tp):
-        raise ValueError(f"--dp {dp} x --tp {tp} does not divide the {ranks} ranks that torchrun started")
-    mesh = Mesh(dp, ranks // (dp * tp), tp)
+    mesh = Mesh(dp, max(1, ranks // max(1, dp * tp)), tp)
     world = join(mesh, timeout=2 * waits.step + 120, device=None if device == "cuda" else device)
     crew = Crew(world, stage_rank("host", Cut.parse(cut), mesh.pp), mesh)
     if world.rank:

@@ -10,7 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from merak_like.runtime.watch import PeerError, Watch
 from merak_like.split.checkpoint import State
 from merak_like.split.spoken import blank, give, given, heard, named, raw, say, typed
 
+T = TypeVar("T")
 IDLE = 15.0
 """Seconds after which a crew without an order gets a sign of life."""
 WORD = 500
@@ -116,6 +117,17 @@ class Crew:
         others = "; ".join(f"rank {i}: {text}" for i, text in enumerate(said) if text)
         self.agreed = error if error is not None else Void(others)
         raise self.agreed
+
+    def each(self, make: Callable[[], T]) -> T:
+        """What every rank makes for itself. Where one cannot, none has, and all raise."""
+        made: list[T] = []
+        failed: Exception | None = None
+        try:
+            made.append(make())
+        except Exception as error:
+            failed = error
+        self.agree(failed)
+        return made[0]
 
     def add_up(self, tensor: Tensor, groups: Groups) -> None:
         """Sum a tensor over the replicas, in place."""

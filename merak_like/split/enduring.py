@@ -15,6 +15,7 @@ from torch import Tensor
 from merak_like.partitioner.schedules.action import Action
 from merak_like.runtime.data_parallel import Gradients
 from merak_like.runtime.links import Links, Spec
+from merak_like.runtime.stage_code import StageCode
 from merak_like.runtime.watch import PeerError
 from merak_like.split.crew import Crew
 from merak_like.split.elsewhere import Shown
@@ -62,9 +63,13 @@ class Enduring(Exchange):
 class Sturdy(Shown):
     """A stage that makes zeros once something broke here; its backward then has nothing to give."""
 
-    exchange: Exchange
-    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    """Of all it may make."""
+    def __init__(
+        self, code: StageCode, inputs: Mapping[str, tuple[Any, ...]], device: torch.device, exchange: Exchange,
+        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    ) -> None:  # fmt: skip
+        """``shapes``: of all it may make."""
+        super().__init__(code, inputs, device)
+        self.exchange, self.shapes = exchange, shapes
 
     def forward(
         self, micro_batch: int, batch: Any, received: Mapping[str, Tensor], *, put_off: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,6 @@ from merak_like.split.messages import Begin, Task
 from merak_like.split.outline import batch_of, blank
 from merak_like.split.training import Training, optimizer_of
 from merak_like.split.trunk import Trunk
-
-
-def together(crew: Crew, build: Callable[[], Made]) -> Made:
-    """Build this rank's part of a half. Where one rank cannot, none has built it, and all raise."""
-    made: Made | None = None
-    failed: Exception | None = None
-    try:
-        made = build()
-    except Exception as error:
-        failed = error
-    crew.agree(failed)
-    assert made is not None
-    return made
 
 
 def own_half(source: Source, task: Task, example: Any, exchange: Exchange, device: torch.device, crew: Crew) -> Made:
@@ -68,15 +56,15 @@ class Helper:
     def _open(self, session: str, task: dict[str, Any], example: Any) -> None:
         agreed = Task.model_validate(task, strict=False)
         exchange = door(self.crew, agreed, self.device)
-        batch = blank(example)
-        if agreed.lora is not None:
-            made = together(self.crew, lambda: self.trunk.build(agreed, batch, exchange))
-        else:
-            made = together(self.crew, lambda: own_half(self.source, agreed, batch, exchange, self.device, self.crew))
+        build = self.trunk.build if agreed.lora is not None else self._own
+        made = self.crew.each(partial(build, agreed, blank(example), exchange))
         training = Training(
             made, exchange, agreed.optimizer, Path(session), agreed.checkpoint_every, self.crew
         )  # nothing is written here: the folder only names the session
         self.halves[session] = training
+
+    def _own(self, task: Task, example: Any, exchange: Exchange) -> Made:
+        return own_half(self.source, task, example, exchange, self.device, self.crew)
 
     def _step(self, session: str, begin: dict[str, Any]) -> None:
         training = self.halves[session]

@@ -30,7 +30,7 @@ from merak_like.split.elsewhere import Arrives, Leaves, Shown
 from merak_like.split.enduring import Sturdy
 from merak_like.split.exchange import Exchange
 from merak_like.split.halves import Halves, halve, spec_of
-from merak_like.split.joined import Joined, Pool
+from merak_like.split.joined import Joined, Pool, joinable
 from merak_like.split.order import Side, stage_rank
 from merak_like.split.parts import borders
 from merak_like.split.sharded import as_agreed, require_whole
@@ -200,15 +200,13 @@ class HalfPrograms:
     def _part(self, halves: Halves, traced: Trace, starts: tuple[int, ...], part: int) -> Stage:
         """One of the host's."""
         code = build_stage(traced, self.model, starts, part)
-        if self._mesh.size == 1:
-            alone = Shown(code, traced.inputs, self.device)
-            return alone if self.pool is None else Joined.of(alone, self, halves, self.pool)
-        stage = Sturdy(code, traced.inputs, self.device)
-        graph = traced.graph
-        named = {**graph.values, **{name: graph.values[value] for name, value in graph.outputs.items()}}
-        stage.exchange = self.exchange
-        stage.shapes = {n: (v.shape, getattr(torch, v.dtype)) for n, v in named.items()}
-        return stage
+        if self._mesh.size > 1:
+            named = {**traced.graph.values, **{n: traced.graph.values[v] for n, v in traced.graph.outputs.items()}}
+            shapes = {n: (v.shape, getattr(torch, v.dtype)) for n, v in named.items()}
+            return Sturdy(code, traced.inputs, self.device, self.exchange, shapes)
+        if self.pool is not None and joinable(halves):
+            return Joined(code, traced.inputs, self.device, self, halves, self.pool)
+        return Shown(code, traced.inputs, self.device)
 
 
 @dataclass(frozen=True)

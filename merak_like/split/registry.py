@@ -31,7 +31,7 @@ from merak_like.split.exchange import Exchange
 from merak_like.split.group import Group
 from merak_like.split.half import Made, Source, build_half
 from merak_like.split.halves import halve
-from merak_like.split.helper import own_half, together
+from merak_like.split.helper import own_half
 from merak_like.split.joined import Pool
 from merak_like.split.layers import layers_of
 from merak_like.split.limits import Ledger, Limits, NoRoom, memory_of, weights_of
@@ -199,7 +199,7 @@ class Registry:
                     build = partial(own_half, self.source, task, example, exchange, self.device, self.crew)
                 else:
                     build = partial(self._shared, task, example, exchange, owner, group)
-                made = together(self.crew, build)
+                made = self.crew.each(build)
             training = Training(made, exchange, task.optimizer, self.folder / id_, task.checkpoint_every, self.crew)
             session = Session(id_, owner, hello, training, self.turn, self.crew, group)
             try:

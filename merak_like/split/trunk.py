@@ -34,7 +34,8 @@ class Trunk:
         )
         if self.weights is None:
             plain = task.model_copy(update={"lora": None, "seed": 0})
-            whole = build(task=plain, exchange=Exchange({}, 0, self.device), optimizer=None)
+            bare = partial(build, task=plain, exchange=Exchange({}, 0, self.device), optimizer=None)
+            whole = self.crew.each(bare)  # on all ranks or on none
             named = dict(whole.model.named_parameters())
             self.weights = {name: named[name] for name in whole.own if name in named}
         return build(
