@@ -25,6 +25,7 @@ from merak_like.split.host import Host
 from merak_like.split.messages import OptimizerText, Task
 from merak_like.split.order import stage_rank
 from merak_like.split.wire import Kind
+from tests import split_groups as groups
 from tests import split_models
 from tests.split_proxy import Proxy
 
@@ -93,19 +94,51 @@ def differences(
     else:
         batches = [{k: v[:6] for k, v in split_models.tiny_batch(s).items()} for s in range(steps)]
         batch = batches[0]
-    how = OptimizerText(**more.pop("optimizer", {"name": "sgd", "lr": 0.1}))
-    task = Task(cut=cut, micro_batches=micro_batches, optimizer=how, checkpoint_every=100, **more)
+    how = {"name": "sgd", "lr": 0.1, **more.pop("optimizer", {})}
+    facts = {"cut": cut, "micro_batches": micro_batches, "optimizer": how, "checkpoint_every": 100, **more}
+    task = Task.model_validate(facts, strict=False)
     found = trained(model, batch, task, batches, mesh=Mesh(dp, pp, tp))
     if found is None:
         return None
     expected = trained(model, batch, task, batches, mesh=None)
     assert expected is not None
-    assert found[1].keys() == expected[1].keys()
+    buffers = {n for n, _ in model.named_buffers()}
+    assert found[1].keys() - buffers == expected[1].keys() - buffers
     return {
         "losses": max(abs(a - b) for a, b in zip(found[0], expected[0], strict=True)),
-        "weights": max(float((found[1][n] - t).abs().max()) for n, t in expected[1].items() if t.numel()),
+        "weights": max(
+            float((found[1][n] - t).abs().max()) for n, t in expected[1].items() if n in trained and t.numel()
+        ),
         "moved": max(float((found[1][n] - t).abs().max()) for n, t in model.state_dict().items() if n in found[1]),
     }
+
+
+def ward(mode: str, dp: int = 1, pp: int = 2, tp: int = 1, **more: Any) -> float | None:
+    """How far a group's shared weights on all ranks are from one process, over two lives of the host, in float64."""
+    mesh, cut = Mesh(dp, pp, tp), Cut.parse(groups.CUT)
+    group = groups.text(mode, "ann", "bob", **more)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for steps in (2, 4):
+            world = join(mesh, timeout=60, device="cpu")
+            crew = Crew(world, stage_rank("host", cut, pp), mesh)
+            if world.rank:
+                Helper(Source(groups.model), crew, world.device).run()
+                continue
+            certificates = folder / "keys" if steps == 4 else groups.made_keys(folder / "keys")
+            with groups.Ward(folder, certificates, group, crew=crew) as it:
+                for member in group.members:
+                    it.edge(member)
+                it.train(ann=steps, bob=steps)
+        if not (folder / "host").exists():
+            return None
+        kept = folder / "host/groups/ward"
+        found = checkpoint.of("weights/", checkpoint.load(kept, checkpoint.whole(kept)[-1]).tensors)
+        _, expected = groups.alone(group, 4 if mode == "parallel" else 8)
+        assert found.keys() == {
+            n for n in expected if n.startswith(groups.MIDDLE) and n in dict(groups.model().named_parameters())
+        }
+        return max(float((found[n] - expected[n]).abs().max()) for n in found)
 
 
 def cut_off(kinds: list[int], steps: int = 3, dp: int = 1, pp: int = 2, tp: int = 1) -> dict[str, bool] | None:

@@ -27,7 +27,7 @@ from merak_like.runtime.links import Spec
 from merak_like.runtime.watch import PeerError
 from merak_like.split.crew import Crew
 from merak_like.split.enduring import Enduring
-from merak_like.split.exchange import Channel, Link, Way
+from merak_like.split.exchange import Channel, Exchange, Link, Way
 from merak_like.split.messages import Task
 from merak_like.split.order import dealt
 from merak_like.split.spoken import blank, give, given, heard, raw, say, typed
@@ -57,17 +57,22 @@ class Desk(Enduring):
         self._gone: PeerError | None = None
 
     def begin(self, channel: Channel, step: int, samples: Sequence[tuple[int, ...]], *, training: bool = True) -> None:
-        """As any exchange, with nothing through yet; the other replicas are served from now on."""
+        """As any exchange, with nothing through yet."""
         super().begin(channel, step, samples, training=training)
         self._done.clear()
-        self._asking = [self._threads.submit(self._serve, *desk) for desk in self.crew.desks.items()]
 
     def put(self, link: Link, way: Way, micro_batch: int, values: Mapping[str, Tensor], specs: Sequence[Spec]) -> None:
         """Send when it is this micro-batch's turn."""
+        if link == "own":  # a mean of the edges' layers is between two steps, and rank 0's alone
+            return Exchange.put(self, link, way, micro_batch, values, specs)
         self._put(link, way, self.mine[micro_batch], values, specs)
 
     def take(self, link: Link, way: Way, micro_batch: int, specs: Sequence[Spec]) -> dict[str, Tensor]:
         """Receive, and hand on to this replica's tensor-parallel ranks."""
+        if link == "own":
+            return Exchange.take(self, link, way, micro_batch, specs)
+        if not self._asking:  # the step's first value: from now on other replicas ask too
+            self._asking = [self._threads.submit(self._serve, *desk) for desk in self.crew.desks.items()]
         return handed(self.crew, way, specs, self._take(link, way, self.mine[micro_batch], specs), self.device)
 
     def over(self) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from merak_like.habits import save_safetensors
 from merak_like.partitioner.mesh import Mesh
@@ -39,6 +39,9 @@ from merak_like.split.messages import Task
 from merak_like.split.narrow import narrow
 from merak_like.split.order import Side, dealt, orders
 from merak_like.split.programs import HalfPrograms
+
+Learn = Callable[[Sequence[Slot], Callable[[str, Tensor], Iterable[Tensor]]], Update]
+"""From what is learnt, and which parts of a gradient this rank counts, to the end of a step."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,21 @@ class Made:
     """Items that a micro-batch's loss is the mean of."""
     shards: Shards = WHOLE
     """Which part of each weight this rank has."""
+    update: Update | None = None
+    """What ends a step."""
     counting: tuple[str, ...] = ()
     """The buffers that a step changes, such as running means."""
+
+    @property
+    def fixed(self) -> set[str]:
+        """The model's other buffers."""
+        return {name for name, _ in self.model.named_buffers()} - set(self.counting)
 
 
 def build_half(
     side: Side, source: Source, task: Task, example: Any, exchange: Exchange, *, links: Links,
     optimizer: OptimizerFactory | None, device: torch.device, crew: Crew | None = None,
-    shared: Mapping[str, nn.Parameter] | None = None, learn: Callable[[Sequence[Slot]], Update] | None = None,
+    shared: Mapping[str, nn.Parameter] | None = None, learn: Learn | None = None,
     pool: Pool | None = None,
 ) -> Made:  # fmt: skip
     """Build one side of a task.
@@ -138,12 +148,15 @@ def build_half(
     )  # fmt: skip
     if not world.alone:
         links = Together(DistLinks(groups, watch, device), crew, exchange, reducer)
+    update = (
+        learn(slots, shards.answers)
+        if learn
+        else Update(slots, learner, max_grad_norm=task.max_grad_norm, guard=Brief(), answers=shards.answers)
+    )
     engine = Engine(
         plan=plan, model=model, parameters=trainable, programs=programs,  # type: ignore[arg-type]
         links=links, reducer=reducer,
-        update=learn(slots) if learn else Update(
-            slots, learner, max_grad_norm=task.max_grad_norm, guard=Brief(), answers=shards.answers
-        ),
+        update=update,
         prepare=lambda batch: batch,
         world=world, groups=replace(groups, made=()), watch=watch,
         loss_weight=weigh, mine=dealt(task.micro_batches, at.dp, crew.mesh.dp), shards=shards,
@@ -151,7 +164,7 @@ def build_half(
     )  # fmt: skip
     changed = {name for op in graph.ops for name in op.mutates}
     kept = tuple(name for name in keep if name in changed)
-    return Made(engine, model, programs, keep, tuple(trainable), probe, weigh, shards, kept)
+    return Made(engine, model, programs, keep, tuple(trainable), probe, weigh, shards, update, kept)
 
 
 def _parts(model: nn.Module, micro: Any, source: Source, crew: Crew, watch: Watch) -> Sharding:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from merak_like.runtime.links import NoLinks
+from merak_like.split.commons import Commons, brought
 from merak_like.split.crew import Crew
 from merak_like.split.doors import door
 from merak_like.split.exchange import Exchange
+from merak_like.split.groups import GroupText
 from merak_like.split.half import Made, Source, build_half
 from merak_like.split.messages import Begin, Task
 from merak_like.split.outline import batch_of, blank
@@ -35,10 +37,13 @@ class Helper:
     def __init__(self, source: Source, crew: Crew, device: torch.device) -> None:
         self.source, self.crew, self.device = source, crew, device
         self.halves: dict[str, Training] = {}
-        self.trunk = Trunk(source, crew, device)
+        self.trunk, self.commons = Trunk(source, crew, device), Commons(source, crew, device)
+        self.group_of: dict[str, str] = {}
+        """Groups by session."""
         self._do: dict[str, Callable[..., None]] = {
             "live": lambda: None, "open": self._open, "step": self._step, "save": self._save,
-            "restore": self._restore, "close": self._close,
+            "restore": self._restore, "close": self._close, "learn": self._learn, "keep": self._keep,
+            "take up": self._take_up,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -53,10 +58,13 @@ class Helper:
                 # else rank 0 knows, and tells the edge
         self.crew.close()
 
-    def _open(self, session: str, task: dict[str, Any], example: Any) -> None:
+    def _open(self, session: str, task: dict[str, Any], example: Any, group: dict[str, Any] | None) -> None:
         agreed = Task.model_validate(task, strict=False)
         exchange = door(self.crew, agreed, self.device)
-        build = self.trunk.build if agreed.lora is not None else self._own
+        build: Callable[..., Made] = self.trunk.build if agreed.lora is not None else self._own
+        if group is not None:
+            self.group_of[session] = name = agreed.group or ""
+            build = partial(self.commons.build, name, GroupText.model_validate(group, strict=False))
         made = self.crew.each(partial(build, agreed, blank(example), exchange))
         training = Training(
             made, exchange, agreed.optimizer, Path(session), agreed.checkpoint_every, self.crew
@@ -66,8 +74,11 @@ class Helper:
     def _own(self, task: Task, example: Any, exchange: Exchange) -> Made:
         return own_half(self.source, task, example, exchange, self.device, self.crew)
 
-    def _step(self, session: str, begin: dict[str, Any]) -> None:
+    def _step(self, session: str, begin: dict[str, Any], at: int) -> None:
         training = self.halves[session]
+        training.engine.steps = at
+        if session in self.group_of:
+            training.put_buffers(self.commons.known[self.group_of[session]].buffers)
         told = Begin.model_validate(begin, strict=False)
         do = training.run if told.training else training.evaluate
         do(batch_of(told))
@@ -79,4 +90,14 @@ class Helper:
         self.halves[session].restore(None)
 
     def _close(self, session: str) -> None:
+        self.group_of.pop(session, None)
         self.halves.pop(session).close()
+
+    def _learn(self, group: str, who: list[tuple[str, int]], update: int) -> None:
+        self.commons.known[group].learn([brought(self.halves[session], items) for session, items in who], update)
+
+    def _keep(self, group: str) -> None:
+        self.commons.known[group].state()
+
+    def _take_up(self, group: str) -> None:
+        self.commons.known[group].restore(None)

@@ -20,7 +20,6 @@ import torch
 
 from merak_like.partitioner.tracer import trace
 from merak_like.runtime.batches import split
-from merak_like.runtime.links import NoLinks
 from merak_like.split import checkpoint
 from merak_like.split.adapters import bytes_of
 from merak_like.split.checkpoint import State
@@ -29,7 +28,7 @@ from merak_like.split.cut import Cut
 from merak_like.split.doors import Desk
 from merak_like.split.exchange import Exchange
 from merak_like.split.group import Group
-from merak_like.split.half import Made, Source, build_half
+from merak_like.split.half import Source
 from merak_like.split.halves import halve
 from merak_like.split.helper import own_half
 from merak_like.split.joined import Pool
@@ -191,20 +190,23 @@ class Registry:
                 {"up": task.codec, "down": task.back_codec}, task.seed, self.device, away, self.limits.most,
                 task.frozen_edge,
             )  # fmt: skip
-            order = {"session": id_, "task": task.model_dump(mode="json"), "example": hello.example}
+            text = None if group is None else group.text.model_dump(mode="json")
+            order = {"session": id_, "task": task.model_dump(mode="json"), "example": hello.example, "group": text}
             with self.turn.held(), self.crew.together("open", **order):
                 if task.lora is not None:
                     build = partial(self.trunk.build, task, example, exchange)
                 elif group is None:
                     build = partial(own_half, self.source, task, example, exchange, self.device, self.crew)
                 else:
-                    build = partial(self._shared, task, example, exchange, owner, group)
+                    build = partial(group.commons.build, group.name, group.text, task, example, exchange)
                 made = self.crew.each(build)
             training = Training(made, exchange, task.optimizer, self.folder / id_, task.checkpoint_every, self.crew)
             session = Session(id_, owner, hello, training, self.turn, self.crew, group)
             try:
                 self._accept(session, same(made.probe, hello.probe))
-            except Refused:
+                if group is not None:
+                    group.wake()
+            except ValueError:
                 session.close()  # on the crew's other ranks too
                 raise
         except BaseException:
@@ -216,18 +218,6 @@ class Registry:
             raise
         self.live[id_] = session
         return session
-
-    def _shared(self, task: Task, example: Any, exchange: Exchange, owner: str, group: Group) -> Made:
-        """A half whose weights are the group's."""
-        build = partial(build_half, "host", self.source, example=example, links=NoLinks(), optimizer=None,
-                        device=self.device, crew=self.crew)  # fmt: skip
-        seeded = task.model_copy(update={"seed": group.text.seed, "frozen_edge": False})
-        common = group.begin(lambda: build(task=seeded, exchange=Exchange({}, 0, self.device)))
-        made = build(task=task, exchange=exchange, shared=common.weights, learn=group.learner(owner))
-        if set(made.trained) != set(common.trained):
-            odd = sorted(set(made.trained) ^ set(common.trained))[:3]
-            raise Refused(f"this session would train other weights than group {group.name}: {odd}; is skip the same?")
-        return made
 
     def _accept(self, session: Session, alike: bool) -> None:
         if not alike:
@@ -289,6 +279,6 @@ class Registry:
         with self._lock:
             for id_ in list(self.live) if self.crew.broken is None else ():
                 self.put_away(id_)
-            for group in self.groups.values():
+            for group in self.groups.values() if self.crew.broken is None else ():
                 group.close()
         self.crew.close()

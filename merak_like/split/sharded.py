@@ -11,7 +11,7 @@ What is saved is whole, whatever parts it was in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -68,11 +68,26 @@ def part(shards: Shards, name: str, tensor: Tensor) -> Tensor:
     return tensor if weight is None else shards.cut(weight, tensor)
 
 
+def fitting(
+    mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], fixed: Collection[str], *, alone: bool
+) -> tuple[str, ...]:  # fmt: skip
+    """The names of what is taken up of a checkpoint.
+
+    ``fixed`` are buffers that no step changes: how a half lies on ranks decides whether it has them. A rank that is
+    not ``alone`` leaves others what is theirs. Raises ValueError for a checkpoint of another model.
+    """
+    odd = {n for n in mine if n not in theirs} | {n for n in theirs if alone and n not in mine}
+    odd = sorted(odd - set(fixed)) or [n for n in mine if n in theirs and mine[n].shape != theirs[n].shape]
+    if odd:
+        raise ValueError(f"the checkpoint is of another model or cut: {odd[:3]} differ")
+    return tuple(name for name in mine if name in theirs)
+
+
 def _weight(shards: Shards, name: str, shape: torch.Size, *, whole: bool) -> str | None:
-    """The weight that a tensor lies like: ``model/NAME`` is one, ``optimizer/NAME/KEY`` may have its shape."""
+    """The weight that a tensor lies like: ``model/NAME`` is one; ``optimizer/NAME/KEY`` may be like one."""
     kind, _, rest = name.partition("/")
-    weight = rest if kind == "model" else rest.rpartition("/")[0]
-    layout = shards.layouts.get(weight) if kind in ("model", "optimizer") else None
+    weight = rest.rpartition("/")[0] if kind == "optimizer" else rest
+    layout = shards.layouts.get(weight) if kind in ("model", "weights", "buffers", "optimizer") else None
     if layout is None or len(layout) != len(shape):
         return None
     local = shards.shape(weight, ())
