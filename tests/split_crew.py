@@ -107,7 +107,7 @@ def differences(
     return {
         "losses": max(abs(a - b) for a, b in zip(found[0], expected[0], strict=True)),
         "weights": max(
-            float((found[1][n] - t).abs().max()) for n, t in expected[1].items() if n in trained and t.numel()
+            float((found[1][n] - t).abs().max()) for n, t in expected[1].items() if n in found[1] and t.numel()
         ),
         "moved": max(float((found[1][n] - t).abs().max()) for n, t in model.state_dict().items() if n in found[1]),
     }

@@ -16,8 +16,8 @@ from merak_like.split.sharded import as_agreed, fitting, part, require_whole, wh
 
 def halves(sent: list[tuple[str, int]], returned: list[tuple[str, int]], digest: str) -> Halves:
     """Of values by name and width."""
-    found = [tuple(Spec(name, (2, width), torch.float32, True) for name, width in one) for one in (sent, returned)]
-    return Halves(cast(Any, None), (0, 1, 2, 3), *found, (), (), digest)
+    up, down = (tuple(Spec(name, (2, width), torch.float32, True) for name, width in one) for one in (sent, returned))
+    return Halves(cast(Any, None), (0, 1, 2, 3), up, down, (), (), digest)
 
 
 def test_what_travels_has_the_ranks_own_names():
