@@ -50,7 +50,8 @@ def undisturbed(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> t
 
 
 def train(nursery: Nursery, folder: Path, ports: list[int], **more: Any) -> int:
-    return nursery.start("edge", folder=str(folder / "edge"), ports=ports, steps=STEPS, task=TASK, **more)["pid"]
+    told = {"folder": str(folder / "edge"), "ports": ports, "steps": STEPS, "task": TASK, **more}
+    return nursery.start("edge", **told)["pid"]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -121,6 +122,10 @@ def test_edge_killed_and_back(
     assert nursery.wait(host["pid"])["status"] == 0
 
 
+DEALT = {**TASK, "micro_batches": 4}
+"""Two for each of two replicas."""
+
+
 def on_ranks(nursery: Nursery, folder: Path, mesh: Sequence[int], **more: Any) -> tuple[list[int], int]:
     """A host on several ranks, started as torchrun's agent would; its processes, and the port it listens on."""
     faults = more.pop("faults", {})
@@ -141,7 +146,7 @@ def undisturbed_on(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -
         if mesh not in known:
             folder = tmp_path_factory.mktemp("undisturbed")
             pids, port = on_ranks(nursery, folder, mesh)
-            told = nursery.wait(train(nursery, folder, [port]))
+            told = nursery.wait(train(nursery, folder, [port], task=DEALT))
             assert told["status"] == 0, told
             os.kill(pids[0], signal.SIGTERM)
             assert [nursery.wait(pid)["status"] for pid in pids] == [0] * len(pids)
@@ -160,7 +165,7 @@ def test_a_rank_killed(
 ):
     """Of replicas or of tensor-parallel ranks: all are started again, and go on from a checkpoint of whole tensors."""
     pids, port = on_ranks(nursery, tmp_path, mesh, faults={rank: {"fault": place, "at": AT}})
-    edge = train(nursery, tmp_path, [port])
+    edge = train(nursery, tmp_path, [port], task=DEALT)
     assert nursery.wait(pids.pop(rank))["status"] == -signal.SIGKILL
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
