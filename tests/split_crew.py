@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,25 +84,38 @@ def _trace(edge: Edge, batches: list[Any]) -> None:
             edge.training.made.programs.at(part)
 
 
-def differences(
-    name: str, cut: str, steps: int, micro_batches: int = 3, dp: int = 1, pp: int = 2, tp: int = 1, **more: Any
-) -> dict[str, float] | None:
-    """How far a crew's losses and weights are from a host's on one rank, in float64."""
+@cache
+def setting(name: str, steps: int, facts: str) -> tuple[nn.Module, Any, Task, list[Any]]:
+    """A model in float64, an example, a task (as JSON) and its batches."""
     model, batch = getattr(split_models, name)()
-    model.double()
     if name in ("bert", "gpt2", "llama"):
         batches = [split_models.text_batch(s, classes=name == "bert") for s in range(steps)]
     else:
         batches = [{k: v[:6] for k, v in split_models.tiny_batch(s).items()} for s in range(steps)]
         batch = batches[0]
+    return model.double(), batch, Task.model_validate_json(facts), batches
+
+
+@cache
+def alone(name: str, steps: int, facts: str) -> tuple[list[float], dict[str, Tensor]]:
+    """What a host on one rank computes; several meshes are compared with it."""
+    found = trained(*setting(name, steps, facts), mesh=None)
+    assert found is not None
+    return found
+
+
+def differences(
+    name: str, cut: str, steps: int, micro_batches: int = 3, dp: int = 1, pp: int = 2, tp: int = 1, **more: Any
+) -> dict[str, float] | None:
+    """How far a crew's losses and weights are from a host's on one rank, in float64."""
     how = {"name": "sgd", "lr": 0.1, **more.pop("optimizer", {})}
-    facts = {"cut": cut, "micro_batches": micro_batches, "optimizer": how, "checkpoint_every": 100, **more}
-    task = Task.model_validate(facts, strict=False)
-    found = trained(model, batch, task, batches, mesh=Mesh(dp, pp, tp))
+    told = {"cut": cut, "micro_batches": micro_batches, "optimizer": how, "checkpoint_every": 100, **more}
+    facts = json.dumps(told, sort_keys=True)
+    model = setting(name, steps, facts)[0]
+    found = trained(*setting(name, steps, facts), mesh=Mesh(dp, pp, tp))
     if found is None:
         return None
-    expected = trained(model, batch, task, batches, mesh=None)
-    assert expected is not None
+    expected = alone(name, steps, facts)
     buffers = {n for n, _ in model.named_buffers()}
     assert found[1].keys() - buffers == expected[1].keys() - buffers
     return {

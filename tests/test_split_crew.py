@@ -62,7 +62,7 @@ def results(request: pytest.FixtureRequest) -> Callable[[Call], list[Any]]:
     [
         differences("calm", CUTS["calm"], 2),
         differences("steady", CUTS["calm"], 2, 2, 1, 1, micro_batches=4),
-        differences("steady", CUTS["calm"], 2, 1, 1, 2),
+        differences("steady", CUTS["calm"], 2, 1, 1, 2, micro_batches=4),
         *(
             pytest.param(each, marks=pytest.mark.slow)
             for each in (
