@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,17 @@ from merak_like.split.host import Host
 from merak_like.split.messages import OptimizerText, Task
 from merak_like.split.order import stage_rank
 from merak_like.split.wire import Kind
+from tests import split_groups as groups
 from tests import split_models
 from tests.split_proxy import Proxy
 
 
 @contextmanager
-def served(source: Source, cut: str, folder: Path) -> Iterator[Host | None]:
+def served(source: Source, cut: str, folder: Path, mesh: Mesh | None = None) -> Iterator[Host | None]:
     """A host on all ranks: on rank 0 the host, elsewhere None when it is over."""
-    world = join(Mesh(pp=world_size()), timeout=60, device="cpu")
-    crew = Crew(world, stage_rank("host", Cut.parse(cut), world.size))
+    mesh = mesh or Mesh(pp=world_size())
+    world = join(mesh, timeout=60, device="cpu")
+    crew = Crew(world, stage_rank("host", Cut.parse(cut), mesh.pp), mesh)
     if world.rank:
         Helper(source, crew, world.device).run()
         yield None
@@ -42,13 +46,14 @@ def served(source: Source, cut: str, folder: Path) -> Iterator[Host | None]:
 
 
 def trained(
-    model: nn.Module, batch: Any, task: Task, batches: list[Any], *, crew: bool, proxy: Proxy | None = None
+    model: nn.Module, batch: Any, task: Task, batches: list[Any], *, mesh: Mesh | None, proxy: Proxy | None = None
 ) -> tuple[list[float], dict[str, Tensor]] | None:  # fmt: skip
-    """Losses, and the weights of both halves as their checkpoints have them."""
+    """Losses, and the weights of both halves as their checkpoints have them. Without a mesh on this rank alone."""
     source = Source(lambda: copy.deepcopy(model))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        kept = served(source, task.cut, folder) if crew else Host(source, task.cut, listen="127.0.0.1:0", folder=folder)
+        alone = partial(Host, source, task.cut, listen="127.0.0.1:0", folder=folder)
+        kept = alone() if mesh is None else served(source, task.cut, folder, mesh)
         with kept as host:
             if host is None:
                 return None
@@ -79,45 +84,91 @@ def _trace(edge: Edge, batches: list[Any]) -> None:
             edge.training.made.programs.at(part)
 
 
-def differences(
-    name: str, cut: str, steps: int, micro_batches: int = 3, dp: int = 1, pp: int = 2, **more: Any
-) -> dict[str, float] | None:
-    """How far a crew's losses and weights are from a host's on one rank, in float64."""
+@cache
+def setting(name: str, steps: int, facts: str) -> tuple[nn.Module, Any, Task, list[Any]]:
+    """A model in float64, an example, a task (as JSON) and its batches."""
     model, batch = getattr(split_models, name)()
-    model.double()
-    if name in ("bert", "gpt2"):
+    if name in ("bert", "gpt2", "llama"):
         batches = [split_models.text_batch(s, classes=name == "bert") for s in range(steps)]
     else:
         batches = [{k: v[:6] for k, v in split_models.tiny_batch(s).items()} for s in range(steps)]
         batch = batches[0]
-    how = OptimizerText(**more.pop("optimizer", {"name": "sgd", "lr": 0.1}))
-    task = Task(cut=cut, micro_batches=micro_batches, optimizer=how, checkpoint_every=100, **more)
-    found = trained(model, batch, task, batches, crew=True)
+    return model.double(), batch, Task.model_validate_json(facts), batches
+
+
+@cache
+def alone(name: str, steps: int, facts: str) -> tuple[list[float], dict[str, Tensor]]:
+    """What a host on one rank computes; several meshes are compared with it."""
+    found = trained(*setting(name, steps, facts), mesh=None)
+    assert found is not None
+    return found
+
+
+def differences(
+    name: str, cut: str, steps: int, micro_batches: int = 3, dp: int = 1, pp: int = 2, tp: int = 1, **more: Any
+) -> dict[str, float] | None:
+    """How far a crew's losses and weights are from a host's on one rank, in float64."""
+    how = {"name": "sgd", "lr": 0.1, **more.pop("optimizer", {})}
+    told = {"cut": cut, "micro_batches": micro_batches, "optimizer": how, "checkpoint_every": 100, **more}
+    facts = json.dumps(told, sort_keys=True)
+    model = setting(name, steps, facts)[0]
+    found = trained(*setting(name, steps, facts), mesh=Mesh(dp, pp, tp))
     if found is None:
         return None
-    expected = trained(model, batch, task, batches, crew=False)
-    assert expected is not None
-    assert found[1].keys() == expected[1].keys()
+    expected = alone(name, steps, facts)
+    buffers = {n for n, _ in model.named_buffers()}
+    assert found[1].keys() - buffers == expected[1].keys() - buffers
     return {
         "losses": max(abs(a - b) for a, b in zip(found[0], expected[0], strict=True)),
-        "weights": max(float((found[1][n] - t).abs().max()) for n, t in expected[1].items() if t.numel()),
+        "weights": max(
+            float((found[1][n] - t).abs().max()) for n, t in expected[1].items() if n in found[1] and t.numel()
+        ),
         "moved": max(float((found[1][n] - t).abs().max()) for n, t in model.state_dict().items() if n in found[1]),
     }
 
 
-def cut_off(kinds: list[int], steps: int = 3, dp: int = 1, pp: int = 2) -> dict[str, bool] | None:
+def ward(mode: str, dp: int = 1, pp: int = 2, tp: int = 1, **more: Any) -> float | None:
+    """How far a group's shared weights on all ranks are from one process, over two lives of the host, in float64."""
+    mesh, cut = Mesh(dp, pp, tp), Cut.parse(groups.CUT)
+    group = groups.text(mode, "ann", "bob", **more)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for steps in (2, 4):
+            world = join(mesh, timeout=60, device="cpu")
+            crew = Crew(world, stage_rank("host", cut, pp), mesh)
+            if world.rank:
+                Helper(Source(groups.model), crew, world.device).run()
+                continue
+            certificates = folder / "keys" if steps == 4 else groups.made_keys(folder / "keys")
+            with groups.Ward(folder, certificates, group, crew=crew) as it:
+                for member in group.members:
+                    it.edge(member)
+                it.train(ann=steps, bob=steps)
+        if not (folder / "host").exists():
+            return None
+        kept = folder / "host/groups/ward"
+        found = checkpoint.of("weights/", checkpoint.load(kept, checkpoint.whole(kept)[-1]).tensors)
+        _, expected = groups.alone(group, 4 if mode == "parallel" else 8)
+        assert found.keys() == {
+            n for n in expected if n.startswith(groups.MIDDLE) and n in dict(groups.model().named_parameters())
+        }
+        return max(float((found[n] - expected[n]).abs().max()) for n in found)
+
+
+def cut_off(kinds: list[int], steps: int = 3, dp: int = 1, pp: int = 2, tp: int = 1) -> dict[str, bool] | None:
     """The connection breaks at a frame of each kind: whether all is as where nothing broke, to the last bit."""
     model, batch = split_models.calm()
+    mesh = Mesh(dp, pp, tp)
     batches = [split_models.tiny_batch(s % 2) for s in range(steps)]
     task = Task(
         cut="layers.0:layers.3", codec="aqsgd(4)|int8", micro_batches=4, window=2, checkpoint_every=100, seed=3,
         optimizer=OptimizerText(lr=0.01),
     )  # fmt: skip
-    whole = trained(model, batch, task, batches, crew=True)
+    whole = trained(model, batch, task, batches, mesh=mesh)
     same: dict[str, bool] = {}
     for kind in kinds:
         proxy = Proxy(0, (Kind(kind), 1 if kind < 16 else 5))
-        found = trained(model, batch, task, batches, crew=True, proxy=proxy)
+        found = trained(model, batch, task, batches, mesh=mesh, proxy=proxy)
         proxy.close()
         if whole is not None and found is not None:
             same[Kind(kind).name] = (
@@ -126,7 +177,7 @@ def cut_off(kinds: list[int], steps: int = 3, dp: int = 1, pp: int = 2) -> dict[
     return same if whole is not None else None
 
 
-def gone_on(dp: int = 1, pp: int = 2) -> tuple[list[float], list[float]] | None:
+def gone_on(dp: int = 1, pp: int = 2, tp: int = 1) -> tuple[list[float], list[float]] | None:
     """Losses of a host that ended in the middle, and of one that did not, under a codec that remembers."""
     model, batch = split_models.calm()
     source, found = Source(lambda: copy.deepcopy(model)), list[list[float]]()
@@ -139,7 +190,7 @@ def gone_on(dp: int = 1, pp: int = 2) -> tuple[list[float], list[float]] | None:
         losses: list[float] = []
         with tempfile.TemporaryDirectory() as name:
             for life in lives:
-                with served(source, task.cut, Path(name)) as host:
+                with served(source, task.cut, Path(name), Mesh(dp, pp, tp)) as host:
                     if host is None:
                         continue
                     kept = {"folder": Path(name) / "edge", "patience": 30}

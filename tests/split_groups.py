@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from merak_like.runtime.batches import split
 from merak_like.split import checkpoint, keys
 from merak_like.split.connection import Waits
+from merak_like.split.crew import Crew
 from merak_like.split.edge import Edge
 from merak_like.split.groups import GroupText, Place, after, chosen, expected
 from merak_like.split.half import Source
@@ -87,7 +88,9 @@ class Ward:
         port: int = 0,
         even: bool = False,
         dtype: torch.dtype = torch.float64,
+        crew: Crew | None = None,
     ) -> None:
+        self.crew = crew
         self.folder, self.certificates, self.group, self.even = folder, certificates, group, even
         whole = model().to(torch.float32 if port else dtype)
         self.source = Source(lambda: copy.deepcopy(whole))
@@ -100,7 +103,7 @@ class Ward:
         """A host, at the port of the one before if there was one."""
         self.host = Host(
             self.source, CUT, listen=f"127.0.0.1:{self.port}", folder=self.folder / "host",
-            keys=Keys(self.certificates, "host"), groups={"ward": self.group},
+            keys=Keys(self.certificates, "host"), groups={"ward": self.group}, crew=self.crew,
             limits=Limits(waits=Waits(hello=20, idle=30, step=60, drain=20)),
         ).start()  # fmt: skip
         self.port = self.host.port

@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -140,21 +140,53 @@ def arm(fault: str, at: int) -> None:
 
 def host(say: Callable[[dict[str, Any]], None], folder: str, port: int = 0, fault: str = "", at: int = 0,
          model: str = "tests.split_models:tiny", cut: str = "layers.0:layers.3", keys: str = "",
-         groups: Mapping[str, Any] | None = None, scheme: str = "") -> None:  # fmt: skip
-    """A host on loopback; says its port; ends on SIGTERM."""
+         groups: Mapping[str, Any] | None = None, scheme: str = "", mesh: Sequence[int] = (), rank: int = 0,
+         master: int = 0) -> None:  # fmt: skip
+    """A host on loopback; says its port; ends on SIGTERM. With a mesh (dp, pp, tp) one rank of it."""
     from merak_like.split.groups import group_of
     from merak_like.split.half import Source
     from merak_like.split.host import Host
     from merak_like.split.tls import Keys
 
     arm(fault, at)
+    source, crew = Source(lambda: made(model)), None
+    if mesh:
+        crew = joined(cut, mesh, rank, master, (lambda: say({})) if rank else None)
+        if rank:
+            return _help(source, crew)
     served = Host(
-        Source(lambda: made(model)), cut, listen=f"{scheme}127.0.0.1:{port}", folder=folder,
+        source, cut, crew=crew, listen=f"{scheme}127.0.0.1:{port}", folder=folder,
         keys=Keys(Path(keys), "host") if keys else None,
         groups={name: group_of(entry, name) for name, entry in (groups or {}).items()},
     )  # fmt: skip
     signal.signal(signal.SIGTERM, lambda *_: served.drain())
     served.run(lambda it: say({"port": it.port}))
+
+
+def joined(cut: str, mesh: Sequence[int], rank: int, master: int, here: Callable[[], None] | None) -> Any:
+    """The crew of a host as torchrun would start it; ``here`` is called before the other ranks are waited for."""
+    from merak_like.partitioner.mesh import Mesh
+    from merak_like.runtime.initialize import join
+    from merak_like.split.crew import Crew
+    from merak_like.split.cut import Cut
+    from merak_like.split.order import stage_rank
+
+    degrees = Mesh(*mesh)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(degrees.size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(master)
+    )  # fmt: skip
+    if here is not None:
+        here()
+    world = join(degrees, timeout=40, device="cpu")
+    return Crew(world, stage_rank("host", Cut.parse(cut), degrees.pp), degrees)
+
+
+def _help(source: Any, crew: Any) -> None:
+    import torch
+
+    from merak_like.split.helper import Helper
+
+    Helper(source, crew, torch.device("cpu")).run()
 
 
 def blocks(say: Callable[[dict[str, Any]], None], folder: str, first: int, stop: int, fault: str = "", at: int = 0,

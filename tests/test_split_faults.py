@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from merak_like.split import checkpoint
+from tests.ranks import free_port
 from tests.split_process import Nursery
 
 STEPS, EVERY, AT = 6, 2, 3
@@ -48,7 +50,8 @@ def undisturbed(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> t
 
 
 def train(nursery: Nursery, folder: Path, ports: list[int], **more: Any) -> int:
-    return nursery.start("edge", folder=str(folder / "edge"), ports=ports, steps=STEPS, task=TASK, **more)["pid"]
+    told = {"folder": str(folder / "edge"), "ports": ports, "steps": STEPS, "task": TASK, **more}
+    return nursery.start("edge", **told)["pid"]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -117,3 +120,61 @@ def test_edge_killed_and_back(
     assert same(weights(tmp_path), undisturbed[0])
     os.kill(host["pid"], signal.SIGTERM)
     assert nursery.wait(host["pid"])["status"] == 0
+
+
+DEALT = {**TASK, "micro_batches": 4}
+"""Two for each of two replicas."""
+
+
+def on_ranks(nursery: Nursery, folder: Path, mesh: Sequence[int], **more: Any) -> tuple[list[int], int]:
+    """A host on several ranks, started as torchrun's agent would; its processes, and the port it listens on."""
+    faults = more.pop("faults", {})
+    shared = {"folder": str(folder / "host"), "mesh": list(mesh), "master": free_port(), **more}
+    pids, port = dict[int, int](), 0
+    for rank in reversed(range(prod(mesh))):  # the first one says its port when all are there
+        told = nursery.start("host", rank=rank, **shared, **faults.get(rank, {}))
+        pids[rank], port = told["pid"], told.get("port", 0)
+    return [pids[rank] for rank in range(prod(mesh))], port
+
+
+@pytest.fixture(scope="module")
+def undisturbed_on(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Weights and losses of a run on a mesh that nothing disturbed."""
+    known: dict[tuple[int, ...], Any] = {}
+
+    def found(mesh: tuple[int, ...]) -> Any:
+        if mesh not in known:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            pids, port = on_ranks(nursery, folder, mesh)
+            told = nursery.wait(train(nursery, folder, [port], task=DEALT))
+            assert told["status"] == 0, told
+            os.kill(pids[0], signal.SIGTERM)
+            assert [nursery.wait(pid)["status"] for pid in pids] == [0] * len(pids)
+            known[mesh] = weights(folder), told["losses"]
+        return known[mesh]
+
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(("rank", "place"), [(0, "up backward"), (0, "stepped"), (0, "saved"), (1, "stepped")])
+@pytest.mark.parametrize("mesh", [(2, 1, 1), (1, 1, 2)], ids=["dp", "tp"])
+def test_a_rank_killed(
+    mesh: tuple[int, ...], rank: int, place: str, nursery: Nursery, undisturbed_on: Any, tmp_path: Path
+):
+    """Of replicas or of tensor-parallel ranks: all are started again, and go on from a checkpoint of whole tensors."""
+    pids, port = on_ranks(nursery, tmp_path, mesh, faults={rank: {"fault": place, "at": AT}})
+    edge = train(nursery, tmp_path, [port], task=DEALT)
+    assert nursery.wait(pids.pop(rank))["status"] == -signal.SIGKILL
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        nursery.wait(pid)
+    again, _ = on_ranks(nursery, tmp_path, mesh, port=port)
+    told = nursery.wait(edge)
+    assert told["status"] == 0, told
+    calm = undisturbed_on(mesh)
+    assert told["losses"] == calm[1]
+    assert same(weights(tmp_path), calm[0])
+    os.kill(again[0], signal.SIGTERM)
+    assert [nursery.wait(pid)["status"] for pid in again] == [0] * len(again)

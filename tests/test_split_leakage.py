@@ -53,7 +53,7 @@ def test_the_gradients_of_a_short_tail_tell_the_labels():
     """A head of one layer sends W'(p - y): a classifier finds y. The most frequent label is no such find."""
     found = leakage(SOURCE, Task(cut="layers.0:head"), BATCHES, steps=150)
     assert found.labels is not None
-    assert found.labels > 0.9
-    assert found.labels_majority < 0.6
+    assert found.labels.found > 0.9
+    assert found.labels.majority < 0.6
     assert "of the labels are found" in str(found)
     assert leakage(SOURCE, Task(cut="layers.0"), BATCHES[:4], steps=1).labels is None  # the host is given them anyway

@@ -159,7 +159,7 @@ def test_each_session_has_the_numbers_it_has_alone(together: int, kind: type[Dee
         for who, edge in enumerate(edges):
             edge.evaluate(batch_of(who, 0))
         before = [of_adapters(held(host, edge)) for edge in edges]
-        trunk = {name: p.clone() for name, p in (host.registry.trunk or {}).items()}
+        trunk = {name: p.clone() for name, p in (host.registry.trunk.weights or {}).items()}
         made(3, lora=None).evaluate(batch_of(3, 0))  # a half of one's own: weights, gradients and moments
         weights, promised = sum(p.nbytes for p in trunk.values()), list(host.registry.ledger._held.values())
         assert promised[0] == weights
@@ -177,8 +177,8 @@ def test_each_session_has_the_numbers_it_has_alone(together: int, kind: type[Dee
             assert torch.equal(halves[0][name], before_all)  # frozen
             assert len({half[name].data_ptr() for half in halves}) == 1  # and there once
         if together > 1:
-            assert host.registry.pool is not None
-            assert (max(host.registry.pool.sizes) > 1) == (kind is Deep)
+            assert host.registry.trunk.pool is not None
+            assert (max(host.registry.trunk.pool.sizes) > 1) == (kind is Deep)
 
 
 @pytest.mark.slow
@@ -247,8 +247,8 @@ def test_models_of_transformers_are_adapted(name: str, cut: str, targets: tuple[
             assert adapted(held(host, edges[0]))
             found.append([losses, [of_adapters(held(host, edge)) for edge in edges]])
             if together > 1:
-                assert host.registry.pool is not None
-                assert max(host.registry.pool.sizes) == 2
+                assert host.registry.trunk.pool is not None
+                assert max(host.registry.trunk.pool.sizes) == 2
             for edge in edges:
                 edge.close()
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-10)

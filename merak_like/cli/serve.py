@@ -42,12 +42,15 @@ def run(
         int, typer.Option("--together", help="Most sessions with adapters that go through the trunk in one pass.")
     ] = 1,
     rate: Annotated[float, typer.Option("--rate", help="Bytes a second taken from one connection; 0: any.")] = 0.0,
+    dp: Annotated[int, typer.Option("--dp", help="Replicas of the half, under torchrun.")] = 1,
+    tp: Annotated[int, typer.Option("--tp", help="Ranks that have parts of each weight, under torchrun.")] = 1,
     device: Annotated[str, typer.Option("--device")] = "cpu",
 ) -> None:
     """Listen for edges and train the cloud's half of each one's session. SIGTERM ends steps and saves sessions.
 
-    Under torchrun the half is a pipeline over all ranks; the first one listens. With --generate, listen for `merak
-    generate` instead and run these blocks of a causal language model; --memory is then for keys and values.
+    Under torchrun the half is on all ranks, of which the first listens: --dp x --tp, and a pipeline of what is left.
+    With --generate, listen for `merak generate` instead and run these blocks of a causal language model; --memory is
+    then for keys and values.
     """
     if bool(cut) == bool(generate):
         raise ValueError("give either --cut, to train with edges, or --generate, to run blocks for those that generate")
@@ -81,13 +84,16 @@ def run(
         from merak_like.cli.generate import span
         from merak_like.split.blocks.serving import BlockHost
 
-        if ranks > 1:
-            raise ValueError(f"--generate runs on one rank, not {ranks}: start a host for some blocks on each")
+        if ranks > 1 or dp * tp > 1:
+            raise ValueError(
+                f"--generate runs on one rank, not {max(ranks, dp * tp)}: start a host for some blocks on each"
+            )
         _until_drained(BlockHost(source, *span(generate, "--generate"), device=device, **common))
         typer.echo("drained")
         return
-    world = join(Mesh(pp=ranks), timeout=2 * waits.step + 120, device=None if device == "cuda" else device)
-    crew = Crew(world, stage_rank("host", Cut.parse(cut), ranks))
+    mesh = Mesh(dp, max(1, ranks // max(1, dp * tp)), tp)
+    world = join(mesh, timeout=2 * waits.step + 120, device=None if device == "cuda" else device)
+    crew = Crew(world, stage_rank("host", Cut.parse(cut), mesh.pp), mesh)
     if world.rank:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # the first rank says when it is over

@@ -6,7 +6,7 @@ plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -45,8 +45,9 @@ class Engine(Lasting, Speaking):
         programs: Programs, links: Links, reducer: Gradients, update: Update,
         world: World, groups: Groups, watch: Watch, prepare: Callable[[Any], Any], loss_weight: LossWeight, seed: int,
         save: Callable[[nn.Module, Path, Mapping[str, Tensor]], None], shards: Shards = WHOLE,
-        count: Count | None = None,
+        count: Count | None = None, mine: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
+        """``mine`` are the step's micro-batches that this replica runs; None: those after the replicas' before it."""
         contents = Contents(model, plan, groups, update, seed, frozenset(parameters), shards)
         super().__init__(Checkpoints(contents, world, watch), watch, count)
         self.plan, self.model, self.optimizer = plan, model, update.optimizer
@@ -55,6 +56,7 @@ class Engine(Lasting, Speaking):
         self._programs, self._links, self._reducer = programs, links, reducer
         self._prepare, self._loss_weight, self._seed = prepare, loss_weight, seed
         self._save, self._shards = save, shards
+        self._mine = mine or range(*(plan.micro_batches * (groups.coord.dp + i) for i in (0, 1)))
         self._orders = Orders(plan, groups.coord.pp)
         self._work = self._orders.at(programs.edges(), training=True)
         self._do: Mapping[Kind, Callable[[Action], object]] = {
@@ -106,10 +108,8 @@ class Engine(Lasting, Speaking):
 
     def _run(self, batch: Any, batch_is_global: bool, *, training: bool) -> int:
         """Run every action of this rank's order; how many items the loss is the mean of."""
-        replicas, count = self.plan.mesh.dp, self.plan.micro_batches
-        parts, weights = weighed(batch, count * (replicas if batch_is_global else 1), self._prepare, self._loss_weight)
-        first = self.groups.coord.dp * count
-        own = slice(first, first + count) if batch_is_global else slice(None)
+        own, replicas = (self._mine, self.plan.mesh.dp) if batch_is_global else (range(self.plan.micro_batches), 1)
+        parts, weights = weighed(batch, len(own) * replicas, self._prepare, self._loss_weight)
         counts = {"items": sum(weights), "empty": float(not any(weights))}
         if not batch_is_global:
             alone = self.groups.coord.pp == self.groups.coord.tp == 0
@@ -119,9 +119,10 @@ class Engine(Lasting, Speaking):
                 f"{'the batch has' if batch_is_global else 'a replica has'} no item to learn from (every label is "
                 "ignored), so its mean loss is not a number: leave such samples out, or put them beside others"
             )
-        self._batches = (filled(parts, weights) if training or self.model.training else parts)[own]
+        whole = filled(parts, weights) if training or self.model.training else parts
+        self._batches = [whole[i] for i in own]
         total = int(counts["items"])
-        self._shares = [weight / total for weight in weights[own]]
+        self._shares = [weights[i] / total for i in own]
         self._running = [self._programs.at(part) for part in self._batches]
         self._losses.clear()
         self._work = self._orders.at(self._edges(), training=training)
@@ -216,7 +217,7 @@ class Engine(Lasting, Speaking):
     @torch.no_grad()
     def _first_bad(self, batch: Any, batch_is_global: bool) -> str:
         """Run the forward of the step again, and say where the first number came up that is not finite."""
-        witness = Witness(self.model, self.groups.coord.dp * self.plan.micro_batches, self._batches)
+        witness = Witness(self.model, self._mine, self._batches)
         before = self._do
         with witness.watching() as noting:
             self._do = {**before, Kind.F: noting(before[Kind.F])}
@@ -243,8 +244,7 @@ class Engine(Lasting, Speaking):
 
     def _enter_stream(self, action: Action, received: dict[str, Tensor]) -> None:
         if action.stage == 0:
-            first = self.groups.coord.dp * self.plan.micro_batches
-            rng.start(self._seed, self.steps, first + action.micro_batch)
+            rng.start(self._seed, self.steps, self._mine[action.micro_batch])
         else:
             rng.resume(received.pop(rng.RNG), self.world.device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,9 +92,9 @@ class Guard:
 class Witness:
     """Watches a forward for the first number that is not finite, micro-batch by micro-batch."""
 
-    def __init__(self, model: nn.Module, first: int, batches: Iterable[Any]) -> None:
-        """``first`` is the number of this replica's first micro-batch among all replicas'."""
-        self.model, self.first, self.batches = model, first, list(batches)
+    def __init__(self, model: nn.Module, numbers: Sequence[int], batches: Iterable[Any]) -> None:
+        """``numbers`` are those of this replica's micro-batches among all replicas'."""
+        self.model, self.numbers, self.batches = model, numbers, list(batches)
         self._now: Action | None = None
         self.seen: dict[int, tuple[int, str]] = {}
         """Micro-batch to stage and what it was."""
@@ -137,7 +137,7 @@ class Witness:
 
     def _note(self, what: str) -> None:
         if self._now is not None:
-            self.seen.setdefault(self.first + self._now.micro_batch, (self._now.stage, what))
+            self.seen.setdefault(self.numbers[self._now.micro_batch], (self._now.stage, what))
 
 
 def _bad(values: Any) -> bool:

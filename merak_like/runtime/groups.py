@@ -116,9 +116,10 @@ def spanned(tp: int, spans: Iterable[Span]) -> frozenset[int]:
     return frozenset(found)
 
 
-def files_group(world: World) -> Group:
-    """All ranks once more, on the CPU: what they tell each other about files never gets between the training's tensors.
+def files_group(world: World, ranks: Collection[int] | None = None) -> Group:
+    """All ranks once more, or some, on the CPU: what they tell each other never gets between the training's tensors.
 
-    The caller gives it back.
+    Every rank of the world calls it; one that is not in the group gets None. The caller gives it back.
     """
-    return dist.new_group(timeout=world.timeout, backend="gloo")
+    found = dist.new_group(ranks and sorted(ranks), timeout=world.timeout, backend="gloo")
+    return found if ranks is None or world.rank in ranks else None

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from merak_like.split import checkpoint
 from merak_like.split.checkpoint import State
+from merak_like.split.crew import Crew
 from merak_like.split.groups import GroupText
 from merak_like.split.half import Made
 from merak_like.split.layers import weighted
+from merak_like.split.sharded import fitting, part, whole
 from merak_like.split.training import optimizer_of, rate
 
 
@@ -33,13 +36,15 @@ class Part:
     buffers: Mapping[str, Tensor]
     items: int
     """That its loss is the mean of, as far as the host can count them."""
+    session: str
 
 
 class Common:
     """Shared weights and their optimizer."""
 
-    def __init__(self, made: Made, text: GroupText) -> None:
-        """They are those of a half that was built."""
+    def __init__(self, made: Made, text: GroupText, crew: Crew) -> None:
+        """They are those of a half that was built, on each rank its part."""
+        self._crew, self._shards, self._fixed = crew, made.shards, {f"buffers/{name}" for name in made.fixed}
         own = set(made.own)
         named = dict(made.model.named_parameters())
         self.text = text
@@ -68,27 +73,34 @@ class Common:
                 own.copy_(torch.stack(each).amax(0) if own.dtype != torch.bool else each[0])
 
     def state(self) -> State:
-        """Everything of it that training changes."""
+        """Everything of it that training changes; on rank 0, and every rank is asked."""
         optimizer = checkpoint.optimizer_state(self.optimizer, self.trained)
         tensors = {
             **checkpoint.under("weights/", {name: self.weights[name].detach() for name in self.trained}),
             **checkpoint.under("buffers/", self.buffers), **checkpoint.under("optimizer/", optimizer.tensors),
         }  # fmt: skip
-        return State(tensors, {"optimizer": dict(optimizer.facts)})
+        mine = State(tensors, {"optimizer": dict(optimizer.facts)})
+        return self._crew.gather(mine, partial(whole, self._shards))
+
+    def restore(self, state: State | None) -> None:
+        """Go back, or on, to a state that rank 0 has; every rank is told.
+
+        Raises ValueError, before anything is changed, where it is of another model.
+        """
+        shared = self._crew.share(state)
+        self._crew.each(partial(self._restore, shared))
 
     @torch.no_grad()
-    def restore(self, state: State) -> None:
-        """Go back, or on, to a state. Raises ValueError, before anything is changed, where it is of another model."""
+    def _restore(self, shared: State) -> None:
+        cut = {name: part(self._shards, name, tensor) for name, tensor in shared.tensors.items()}
+        state = State(cut, shared.facts)
         mine = {
             **checkpoint.under("weights/", {name: self.weights[name] for name in self.trained}),
             **checkpoint.under("buffers/", self.buffers),
         }
         theirs = {n: t for n, t in state.tensors.items() if n.startswith(("weights/", "buffers/"))}
-        if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in theirs.items()}:
-            odd = sorted(set(mine) ^ set(theirs))[:3] or "shapes"
-            raise ValueError(f"the group's checkpoint is of another model or cut: {odd} differ")
-        for name, tensor in mine.items():
-            tensor.copy_(theirs[name])
+        for name in fitting(mine, theirs, self._fixed, alone=self._crew.world.alone):
+            mine[name].copy_(theirs[name])
         optimizer = State(checkpoint.of("optimizer/", state.tensors), state.facts["optimizer"])
         if "groups" in optimizer.facts:
             checkpoint.load_optimizer(self.optimizer, self.trained, optimizer)

@@ -7,21 +7,23 @@ collectives; a sign of life goes out while there is nothing to do.
 from __future__ import annotations
 
 import json
-import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from merak_like.runtime.groups import Groups, files_group, make_groups
+from merak_like.partitioner.mesh import Coord, Mesh
+from merak_like.runtime.groups import Group, Groups, Span, Sum, files_group, make_groups
 from merak_like.runtime.initialize import World
 from merak_like.runtime.watch import PeerError, Watch
 from merak_like.split.checkpoint import State
+from merak_like.split.spoken import blank, give, given, heard, named, raw, say, typed
 
+T = TypeVar("T")
 IDLE = 15.0
 """Seconds after which a crew without an order gets a sign of life."""
 WORD = 500
@@ -34,26 +36,43 @@ class Void(RuntimeError):
 class Crew:
     """All ranks of a host; each has one. Alone, every method does at once what it is about."""
 
-    def __init__(self, world: World, stage_rank: tuple[int, ...] = (0,)) -> None:
-        """``stage_rank`` is the rank that runs each stage of the cloud's half. Every rank makes its own at once."""
-        from merak_like.partitioner.mesh import Coord, Mesh
-
-        self.world = world
+    def __init__(self, world: World, stage_rank: tuple[int, ...] = (0,), mesh: Mesh | None = None) -> None:
+        """``stage_rank`` is the pipeline rank that runs each stage of the cloud's half, ``mesh`` how the ranks stand: a
+        pipeline, unless told. Every rank makes its own at once."""
+        self.world, self.mesh = world, mesh or Mesh(pp=world.size)
+        self.coord, self.stage_rank = self.mesh.coord(world.rank), stage_rank
         self.broken: BaseException | None = None
         """What the ranks fell out of step with: then nothing more can be done together."""
-        mesh = Mesh(pp=world.size)
-        if world.alone:
-            self.groups = Groups(mesh, Coord(0, 0, 0), stage_rank)
-            return
-        self.watch = Watch(world.rank, world.timeout, world.pulse)
-        self.groups = make_groups(mesh, world, stage_rank, (), ())
-        self._group = files_group(world)
-        self._lock = threading.RLock()
         self.agreed: BaseException | None = None
         """The error that all ranks raised last, each its own."""
+        self._known: dict[tuple[tuple[Sum, ...], tuple[Span, ...]], Groups] = {}
+        self.peers: Group = None
+        """The tensor-parallel ranks of this replica's first part, where this is one of several."""
+        self.desks: dict[int, Group] = {}
+        """By replica, the first one apart: its first rank, and the rank that talks to the edges."""
+        if world.alone:
+            return
+        self.watch = Watch(world.rank, world.timeout, world.pulse)
+        self._group = files_group(world)
+        for dp in range(self.mesh.dp):
+            doors = [self.mesh.rank(Coord(dp, 0, tp)) for tp in range(self.mesh.tp)]
+            if dp and (found := files_group(world, [0, doors[0]])) is not None:
+                self.desks[dp] = found
+            if len(doors) > 1 and (found := files_group(world, doors)) is not None:
+                self.peers = found
+        self._lock = threading.RLock()
         self._stopped = threading.Event()
         if world.rank == 0:
             threading.Thread(target=self._live, name="merak-crew", daemon=True).start()
+
+    def groups(self, sums: Collection[Sum], spans: Collection[Span]) -> Groups:
+        """Those of the mesh that sum and talk so, made once; every rank asks for the same."""
+        key = tuple(sorted(set(sums))), tuple(sorted(set(spans)))
+        if key not in self._known:
+            alone = Groups(self.mesh, self.coord, self.stage_rank)
+            made = alone if self.world.alone else make_groups(self.mesh, self.world, self.stage_rank, *key)
+            self._known[key] = made
+        return self._known[key]
 
     # --- orders -----------------------------------------------------------------------------------------------------
 
@@ -75,8 +94,10 @@ class Crew:
                 raise
 
     def hear(self) -> dict[str, Any]:
-        """The next order. Raises PeerError where rank 0 is gone."""
-        return json.loads(self._receive(0))
+        """What rank 0 tells all next: an order. Raises PeerError where it is gone."""
+        self._spread(size := torch.zeros(1, dtype=torch.int64))
+        self._spread(body := torch.empty(int(size), dtype=torch.uint8))
+        return json.loads(body.numpy().tobytes())
 
     def agree(self, error: Exception | None) -> None:
         """Raise an error on every rank where any rank has one: here its own, else what the others said."""
@@ -97,6 +118,22 @@ class Crew:
         self.agreed = error if error is not None else Void(others)
         raise self.agreed
 
+    def each(self, make: Callable[[], T]) -> T:
+        """What every rank makes for itself. Where one cannot, none has, and all raise."""
+        made: list[T] = []
+        failed: Exception | None = None
+        try:
+            made.append(make())
+        except Exception as error:
+            failed = error
+        self.agree(failed)
+        return made[0]
+
+    def add_up(self, tensor: Tensor, groups: Groups) -> None:
+        """Sum a tensor over the replicas, in place."""
+        with self.watch.waiting("the sum of a buffer over the replicas"):
+            dist.all_reduce(tensor, group=groups.sums[(), ()])
+
     def close(self) -> None:
         """Let the others go home, and give the groups back."""
         if self.world.alone or self._stopped.is_set():
@@ -107,8 +144,11 @@ class Crew:
                 pass
         self.watch.close()
         if self.broken is None:
-            dist.destroy_process_group(self._group)
-            self.groups.close()
+            for group in (self._group, *self.desks.values(), self.peers):
+                if group is not None:
+                    dist.destroy_process_group(group)
+            for groups in self._known.values():
+                groups.close()
 
     def _live(self) -> None:
         while not self._stopped.wait(min(IDLE, self.world.timeout.total_seconds() / 4)):
@@ -125,27 +165,33 @@ class Crew:
 
     # --- states -----------------------------------------------------------------------------------------------------
 
-    def gather(self, mine: State) -> State:
-        """On rank 0 everybody's tensors and facts in one; elsewhere an empty one."""
+    def gather(self, mine: State, whole: Callable[[str, Sequence[Tensor]], Tensor]) -> State:
+        """On rank 0 the tensors and facts of the first replica in one; elsewhere an empty one.
+
+        ``whole`` puts together what tensor-parallel ranks have under one name.
+        """
         if self.world.alone:
             return mine
+        if self.coord.dp:
+            return State({}, {})
         if self.world.rank:
-            head = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in mine.tensors.items()]
-            self._send({"tensors": head, "facts": dict(mine.facts)}, to=0)
+            with self.watch.waiting("rank 0 to hear what this rank has"):
+                say({"tensors": _head(mine), "facts": dict(mine.facts)}, 0, self._group)
             for name, tensor in mine.tensors.items():
                 with self.watch.waiting(f"rank 0 to take {name}"):
-                    dist.send(_raw(tensor.detach().cpu()), 0, group=self._group)
+                    give(tensor, 0, self._group)
             return State({}, {})
-        tensors, facts = dict(mine.tensors), dict(mine.facts)
-        for rank in range(1, self.world.size):
-            told = json.loads(self._receive(rank))
+        parts, facts = {name: {0: [tensor]} for name, tensor in mine.tensors.items()}, dict(mine.facts)
+        for rank in range(1, self.mesh.pp * self.mesh.tp):
+            with self.watch.waiting(f"what rank {rank} has"):
+                told = heard(rank, self._group)
             for name, dtype, shape in told["tensors"]:
-                raw = torch.empty(_size(dtype, shape), dtype=torch.uint8)
+                of = parts.setdefault(name, {}).setdefault(self.mesh.coord(rank).pp, [])
                 with self.watch.waiting(f"{name} from rank {rank}"):
-                    dist.recv(raw, rank, group=self._group)
-                tensors.setdefault(name, _typed(raw, dtype, shape))
+                    of.append(given(dtype, shape, rank, self._group))
             facts = _merged(facts, told["facts"])
-        return State(tensors, facts)
+        # what several parts of the half have is the same in each: the first one's counts
+        return State({name: whole(name, next(iter(each.values()))) for name, each in parts.items()}, facts)
 
     def share(self, state: State | None) -> State:
         """What rank 0 has, on every rank."""
@@ -154,60 +200,30 @@ class Crew:
             return state
         if self.world.rank == 0:
             assert state is not None
-            head = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in state.tensors.items()]
-            self._send({"tensors": head, "facts": dict(state.facts)})
+            self._send({"tensors": _head(state), "facts": dict(state.facts)})
             for tensor in state.tensors.values():
-                self._spread(_raw(tensor))
+                self._spread(raw(tensor))
             return state
-        told, tensors = json.loads(self._receive(0)), dict[str, Tensor]()
+        told, tensors = self.hear(), dict[str, Tensor]()
         for name, dtype, shape in told["tensors"]:
-            raw = torch.empty(_size(dtype, shape), dtype=torch.uint8)
-            self._spread(raw)
-            tensors[name] = _typed(raw, dtype, shape)
+            self._spread(found := blank(dtype, shape))
+            tensors[name] = typed(found, dtype, shape)
         return State(tensors, told["facts"])
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 
-    def _send(self, said: Mapping[str, Any], to: int | None = None) -> None:
-        """To one rank, or to all from rank 0."""
+    def _send(self, said: Mapping[str, Any]) -> None:
         body = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
-        size = torch.tensor([body.numel()])
-        for tensor in (size, body):
-            if to is None:
-                self._spread(tensor)
-            else:
-                with self.watch.waiting(f"rank {to} to listen"):
-                    dist.send(tensor, to, group=self._group)
-
-    def _receive(self, source: int) -> bytes:
-        """From one rank; on another than rank 0 what rank 0 says to all."""
-        size = torch.zeros(1, dtype=torch.int64)
-        body = torch.zeros(0, dtype=torch.uint8)
-        for number in range(2):
-            tensor = size if number == 0 else body
-            if self.world.rank:
-                self._spread(tensor)
-            else:
-                with self.watch.waiting(f"what rank {source} has to tell"):
-                    dist.recv(tensor, source, group=self._group)
-            body = torch.empty(int(size), dtype=torch.uint8) if number == 0 else body
-        return body.numpy().tobytes()
+        for tensor in (torch.tensor([body.numel()]), body):
+            self._spread(tensor)
 
     def _spread(self, tensor: Tensor) -> None:
         with self.watch.waiting("an order of rank 0" if self.world.rank else "the other ranks to hear an order"):
             dist.broadcast(tensor, 0, group=self._group)
 
 
-def _raw(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _typed(raw: Tensor, dtype: str, shape: list[int]) -> Tensor:
-    return raw.view(getattr(torch, dtype)).reshape(shape)
-
-
-def _size(dtype: str, shape: list[int]) -> int:
-    return math.prod(shape) * getattr(torch, dtype).itemsize
+def _head(state: State) -> list[tuple[Any, ...]]:
+    return [(name, *named(tensor)) for name, tensor in state.tensors.items()]
 
 
 def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Leaves:
     def backward(self, micro_batch: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Wait for the gradients."""
         back = [spec for spec in self.specs if spec.requires_grad]
-        return self.exchange.take(self.link, "backward", micro_batch, back) if back else {}
+        return self.exchange.take(self.link, "backward", micro_batch, back)
 
     def weight(self, micro_batch: int) -> None:
         """There are no weights."""
@@ -81,11 +81,10 @@ class Arrives:
     def backward(self, micro_batch: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Send the gradients; what had no part in the loss has zeros."""
         back = [spec for spec in self.specs if spec.requires_grad]
-        if back:
-            device = next(iter(gradients.values())).device if gradients else torch.device("cpu")
-            missing = [spec for spec in back if spec.name not in gradients]
-            zeros = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=device) for s in missing}
-            self.exchange.put(self.link, "backward", micro_batch, {**gradients, **zeros}, back)
+        device = next(iter(gradients.values())).device if gradients else torch.device("cpu")
+        missing = [spec for spec in back if spec.name not in gradients]
+        zeros = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=device) for s in missing}
+        self.exchange.put(self.link, "backward", micro_batch, {**gradients, **zeros}, back)
         return {}
 
     def weight(self, micro_batch: int) -> None:

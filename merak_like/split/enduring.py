@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from merak_like.partitioner.schedules.action import Action
+from merak_like.runtime.data_parallel import Gradients
 from merak_like.runtime.links import Links, Spec
+from merak_like.runtime.stage_code import StageCode
+from merak_like.runtime.watch import PeerError
 from merak_like.split.crew import Crew
 from merak_like.split.elsewhere import Shown
 from merak_like.split.exchange import Channel, Exchange, Link, Way
@@ -23,11 +26,14 @@ class Enduring(Exchange):
     """Keeps what went wrong instead of raising it."""
 
     broken: Exception | None = None
-    """What went wrong in this step."""
+    """What went wrong in this step first."""
+    stuck = False
+    """Whether a stage of this rank failed: then they compute no more in this step. Where only the way to the edge
+    broke, they go on, for tensor-parallel ranks that nothing happened to compute along with them."""
 
     def begin(self, channel: Channel, step: int, samples: Sequence[tuple[int, ...]], *, training: bool = True) -> None:
         """As any exchange, with nothing wrong yet."""
-        self.broken = None
+        self.settled()
         super().begin(channel, step, samples, training=training)
 
     def put(self, link: Link, way: Way, micro_batch: int, values: Mapping[str, Tensor], specs: Sequence[Spec]) -> None:
@@ -48,13 +54,22 @@ class Enduring(Exchange):
         grown = [(s, torch.zeros(s.shape, dtype=s.dtype, device=self.device)) for s in specs]
         return {s.name: x.requires_grad_() if s.requires_grad and way == "forward" else x for s, x in grown}
 
+    def settled(self) -> Exception | None:
+        """What went wrong; from now on nothing has."""
+        error, self.broken, self.stuck = self.broken, None, False
+        return error
+
 
 class Sturdy(Shown):
     """A stage that makes zeros once something broke here; its backward then has nothing to give."""
 
-    exchange: Exchange
-    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    """Of all it may make."""
+    def __init__(
+        self, code: StageCode, inputs: Mapping[str, tuple[Any, ...]], device: torch.device, exchange: Exchange,
+        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    ) -> None:  # fmt: skip
+        """``shapes``: of all it may make."""
+        super().__init__(code, inputs, device)
+        self.exchange, self.shapes = exchange, shapes
 
     def forward(
         self, micro_batch: int, batch: Any, received: Mapping[str, Tensor], *, put_off: bool = False
@@ -63,18 +78,20 @@ class Sturdy(Shown):
         mind = self.exchange
         if not isinstance(mind, Enduring):
             return super().forward(micro_batch, batch, received, put_off=put_off)
-        if mind.broken is None:
+        if not mind.stuck:
             try:
                 return super().forward(micro_batch, batch, received, put_off=put_off)
+            except PeerError:
+                raise
             except Exception as error:
-                mind.broken = error
+                mind.broken, mind.stuck = mind.broken or error, True
         names = dict.fromkeys((*self.code.sent, *self.code.results))
         return {n: torch.zeros(self.shapes[n][0], dtype=self.shapes[n][1], device=self.device) for n in names}
 
     def backward(self, micro_batch: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As the stage, as long as all is well."""
         mind = self.exchange
-        if isinstance(mind, Enduring) and mind.broken is not None:
+        if isinstance(mind, Enduring) and mind.stuck:
             self.live.pop(micro_batch, None)
             return {}
         return super().backward(micro_batch, gradients)
@@ -83,8 +100,9 @@ class Sturdy(Shown):
 class Together:
     """Links whose flush asks all ranks whether the step stands."""
 
-    def __init__(self, links: Links, crew: Crew, exchange: Exchange) -> None:
-        self.links, self.crew, self.exchange = links, crew, exchange
+    def __init__(self, links: Links, crew: Crew, exchange: Exchange, reducer: Gradients) -> None:
+        """``reducer`` has the sums that some replicas have begun when the step turns out to be lost."""
+        self.links, self.crew, self.exchange, self.reducer = links, crew, exchange, reducer
 
     def post(self, action: Action, specs: Sequence[Spec]) -> None:
         """As the links."""
@@ -101,7 +119,11 @@ class Together:
     def flush(self) -> None:
         """As the links; then raises on every rank what broke on one."""
         self.links.flush()
-        error = self.exchange.broken if isinstance(self.exchange, Enduring) else None
-        if isinstance(self.exchange, Enduring):
-            self.exchange.broken = None
-        self.crew.agree(error)
+        self.exchange.over()
+        error = self.exchange.settled() if isinstance(self.exchange, Enduring) else None
+        try:
+            self.crew.agree(error)
+        except Exception as why:
+            if why is self.crew.agreed:
+                self.reducer.finish()
+            raise

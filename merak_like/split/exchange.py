@@ -85,13 +85,12 @@ class Exchange:
         self.log = []
 
     def put(self, link: Link, way: Way, micro_batch: int, values: Mapping[str, Tensor], specs: Sequence[Spec]) -> None:
-        """Send some values."""
+        """Send some values; where there are none, nothing."""
+        if not specs:
+            return
         assert self.channel is not None
-        parts = []
-        for i, spec in enumerate(specs):
-            frame = self._codec(link, i, spec).encode(values[spec.name], self._context(way, micro_batch))
-            parts.append(frame.numpy().data)
-        key, body = Key(KINDS[link, way], self.step, micro_batch), pack(parts)
+        key = Key(KINDS[link, way], self.step, micro_batch)
+        body = self._encoded(link, way, micro_batch, values, specs)
         if self.keep_log:
             self.log.append((key, body))
         if not self.mute:
@@ -99,14 +98,28 @@ class Exchange:
                 self.channel.send(key, body)
 
     def take(self, link: Link, way: Way, micro_batch: int, specs: Sequence[Spec]) -> dict[str, Tensor]:
-        """Wait for some values. Raises WireError for values of another shape, or that are not finite."""
+        """Wait for some values, if any. Raises WireError for values of another shape, or that are not finite."""
+        if not specs:
+            return {}
         assert self.channel is not None
         key = Key(KINDS[link, way], self.step, micro_batch)
         with self._away():
             body = self.channel.receive(key)
+        return self._decoded(link, way, key, body, specs)
+
+    def _encoded(
+        self, link: Link, way: Way, micro_batch: int, values: Mapping[str, Tensor], specs: Sequence[Spec]
+    ) -> bytes:
+        parts = []
+        for i, spec in enumerate(specs):
+            frame = self._codec(link, i, spec).encode(values[spec.name], self._context(way, micro_batch))
+            parts.append(frame.numpy().data)
+        return pack(parts)
+
+    def _decoded(self, link: Link, way: Way, key: Key, body: bytes, specs: Sequence[Spec]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for i, (spec, frame) in enumerate(zip(specs, unpack(body, len(specs)), strict=True)):
-            context = self._context(way, micro_batch)
+            context = self._context(way, key.micro_batch)
             limit = max(1, *spec.shape, torch.Size(spec.shape).numel())
             x = self._codec(link, i, spec).decode(frame, replace(context, limit=limit))
             if tuple(x.shape) != spec.shape or x.dtype != spec.dtype:
@@ -116,6 +129,9 @@ class Exchange:
             self._check(x, key, spec.name)
             found[spec.name] = x.requires_grad_() if spec.requires_grad and way == "forward" else x
         return found
+
+    def over(self) -> None:
+        """The step's last value is through."""
 
     def bytes_of(self, link: Link, way: Way, specs: Sequence[Spec]) -> int:
         """The most bytes of a message with these values, whatever a codec remembers."""

@@ -10,7 +10,7 @@ an older checkpoint takes the whole group back with it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,37 +18,19 @@ from threading import Lock
 
 from torch import Tensor
 
-from merak_like.runtime.finite import Guard
-from merak_like.runtime.optimizer import Slot, StepResult, Update
+from merak_like.runtime.optimizer import StepResult
 from merak_like.split import checkpoint
 from merak_like.split.averages import Averages, Brought
 from merak_like.split.checkpoint import State
 from merak_like.split.common import Common, Part
+from merak_like.split.commons import Commons, brought
 from merak_like.split.groups import GroupText, Place, averages, chosen, due, saves
-from merak_like.split.half import Brief, Made
 from merak_like.split.pooled import Pooled
 from merak_like.split.rounds import Busy, Meeting, Rounds
 from merak_like.split.session import Refused, Session
 from merak_like.split.turn import Turn
 
 KEEP = 6
-
-
-class Contributes(Update):
-    """An update that changes nothing here: the gradients go to whoever puts them together."""
-
-    def __init__(
-        self, slots: Sequence[Slot], *, max_grad_norm: float | None, guard: Guard,
-        give: Callable[[Mapping[str, Tensor], StepResult], None],
-    ) -> None:  # fmt: skip
-        super().__init__(slots, None, max_grad_norm=max_grad_norm, guard=guard)
-        self._give = give
-
-    def apply(self, found: StepResult, step: int, blame: Callable[[], str]) -> StepResult:
-        """Refuse what is not finite, clip, and give."""
-        result = super().apply(found, step, blame)
-        self._give({slot.name: slot.target.grad for slot in self.slots if slot.target.grad is not None}, result)
-        return result
 
 
 @dataclass(frozen=True)
@@ -66,47 +48,47 @@ class Group:
 
     def __init__(
         self, name: str, text: GroupText, folder: Path, turn: Turn, note: Callable[..., None],
-        stopping: Callable[[], bool],
+        stopping: Callable[[], bool], commons: Commons,
     ) -> None:  # fmt: skip
         self.name, self.text, self.folder, self.turn = name, text, folder, turn
         self.rounds = Rounds(name, text, self._apply, self._end, note, stopping)
         self.averages = Averages(self.rounds, self._due, note)
-        self.common: Common | None = None
+        self.commons, self._awake = commons, False
         self.live: dict[str, Session] = {}
         self.resting: dict[str, State] = {}
         """Sessions by id that are not in memory, as a checkpoint knows them."""
         self._note = note
-        self._at_work: dict[str, tuple[Session, Meeting]] = {}
+        self._at_work: dict[str, Meeting] = {}
         """By member."""
         self._going_back = Lock()
         self._dirty = False
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
-    def begin(self, build: Callable[[], Made]) -> Common:
-        """The shared weights: of a checkpoint where there is one, else as a half has them when it is built."""
-        if self.common is None:
-            common = Common(build(), self.text)
-            found = checkpoint.whole(self.folder)
-            self.common = common
-            if found:
-                self._take_up(checkpoint.load(self.folder, found[-1]))
-        return self.common
+    @property
+    def common(self) -> Common | None:
+        """The shared weights, once there is a session."""
+        return self.commons.known.get(self.name)
 
-    def learner(self, member: str) -> Callable[[Sequence[Slot]], Update]:
-        """Makes the end of a member's step."""
+    def wake(self) -> None:
+        """With its first session a group is where its newest checkpoint is."""
+        if not self._awake and (found := checkpoint.whole(self.folder)):
+            self._take_up(checkpoint.load(self.folder, found[-1]))
+        self._awake = True
 
-        def give(gradients: Mapping[str, Tensor], result: StepResult) -> None:
-            if result.grad_norm > self.text.most_norm:
-                raise FloatingPointError(
-                    f"the gradient norm {result.grad_norm:g} is above {self.text.most_norm:g}, the most that group "
-                    f"{self.name} takes"
-                )
-            session, meeting = self._at_work[member]
-            with self.turn.away():
-                self.rounds.give(meeting, member, Part(gradients, session.training.buffers(), result.tokens))
+    def give(self, session: Session, result: StepResult) -> None:
+        """Bring what a session's step has found; returns when the weights are changed. Only where the turn is held.
 
-        return lambda slots: Contributes(slots, max_grad_norm=self.text.max_grad_norm, guard=Brief(), give=give)
+        Raises FloatingPointError for a gradient that is too large, Busy where somebody is missing.
+        """
+        if result.grad_norm > self.text.most_norm:
+            raise FloatingPointError(
+                f"the gradient norm {result.grad_norm:g} is above {self.text.most_norm:g}, the most that group "
+                f"{self.name} takes"
+            )
+        part = brought(session.training, result.tokens, session.id)
+        with self.turn.away():
+            self.rounds.give(self._at_work[session.owner], session.owner, part)
 
     def known(self, session: str) -> State | None:
         """A session that is not in memory, of this group's newest checkpoint."""
@@ -147,7 +129,7 @@ class Group:
             raise Refused(f"the edge's own layers of round {session.owes} are due before its next step")
         with self.rounds.seat(session.owner, there) as meeting:
             assert self.common is not None
-            self._at_work[session.owner] = session, meeting
+            self._at_work[session.owner] = meeting
             try:
                 session.training.put_buffers(self.common.buffers)
                 self._blend(session, meeting)
@@ -193,7 +175,9 @@ class Group:
 
     def _apply(self, parts: tuple[Part, ...], at: Place) -> None:
         assert self.common is not None
-        self.common.learn(parts, at.updates)
+        who = [(part.session, part.items) for part in parts]
+        with self.commons.crew.together("learn", group=self.name, who=who, update=at.updates):
+            self.common.learn(parts, at.updates)
 
     def _end(self, before: Place, now: Place) -> None:
         self._dirty = True
@@ -205,7 +189,8 @@ class Group:
     def save(self, at: Place | None = None) -> None:
         """Write a checkpoint; between two updates, whatever the sessions are at."""
         assert self.common is not None
-        common = self.common.state()
+        with self.commons.crew.together("keep", group=self.name):
+            common = self.common.state()
         sessions = {**self.resting, **{id_: session.state() for id_, session in self.live.items()}}
         tensors = {**common.tensors, **checkpoint.under("mean/", self.averages.mean)}
         for id_, state in sessions.items():
@@ -258,7 +243,9 @@ class Group:
 
     def _take_up(self, state: State) -> None:
         assert self.common is not None
-        self.common.restore(state)
+        own = {n: t for n, t in state.tensors.items() if n.startswith(("weights/", "buffers/", "optimizer/"))}
+        with self.commons.crew.together("take up", group=self.name):
+            self.common.restore(State(own, {"optimizer": state.facts["optimizer"]}))
         self.averages.go_to(state.facts.get("averaged", 0), checkpoint.of("mean/", state.tensors))
         self._rest(state)
         for id_, session in self.live.items():

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from merak_like.habits import save_safetensors
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan, StageMemory, StagePlan
 from merak_like.partitioner.tracer import LossFn
+from merak_like.runtime import collect
 from merak_like.runtime.batches import LossWeight, rows, split, to_device
 from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.engine import Engine
@@ -26,6 +26,8 @@ from merak_like.runtime.learning import OptimizerFactory
 from merak_like.runtime.links import DistLinks, Links
 from merak_like.runtime.materialize import fill
 from merak_like.runtime.optimizer import Slot, Update
+from merak_like.runtime.tensor_parallel.sharding import Proof, Sharding, sharding
+from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 from merak_like.runtime.watch import Watch
 from merak_like.split.adapters import adapt
 from merak_like.split.crew import Crew
@@ -35,8 +37,11 @@ from merak_like.split.exchange import Exchange
 from merak_like.split.joined import Pool
 from merak_like.split.messages import Task
 from merak_like.split.narrow import narrow
-from merak_like.split.order import Side, orders
+from merak_like.split.order import Side, dealt, orders
 from merak_like.split.programs import HalfPrograms
+
+Learn = Callable[[Sequence[Slot], Callable[[str, Tensor], Iterable[Tensor]]], Update]
+"""From what is learnt, and which parts of a gradient this rank counts, to the end of a step."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,23 @@ class Made:
     probe: tuple[float, ...]
     weigh: LossWeight
     """Items that a micro-batch's loss is the mean of."""
+    shards: Shards = WHOLE
+    """Which part of each weight this rank has."""
+    update: Update | None = None
+    """What ends a step."""
+    counting: tuple[str, ...] = ()
+    """The buffers that a step changes, such as running means."""
+
+    @property
+    def fixed(self) -> set[str]:
+        """The model's other buffers."""
+        return {name for name, _ in self.model.named_buffers()} - set(self.counting)
 
 
 def build_half(
     side: Side, source: Source, task: Task, example: Any, exchange: Exchange, *, links: Links,
     optimizer: OptimizerFactory | None, device: torch.device, crew: Crew | None = None,
-    shared: Mapping[str, nn.Parameter] | None = None, learn: Callable[[Sequence[Slot]], Update] | None = None,
+    shared: Mapping[str, nn.Parameter] | None = None, learn: Learn | None = None,
     pool: Pool | None = None,
 ) -> Made:  # fmt: skip
     """Build one side of a task.
@@ -84,7 +100,7 @@ def build_half(
     """
     cut = Cut.parse(task.cut)
     crew = crew or Crew(World(0, 1, device, timedelta(seconds=600)))
-    world = crew.world
+    world, at = crew.world, crew.coord
     model = source.build()
     model.train()
     micro = to_device(split(example, task.micro_batches)[0], torch.device("cpu"))
@@ -92,44 +108,84 @@ def build_half(
     if task.frozen_edge:
         freeze_head(model, micro, cut, source)
     if side == "host" and task.lora is not None:
-        first = HalfPrograms(side, model, cut, exchange, torch.device("cpu"), source.loss_fn).at(micro).halves
+        first = HalfPrograms(side, model, cut, exchange, torch.device("cpu"), source.loss_fn).place(micro).halves
         adapt(model, first, task.lora, seed=task.seed, device=device)
-    here = partial(
-        HalfPrograms, side, model, cut, exchange, device, source.loss_fn, ranks=world.size, rank=world.rank, pool=pool
-    )
-    programs = here()
-    half = programs.at(micro)
-    own = [stage for stage in half.holds if programs.stage_rank[stage] == world.rank]
-    keep = tuple(dict.fromkeys(name for stage in own for name in half.holds[stage]))
-    ties = half.traced.graph.ties
-    if shared is not None:
-        _adopt(model, shared, {alias: names[0] for names in ties for alias in names})
-    initialise, counted = _habits(model)
-    parameters = fill(
-        model, keep, ties, device, seed=task.seed, initialise=initialise, weights=source.weights, given=False
-    )
-    programs = here()  # of the tensors that are there now
-    programs.at(micro)
-    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
-    every = {p.name for p in half.traced.graph.parameters if not p.buffer}
-    plan = _plan(side, cut, task, programs.stage_rank, half.holds, every, ties, rows(micro), type(model))
     watch = Watch(world.rank, world.timeout, world.pulse)
-    readers = {name: frozenset(s for s in own if name in half.holds[s]) for name in trainable}
-    slots = [Slot(name, p, tuple(p.shape)) for name, p in trainable.items()]
+    parts = _parts(model, micro, source, crew, watch)
+    programs = HalfPrograms(
+        side, model, cut, exchange, device, source.loss_fn, mesh=crew.mesh, at=at, parts=parts, pool=pool
+    )
+    placed = programs.place(micro)
+    own = [stage for stage in placed.holds if programs.stage_rank[stage] == at.pp]
+    keep = tuple(dict.fromkeys(name for stage in own for name in placed.holds[stage]))
+    graph = placed.halves.trace.graph
+    shards = parts.shards(at.tp)
+    every = {p.name for p in graph.parameters if not p.buffer}
+    sums = {name: ((), parts.partial(name)) for names in placed.holds.values() for name in names if name in every}
+    groups = crew.groups([((), ()), *sums.values()], parts.spans())  # before anything that may fail on one rank alone
+    initialise, counted = _habits(model)
+    fill(
+        model, [name for name in keep if name not in (shared or {})], graph.ties, device, seed=task.seed,
+        initialise=initialise, weights=source.weights, given=False, shards=shards,
+    )  # fmt: skip
+    if shared is not None:
+        _adopt(model, shared, {alias: names[0] for names in graph.ties for alias in names})
+    parameters = {name: p for name, p in model.named_parameters() if name in keep}
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    if crew.mesh.tp > 1:
+        programs.prepare = parts.prepare(groups, watch)
+    programs.at(micro)
+    plan = _plan(
+        side, cut, task, crew.mesh, programs.stage_rank, placed.holds, every, graph.ties, rows(micro), type(model)
+    )
+    readers = {name: frozenset(s for s in own if name in placed.holds[s]) for name in trainable}
+    slots = [Slot(name, p, tuple(p.shape), counted=not at.dp) for name, p in trainable.items()]
     learner = optimizer(trainable.values()) if optimizer and trainable else None
     weigh = source.loss_weight or (counted if source.loss_fn is None else None) or rows
+    reducer = Reducer(
+        trainable, {name: groups.sums.get(sums[name]) for name in trainable}, watch, readers,
+        copies=parts.copies(slots, groups, watch),
+    )  # fmt: skip
     if not world.alone:
-        links = Together(DistLinks(crew.groups, watch, device), crew, exchange)
+        links = Together(DistLinks(groups, watch, device), crew, exchange, reducer)
+    update = (
+        learn(slots, shards.answers)
+        if learn
+        else Update(slots, learner, max_grad_norm=task.max_grad_norm, guard=Brief(), answers=shards.answers)
+    )
     engine = Engine(
         plan=plan, model=model, parameters=trainable, programs=programs,  # type: ignore[arg-type]
-        links=links, reducer=Reducer(trainable, dict.fromkeys(trainable), watch, readers),
-        update=learn(slots) if learn else Update(slots, learner, max_grad_norm=task.max_grad_norm, guard=Brief()),
+        links=links, reducer=reducer,
+        update=update,
         prepare=lambda batch: batch,
-        world=world, groups=replace(crew.groups, made=()), watch=watch,
-        loss_weight=weigh,
+        world=world, groups=replace(groups, made=()), watch=watch,
+        loss_weight=weigh, mine=dealt(task.micro_batches, at.dp, crew.mesh.dp), shards=shards,
         seed=task.seed if side == "edge" else ~task.seed, save=save_safetensors,
     )  # fmt: skip
-    return Made(engine, model, programs, keep, tuple(trainable), probe, weigh)
+    changed = {name for op in graph.ops for name in op.mutates}
+    kept = tuple(name for name in keep if name in changed)
+    return Made(engine, model, programs, keep, tuple(trainable), probe, weigh, shards, update, kept)
+
+
+def _parts(model: nn.Module, micro: Any, source: Source, crew: Crew, watch: Watch) -> Sharding:
+    """How the model lies over tensor-parallel ranks, as the first rank has proven it."""
+    parts = sharding(model, crew.mesh.tp, source.loss_fn)
+    if crew.mesh.tp == 1:
+        return parts
+    rough = parts.trace(micro, "cpu")
+
+    def prove() -> tuple[Proof | None, str]:
+        try:
+            return parts.prove(rough, micro), ""
+        except Exception as error:  # all ranks are told of it, and raise
+            return None, f"{type(error).__name__}: {error}"
+
+    proof, wrong = collect.from_first(prove if crew.world.rank == 0 else None, crew.world, watch)
+    if proof is None:
+        raise ValueError(wrong)
+    parts.believe(proof)
+    parts.graph(rough)  # it decides how weights lie
+    return parts
 
 
 class Brief(Guard):
@@ -179,7 +235,7 @@ def freeze_head(model: nn.Module, micro: Any, cut: Cut, source: Source) -> None:
 
 
 def _plan(
-    side: Side, cut: Cut, task: Task, stage_rank: tuple[int, ...], holds: Mapping[int, tuple[str, ...]],
+    side: Side, cut: Cut, task: Task, mesh: Mesh, stage_rank: tuple[int, ...], holds: Mapping[int, tuple[str, ...]],
     parameters: set[str], ties: tuple[tuple[str, ...], ...], micro_batch: int, kind: type[nn.Module],
 ) -> Plan:  # fmt: skip
     """The plan an engine of this side obeys: which stages there are, in which order they run, what they hold."""
@@ -193,10 +249,10 @@ def _plan(
         )
         for i, rank in enumerate(stage_rank)
     )  # fmt: skip
-    ranks = max(stage_rank) + 1
     return Plan(
-        model=kind.__name__, mesh=Mesh(pp=ranks), schedule="split",
-        orders=orders(side, cut, task.micro_batches, task.window, ranks), micro_batches=task.micro_batches,
+        model=kind.__name__, mesh=mesh, schedule="split",
+        orders=orders(side, cut, task.micro_batches, task.window, mesh.pp, mesh.dp),
+        micro_batches=task.micro_batches // mesh.dp,
         micro_batch=micro_batch, stages=stages, crossings=(), units=(), ties=ties, shared={}, hardware="",
-        memory_limit=0, rank_activation_bytes=(0,) * ranks, pipeline_seconds=0.0, after={}, bubble=0.0,
+        memory_limit=0, rank_activation_bytes=(0,) * mesh.pp, pipeline_seconds=0.0, after={}, bubble=0.0,
     )  # fmt: skip

@@ -4,37 +4,31 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from merak_like.runtime.links import NoLinks
+from merak_like.split.commons import Commons, brought
 from merak_like.split.crew import Crew
-from merak_like.split.enduring import Enduring
+from merak_like.split.doors import door
 from merak_like.split.exchange import Exchange
+from merak_like.split.groups import GroupText
 from merak_like.split.half import Made, Source, build_half
 from merak_like.split.messages import Begin, Task
 from merak_like.split.outline import batch_of, blank
 from merak_like.split.training import Training, optimizer_of
+from merak_like.split.trunk import Trunk
 
 
-def build_together(
-    source: Source, task: Task, example: Any, exchange: Exchange, device: torch.device, crew: Crew
-) -> Made:
-    """Build this rank's part of a half. Where one rank cannot, none has built it, and all raise."""
-    made: Made | None = None
-    failed: Exception | None = None
-    try:
-        made = build_half(
-            "host", source, task, example, exchange, links=NoLinks(), optimizer=optimizer_of(task.optimizer),
-            device=device, crew=crew,
-        )  # fmt: skip
-    except Exception as error:
-        failed = error
-    crew.agree(failed)
-    assert made is not None
-    return made
+def own_half(source: Source, task: Task, example: Any, exchange: Exchange, device: torch.device, crew: Crew) -> Made:
+    """A half of one client's own, as far as this rank has it."""
+    return build_half(
+        "host", source, task, example, exchange, links=NoLinks(), optimizer=optimizer_of(task.optimizer),
+        device=device, crew=crew,
+    )  # fmt: skip
 
 
 class Helper:
@@ -43,9 +37,13 @@ class Helper:
     def __init__(self, source: Source, crew: Crew, device: torch.device) -> None:
         self.source, self.crew, self.device = source, crew, device
         self.halves: dict[str, Training] = {}
+        self.trunk, self.commons = Trunk(source, crew, device), Commons(source, crew, device)
+        self.group_of: dict[str, str] = {}
+        """Groups by session."""
         self._do: dict[str, Callable[..., None]] = {
             "live": lambda: None, "open": self._open, "step": self._step, "save": self._save,
-            "restore": self._restore, "close": self._close,
+            "restore": self._restore, "close": self._close, "learn": self._learn, "keep": self._keep,
+            "take up": self._take_up,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -60,17 +58,27 @@ class Helper:
                 # else rank 0 knows, and tells the edge
         self.crew.close()
 
-    def _open(self, session: str, task: dict[str, Any], example: Any) -> None:
+    def _open(self, session: str, task: dict[str, Any], example: Any, group: dict[str, Any] | None) -> None:
         agreed = Task.model_validate(task, strict=False)
-        exchange = Enduring({}, agreed.seed, self.device)
-        made = build_together(self.source, agreed, blank(example), exchange, self.device, self.crew)
+        exchange = door(self.crew, agreed, self.device)
+        build: Callable[..., Made] = self.trunk.build if agreed.lora is not None else self._own
+        if group is not None:
+            self.group_of[session] = name = agreed.group or ""
+            build = partial(self.commons.build, name, GroupText.model_validate(group, strict=False))
+        made = self.crew.each(partial(build, agreed, blank(example), exchange))
         training = Training(
             made, exchange, agreed.optimizer, Path(session), agreed.checkpoint_every, self.crew
         )  # nothing is written here: the folder only names the session
         self.halves[session] = training
 
-    def _step(self, session: str, begin: dict[str, Any]) -> None:
+    def _own(self, task: Task, example: Any, exchange: Exchange) -> Made:
+        return own_half(self.source, task, example, exchange, self.device, self.crew)
+
+    def _step(self, session: str, begin: dict[str, Any], at: int) -> None:
         training = self.halves[session]
+        training.engine.steps = at
+        if session in self.group_of:
+            training.put_buffers(self.commons.known[self.group_of[session]].buffers)
         told = Begin.model_validate(begin, strict=False)
         do = training.run if told.training else training.evaluate
         do(batch_of(told))
@@ -82,4 +90,14 @@ class Helper:
         self.halves[session].restore(None)
 
     def _close(self, session: str) -> None:
+        self.group_of.pop(session, None)
         self.halves.pop(session).close()
+
+    def _learn(self, group: str, who: list[tuple[str, int]], update: int) -> None:
+        self.commons.known[group].learn([brought(self.halves[session], items) for session, items in who], update)
+
+    def _keep(self, group: str) -> None:
+        self.commons.known[group].state()
+
+    def _take_up(self, group: str) -> None:
+        self.commons.known[group].restore(None)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from merak_like.runtime.initialize import World
+from merak_like.split.commons import Commons
 from merak_like.split.connection import Connection, Lost, Told
 from merak_like.split.crew import Crew
 from merak_like.split.cut import Cut
@@ -83,11 +84,14 @@ class Host:
     def _check(self, groups: Mapping[str, GroupText]) -> None:
         if groups and self.keys is None:
             raise ValueError("a group knows its members by their certificates: give the host keys (`merak keys init`)")
-        if groups and not self.crew.world.alone:
-            raise ValueError(f"a group's half is on one rank, this host has {self.crew.world.size}: serve it with one")
         for name, text in groups.items():
             if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
                 raise ValueError(f"a group's name is letters, digits, _ and -, found {name!r}")
+            if text.phi and not self.crew.world.alone:
+                raise ValueError(
+                    f"group {name}: phi needs the steps of all its clients at once, a host of {self.crew.world.size} "
+                    "ranks does one at a time: leave phi away, or serve it with one rank"
+                )
             if text.wait > self.limits.waits.step:
                 raise ValueError(
                     f"group {name} waits {text.wait:.0f} s, but edges wait {self.limits.waits.step:.0f} s for an answer"
@@ -224,11 +228,17 @@ class Host:
 
     def _sessions(self, source: Source, cut: str, groups: Mapping[str, GroupText]) -> Registry:
         """What is behind the door; another kind of host has other sessions."""
+        crew = self.crew
+        commons = Commons(source, crew, self.turn.device)
+        known = {
+            name: Group(
+                name, text, self.folder / "groups" / name, self.turn, self.audit.note, self.draining.is_set, commons
+            )
+            for name, text in groups.items()
+        }
         return Registry(
-            source, Cut.parse(cut), self.folder / "sessions", self.limits, self.turn, self.turn.device, self.crew,
-            {name: Group(name, text, self.folder / "groups" / name, self.turn, self.audit.note, self.draining.is_set)
-             for name, text in groups.items()},
-        )  # fmt: skip
+            source, Cut.parse(cut), self.folder / "sessions", self.limits, self.turn, self.turn.device, crew, known
+        )
 
     def _converse(self, connection: Connection, owner: str, facts: dict[str, Any]) -> None:
         """A session, from its opening until this connection's part in it is over."""

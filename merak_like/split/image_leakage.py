@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from merak_like.runtime.batches import rows
 from merak_like.runtime.links import Spec
 from merak_like.split.half import Source
-from merak_like.split.leakage import distance_correlation, kept_back, label_score, of_labels, overhear
+from merak_like.split.leakage import Labels, distance_correlation, kept_back, labels_found, overhear
 from merak_like.split.messages import Task
 
 WIDTH = 64
@@ -51,9 +51,8 @@ class ImageLeakage:
     """Numbers an image has."""
     images: int
     """Images asked for."""
-    labels: float | None = None
-    """Labels of unseen batches that a classifier finds in the gradients sent; None: there is not one a sample."""
-    labels_majority: float = 0.0
+    labels: Labels | None = None
+    """None: there is not one a sample."""
 
     @property
     def seen(self) -> float:
@@ -67,7 +66,8 @@ class ImageLeakage:
             f"the mean image: {self.mean_error:.4g}) and a likeness of {self.likeness:.2f} ({self.mean_likeness:.2f}), "
             f"from {self.numbers} numbers for {self.pixels} pixels; distance correlation {self.correlation:.2f}. "
             f"Whoever reads what is sent can see {judged} of what sets an image apart; a better decoder sees more."
-        ) + of_labels(self.labels, self.labels_majority)
+            f"{f' {self.labels}' if self.labels is not None else ''}"
+        )
 
 
 def images_of(batch: Any) -> str | None:
@@ -105,7 +105,7 @@ def image_leakage(
     return ImageLeakage(
         float(F.mse_loss(drawn, x_new)), float(F.mse_loss(blank, x_new)), similarity(drawn, x_new, span),
         similarity(blank, x_new, span), distance_correlation(x_new[:600].flatten(1), z_new[:600].flatten(1)),
-        z[0].numel(), x[0].numel(), len(x_new), *label_score(heard, steps, seed),
+        z[0].numel(), x[0].numel(), len(x_new), labels_found(heard, steps, seed),
     )  # fmt: skip
 
 

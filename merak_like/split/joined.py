@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from merak_like.runtime.batches import rows, signature
-from merak_like.split.adapters import Adapted, adapted, pass_of
+from merak_like.runtime.stage_code import StageCode
+from merak_like.split.adapters import adapted, pass_of
 from merak_like.split.elsewhere import Shown
 from merak_like.split.turn import Turn
 
@@ -186,26 +187,26 @@ class Pool:
         return found
 
 
+def joinable(halves: Halves) -> bool:
+    """Whether rows of the cloud's half may go with others': it draws nothing, and changes nothing but what it makes."""
+    ops = halves.trace.graph.ops[halves.starts[1] : halves.starts[2]]
+    buffers = {p.name for p in halves.trace.graph.parameters if p.buffer}
+    return halves.tailed and not any(op.random or buffers & set(op.mutates) for op in ops)
+
+
 class Joined(Shown):
     """A trunk's stage whose micro-batches may go through with those of other sessions."""
 
-    programs: HalfPrograms
-    halves: Halves
-    layers: Mapping[str, Adapted]
-    pool: Pool
-    held: dict[int, tuple[Any, Mapping[str, Tensor]]]
-    """What micro-batches that went with others have received."""
-
-    @classmethod
-    def of(cls, stage: Shown, programs: HalfPrograms, halves: Halves, pool: Pool) -> Shown:
-        """This stage, if its rows may go with others': it draws nothing, and changes nothing but what it makes."""
-        ops = halves.trace.graph.ops[halves.starts[1] : halves.starts[2]]
-        buffers = {p.name for p in halves.trace.graph.parameters if p.buffer}
-        if not halves.tailed or any(op.random or buffers & set(op.mutates) for op in ops):
-            return stage
-        stage.__class__ = cls
-        stage.__dict__.update(programs=programs, halves=halves, layers=adapted(programs.model), pool=pool, held={})
-        return stage
+    def __init__(
+        self, code: StageCode, inputs: Mapping[str, tuple[Any, ...]], device: torch.device, programs: HalfPrograms,
+        halves: Halves, pool: Pool,
+    ) -> None:  # fmt: skip
+        """``halves`` are ``joinable``; ``programs`` make what several sessions run together."""
+        super().__init__(code, inputs, device)
+        self.programs, self.halves, self.pool = programs, halves, pool
+        self.layers = adapted(programs.model)
+        self.held: dict[int, tuple[Any, Mapping[str, Tensor]]] = {}
+        """What micro-batches that went with others have received."""
 
     def forward(
         self, micro_batch: int, batch: Any, received: Mapping[str, Tensor], *, put_off: bool = False

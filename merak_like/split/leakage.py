@@ -32,6 +32,22 @@ TOKENS = "input_ids"
 
 
 @dataclass(frozen=True)
+class Labels:
+    """What the gradients that are sent tell of labels, as shares of unseen batches'."""
+
+    found: float
+    """By a classifier."""
+    majority: float
+    """By always naming the most frequent one."""
+
+    def __str__(self) -> str:
+        return (
+            f"From the gradients that are sent {self.found:.1%} of the labels are found (always the most frequent one: "
+            f"{self.majority:.1%})."
+        )
+
+
+@dataclass(frozen=True)
 class Leakage:
     """Shares of tokens, 0 to 1."""
 
@@ -45,10 +61,8 @@ class Leakage:
     """Numbers a token that are sent."""
     tokens: int
     """Tokens asked for."""
-    labels: float | None = None
-    """Labels of unseen batches that a classifier finds in the gradients sent; None: there is not one a sample."""
-    labels_majority: float = 0.0
-    """The same for always naming the most frequent one."""
+    labels: Labels | None = None
+    """None: there is not one a sample."""
 
     def __str__(self) -> str:
         judged = "nearly all" if self.recovered > 0.9 else "most" if self.recovered > 0.5 else "some"
@@ -56,7 +70,8 @@ class Leakage:
             f"a decoder finds {self.recovered:.1%} of {self.tokens} unseen tokens again (always the most frequent one: "
             f"{self.majority:.1%}), from {self.numbers} numbers a token; distance correlation {self.correlation:.2f}. "
             f"Whoever reads what is sent can read {judged} of the text; a better decoder reads more."
-        ) + of_labels(self.labels, self.labels_majority)
+            f"{f' {self.labels}' if self.labels is not None else ''}"
+        )
 
 
 def leakage(
@@ -82,7 +97,7 @@ def leakage(
     table = _embedded(heard.model, tokens_new[:600])
     return Leakage(
         recovered, float((tokens_new == most).float().mean()), distance_correlation(table, z_new[:600]), z.shape[1],
-        len(tokens_new), *label_score(heard, steps, seed),
+        len(tokens_new), labels_found(heard, steps, seed),
     )  # fmt: skip
 
 
@@ -158,27 +173,17 @@ def _gradients(made: Made, batch: Any, text: str, seed: int) -> tuple[Tensor, Te
     return (torch.cat(rows_, 1), labels) if rows_ else None
 
 
-def label_score(heard: Overheard, steps: int, seed: int) -> tuple[float | None, float]:
-    """Share of the last quarter's labels that a classifier finds in the gradients, and of the most frequent label."""
+def labels_found(heard: Overheard, steps: int, seed: int) -> Labels | None:
+    """Ask a classifier for the last quarter's labels; None where there is not one a sample."""
     pairs = heard.gradients
     asked = kept_back(len(heard.arrived))
     if len(pairs) <= asked:
-        return None, 0.0
+        return None
     g, labels = (torch.cat(part) for part in zip(*pairs[:-asked], strict=True))
     g_new, labels_new = (torch.cat(part) for part in zip(*pairs[-asked:], strict=True))
     most = labels.unique(return_counts=True)
     majority = float((labels_new == most[0][most[1].argmax()]).float().mean())
-    return _decoder_score(g, labels, g_new, labels_new, steps, seed), majority
-
-
-def of_labels(share: float | None, majority: float) -> str:
-    """For people."""
-    if share is None:
-        return ""
-    return (
-        f" From the gradients that are sent {share:.1%} of the labels are found (always the most frequent one: "
-        f"{majority:.1%})."
-    )
+    return Labels(_decoder_score(g, labels, g_new, labels_new, steps, seed), majority)
 
 
 def _decoder_score(z: Tensor, tokens: Tensor, z_new: Tensor, tokens_new: Tensor, steps: int, seed: int) -> float:

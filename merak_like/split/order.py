@@ -3,6 +3,9 @@
 edge            head ─► Leaves         Arrives ─► tail
 host, 2 ranks   Arrives ─► part 1      Leaves            rank 0
                            └► part 2 ──┘                 rank 1
+
+Micro-batches are dealt out: of two replicas the first has 0, 2, ..., the second 1, 3, ..., so that both are at work
+however few are under way.
 """
 
 from __future__ import annotations
@@ -23,12 +26,24 @@ def stage_rank(side: Side, cut: Cut, ranks: int = 1) -> tuple[int, ...]:
     return (0, *range(ranks), *([0] if tailed else []))
 
 
-def orders(side: Side, cut: Cut, micro_batches: int, window: int, ranks: int = 1) -> tuple[str, ...]:
-    """Each rank's computations in a step: ``window`` micro-batches are on their way before the first comes back."""
+def dealt(micro_batches: int, replica: int, replicas: int) -> range:
+    """The micro-batches of a step that one replica runs."""
+    return range(replica, micro_batches, replicas)
+
+
+def orders(
+    side: Side, cut: Cut, micro_batches: int, window: int, ranks: int = 1, replicas: int = 1
+) -> tuple[str, ...]:  # fmt: skip
+    """Each rank's computations in a step: ``window`` micro-batches are on their way before the first comes back.
+
+    Of a host with ``replicas`` these are one's, which counts its own micro-batches.
+    """
     first = min(window, micro_batches)
     if side == "edge":
         return (_edge(cut, micro_batches, first),)
-    return (_first(cut, micro_batches, first, ranks), *(_other(at, micro_batches, first) for at in range(2, ranks + 1)))
+    own, first = micro_batches // replicas, -(-first // replicas)
+    late = 1 if ranks > 1 and replicas == 1 else 0  # the next one's gradient may hang on this one's
+    return (_first(cut, own, first, ranks, late), *(_other(at, own, first) for at in range(2, ranks + 1)))
 
 
 def _edge(cut: Cut, micro_batches: int, first: int) -> str:
@@ -55,13 +70,13 @@ def _ways(cut: Cut) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]:
     return ((0, 1), ()), ((), (1, 0))
 
 
-def _first(cut: Cut, micro_batches: int, first: int, ranks: int) -> str:
+def _first(cut: Cut, micro_batches: int, first: int, ranks: int, late_back: int) -> str:
     """A host's rank 0. It asks the last rank for results while that one is at work on the micro-batches after.
 
     Its own backward of a micro-batch it can put off by one and no more: the edge waits for that gradient.
     """
     leaves = ranks + 1 if cut.back is not None else None
-    late, late_back = min(ranks - 1, first - 1), min(ranks - 1, 1)
+    late = min(ranks - 1, first - 1)
     words: list[str] = []
 
     def out(i: int) -> list[str]:

@@ -25,7 +25,7 @@ class Pooled(Exchange):
 
     def put(self, link: Link, way: Way, micro_batch: int, values: Mapping[str, Tensor], specs: Sequence[Spec]) -> None:
         """Send, blended where it is the edge's gradient."""
-        if self.blend is not None and link == "up" and way == "backward":
+        if self.blend is not None and specs and link == "up" and way == "backward":
             values = self.blend(micro_batch, values)
         super().put(link, way, micro_batch, values, specs)
 

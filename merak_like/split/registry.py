@@ -17,32 +17,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from merak_like.partitioner.tracer import trace
 from merak_like.runtime.batches import split
-from merak_like.runtime.links import NoLinks
 from merak_like.split import checkpoint
 from merak_like.split.adapters import bytes_of
 from merak_like.split.checkpoint import State
 from merak_like.split.crew import Crew
 from merak_like.split.cut import Cut
-from merak_like.split.enduring import Enduring
+from merak_like.split.doors import Desk
 from merak_like.split.exchange import Exchange
 from merak_like.split.group import Group
-from merak_like.split.half import Made, Source, build_half
+from merak_like.split.half import Source
 from merak_like.split.halves import halve
-from merak_like.split.helper import build_together
+from merak_like.split.helper import own_half
 from merak_like.split.joined import Pool
 from merak_like.split.layers import layers_of
 from merak_like.split.limits import Ledger, Limits, NoRoom, memory_of, weights_of
 from merak_like.split.messages import Hello, Task
 from merak_like.split.narrow import narrow, same
+from merak_like.split.order import dealt
 from merak_like.split.outline import blank
 from merak_like.split.pooled import Pooled
 from merak_like.split.rounds import Busy
 from merak_like.split.session import Refused, Session
-from merak_like.split.training import Training, optimizer_of
+from merak_like.split.training import Training
+from merak_like.split.trunk import Trunk
 from merak_like.split.turn import Turn
 
 UNKNOWN = "There is no such session."
@@ -64,9 +64,7 @@ class Registry:
         self.source, self.cut, self.folder, self.limits = source, cut, folder, limits
         self.turn, self.device, self.crew = turn, device, crew
         self.ledger = Ledger(limits.memory)
-        self.trunk: Mapping[str, nn.Parameter] | None = None
-        """Frozen weights of all sessions that train adapters, once there is one."""
-        self.pool = Pool(turn, limits.together) if limits.together > 1 else None
+        self.trunk = Trunk(source, crew, device, Pool(turn, limits.together) if limits.together > 1 else None)
         self.live: dict[str, Session] = {}
         self._lock = threading.Lock()
 
@@ -77,8 +75,13 @@ class Registry:
         """
         if str(self.cut) != hello.task.cut:
             raise Refused(f"this host serves the cut {self.cut}, not {hello.task.cut}")
-        if hello.task.lora is not None and (hello.task.group is not None or not self.crew.world.alone):
-            raise Refused("adapters are trained by a session of its own, on a host of one rank: leave group away")
+        if hello.task.lora is not None and hello.task.group is not None:
+            raise Refused("adapters are trained by a session of its own: leave group away")
+        if hello.task.micro_batches % (replicas := self.crew.mesh.dp):
+            raise Refused(
+                f"this host deals micro-batches out to {replicas} replicas: say micro_batches: "
+                f"{-(-hello.task.micro_batches // replicas) * replicas}, not {hello.task.micro_batches}"
+            )
         with self._lock:  # sessions of a group come and go in it
             group = None if hello.task.group is None else self._group(hello.task, owner)
             if hello.session is None:
@@ -173,67 +176,48 @@ class Registry:
                 once, needs = self._needs(hello, example, group)
             if group is not None and group.common is None:
                 self.ledger.reserve(f"group {group.name}", once)
-            if task.lora is not None and self.trunk is None:
+            if task.lora is not None and self.trunk.weights is None:
                 self.ledger.reserve(TRUNK, once)
             self.ledger.reserve(id_, needs)
             # One rank lets others compute while it waits for its edge; several would lose step.
-            kind, away = (Exchange, self.turn.away) if self.crew.world.alone else (Enduring, nullcontext)
-            kind = Pooled if group is not None and group.text.phi else kind
+            kind, away = Exchange, self.turn.away
+            if not self.crew.world.alone:
+                mine = dealt(task.micro_batches, 0, self.crew.mesh.dp)
+                kind, away = partial(Desk, crew=self.crew, mine=mine), nullcontext
+            elif group is not None and group.text.phi:
+                kind = Pooled
             exchange = kind(
                 {"up": task.codec, "down": task.back_codec}, task.seed, self.device, away, self.limits.most,
                 task.frozen_edge,
             )  # fmt: skip
-            order = {"session": id_, "task": task.model_dump(mode="json"), "example": hello.example}
+            text = None if group is None else group.text.model_dump(mode="json")
+            order = {"session": id_, "task": task.model_dump(mode="json"), "example": hello.example, "group": text}
             with self.turn.held(), self.crew.together("open", **order):
                 if task.lora is not None:
-                    made = self._on_trunk(task, example, exchange)
+                    build = partial(self.trunk.build, task, example, exchange)
                 elif group is None:
-                    made = build_together(self.source, task, example, exchange, self.device, self.crew)
+                    build = partial(own_half, self.source, task, example, exchange, self.device, self.crew)
                 else:
-                    made = self._shared(task, example, exchange, owner, group)
+                    build = partial(group.commons.build, group.name, group.text, task, example, exchange)
+                made = self.crew.each(build)
             training = Training(made, exchange, task.optimizer, self.folder / id_, task.checkpoint_every, self.crew)
             session = Session(id_, owner, hello, training, self.turn, self.crew, group)
             try:
                 self._accept(session, same(made.probe, hello.probe))
-            except Refused:
+                if group is not None:
+                    group.wake()
+            except ValueError:
                 session.close()  # on the crew's other ranks too
                 raise
         except BaseException:
             self.ledger.release(id_)
             if group is not None and group.common is None:
                 self.ledger.release(f"group {group.name}")
-            if task.lora is not None and self.trunk is None:
+            if task.lora is not None and self.trunk.weights is None:
                 self.ledger.release(TRUNK)
             raise
         self.live[id_] = session
         return session
-
-    def _shared(self, task: Task, example: Any, exchange: Exchange, owner: str, group: Group) -> Made:
-        """A half whose weights are the group's."""
-        build = partial(build_half, "host", self.source, example=example, links=NoLinks(), optimizer=None,
-                        device=self.device, crew=self.crew)  # fmt: skip
-        seeded = task.model_copy(update={"seed": group.text.seed, "frozen_edge": False})
-        common = group.begin(lambda: build(task=seeded, exchange=Exchange({}, 0, self.device)))
-        made = build(task=task, exchange=exchange, shared=common.weights, learn=group.learner(owner))
-        if set(made.trained) != set(common.trained):
-            odd = sorted(set(made.trained) ^ set(common.trained))[:3]
-            raise Refused(f"this session would train other weights than group {group.name}: {odd}; is skip the same?")
-        return made
-
-    def _on_trunk(self, task: Task, example: Any, exchange: Exchange) -> Made:
-        """A half of adapters alone: all else is the trunk, which is there once."""
-        build = partial(build_half, "host", self.source, example=example, links=NoLinks(), device=self.device)
-        if self.trunk is None:
-            whole = build(
-                task=task.model_copy(update={"lora": None, "seed": 0}),
-                exchange=Exchange({}, 0, self.device),
-                optimizer=None,
-            )
-            named = dict(whole.model.named_parameters())
-            self.trunk = {name: named[name] for name in whole.own if name in named}
-        return build(
-            task=task, exchange=exchange, optimizer=optimizer_of(task.optimizer), shared=self.trunk, pool=self.pool
-        )
 
     def _accept(self, session: Session, alike: bool) -> None:
         if not alike:
@@ -295,6 +279,6 @@ class Registry:
         with self._lock:
             for id_ in list(self.live) if self.crew.broken is None else ():
                 self.put_away(id_)
-            for group in self.groups.values():
+            for group in self.groups.values() if self.crew.broken is None else ():
                 group.close()
         self.crew.close()

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -209,7 +210,8 @@ class Session:
             return self._do(step, begin, connection, after)
 
     def _do(self, step: int, begin: Begin, connection: Connection, after: After | None) -> Done:
-        result, queued = self._run(begin, connection, self.training.run)
+        then = None if self.group is None else partial(self.group.give, self)
+        result, queued = self._run(begin, connection, partial(self.training.run, then=then))
         loss = result.loss if self.training.made.programs.cut.back is None else None
         done = Done(loss=loss, queued=queued)
         if after is not None:
@@ -230,7 +232,7 @@ class Session:
             self.last, self.training.exchange.keep_log = log, True
         return Done(loss=result.loss if self.training.made.programs.cut.back is None else None, queued=queued)
 
-    def _run(self, begin: Begin, connection: Connection, do: Callable[[Any], StepResult]) -> tuple[StepResult, float]:
+    def _run(self, begin: Begin, connection: Connection, do: Callable[..., StepResult]) -> tuple[StepResult, float]:
         if self.training.made.programs.cut.back is not None and begin.labels is not None:
             raise WireError("labels came for a cut with a tail on the edge: they have no place here")
         batch = batch_of(begin)
@@ -255,8 +257,8 @@ class Session:
             samples = samples_of(begin.samples, [rows(part) for part in parts])
             self.training.exchange.begin(connection, self.training.step, samples, training=begin.training)
             before = len(self.turn.waited)
-            with self.crew.together("step", session=self.id, begin=begin.model_dump(mode="json")):
-                result = do(batch)
+            told = {"session": self.id, "begin": begin.model_dump(mode="json"), "at": self.training.step}
+            result = do(batch, order=self.crew.together("step", **told))
         return result, sum(list(self.turn.waited)[before:])
 
     def _try(self, parts: Sequence[Any], *, training: bool) -> None:

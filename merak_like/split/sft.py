@@ -93,10 +93,12 @@ def cut_of(graph: ProxyGraph, layer: str) -> int:
 
     Raises ValueError where the graph has no such layer.
     """
-    at = [i for i, op in enumerate(graph.ops) if op.target == f"{layer}.wire.s"]
+    path = f"{layer}.wire.s"
+    at = [i + 1 for i, op in enumerate(graph.ops) if op.target == path]
+    at = at or [call.stop for call in graph.calls if call.path == path]  # traced down to functions
     if len(at) != 1:
         raise ValueError(f"the graph computes the wire of {layer!r} {len(at)} times: was it traced after sft(...)?")
-    return at[0] + 1
+    return at[0]
 
 
 NOT_ALONE = nn.Identity()

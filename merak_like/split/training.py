@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from merak_like.split.crew import Crew
 from merak_like.split.exchange import Exchange
 from merak_like.split.half import Made
 from merak_like.split.messages import OptimizerText
+from merak_like.split.sharded import fitting, part, whole
 
 OPTIMIZERS: Mapping[str, Callable[[Iterable[nn.Parameter], OptimizerText], torch.optim.Optimizer]] = {
     "adamw": lambda ps, o: torch.optim.AdamW(ps, lr=o.lr, weight_decay=o.weight_decay),
@@ -82,17 +84,30 @@ class Training:
         """Steps done."""
         return self.engine.steps
 
-    def run(self, batch: Any) -> StepResult:
-        """One step; on any error everything is as it was before."""
+    def run(
+        self, batch: Any, order: AbstractContextManager[None] | None = None,
+        then: Callable[[StepResult], None] | None = None,
+    ) -> StepResult:  # fmt: skip
+        """One step; on any error everything is as it was before.
+
+        It is done inside ``order``, and is only tried until ``then`` has returned.
+        """
         if self.engine.optimizer is not None:
             for group in self.engine.optimizer.param_groups:
                 group["lr"] = rate(self.text, self.step, self.scale)
         with self._all_or_nothing():
-            return self.engine.step(batch)
+            with order or nullcontext():
+                done = self.engine.step(batch)
+                self._even()
+            if then is not None:
+                self.engine.steps -= 1  # whoever looks meanwhile finds the step before
+                then(done)
+                self.engine.steps += 1
+            return done
 
-    def evaluate(self, batch: Any) -> StepResult:
+    def evaluate(self, batch: Any, order: AbstractContextManager[None] | None = None) -> StepResult:
         """The loss in evaluation mode; nothing is changed."""
-        with self._all_or_nothing(always=True):
+        with self._all_or_nothing(always=True), order or nullcontext():
             return self.engine.evaluate(batch)
 
     @contextmanager
@@ -110,6 +125,16 @@ class Training:
                 for name, before in buffers.items():
                     own[name].copy_(before)
             self._before = None
+
+    def _even(self) -> None:
+        """Let replicas go on with the mean of their running means, and one's count."""
+        if self.crew is None or self.crew.mesh.dp == 1 or not self.made.counting:
+            return
+        own, replicas = self.buffers(), self.crew.mesh.dp
+        for name in self.made.counting:
+            if own[name].dtype.is_floating_point:
+                self.crew.add_up(own[name], self.engine.groups)
+                own[name].div_(replicas)
 
     def buffers(self) -> dict[str, Tensor]:
         """This half's own buffers."""
@@ -139,7 +164,7 @@ class Training:
             **checkpoint.under("codec/", self.exchange.state_dict()),
         }
         mine = State(tensors, {"step": self.step, "optimizer": dict(optimizer.facts)})
-        return mine if self.crew is None else self.crew.gather(mine)
+        return mine if self.crew is None else self.crew.gather(mine, partial(whole, self.made.shards))
 
     def restore(self, state: State | None) -> None:
         """Go back, or on, to a state that rank 0 has. Raises ValueError where it is of another model."""
@@ -162,15 +187,14 @@ class Training:
                 raise failed
 
     def _restore(self, state: State, codecs: Mapping[str, Tensor]) -> None:
-        mine, theirs = self._tensors(), checkpoint.of("model/", state.tensors)
-        others = set() if self.crew is None or self.crew.world.alone else set(theirs) - set(mine)
-        if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in theirs.items() if n not in others}:
-            odd = sorted(set(mine) ^ (set(theirs) - others))[:3] or "shapes"
-            raise ValueError(f"the checkpoint is of another model or cut: {odd} differ")
+        cut = {name: part(self.made.shards, name, tensor) for name, tensor in state.tensors.items()}
+        mine, theirs = self._tensors(), checkpoint.of("model/", cut)
+        alone = self.crew is None or self.crew.world.alone
+        taken = fitting(mine, theirs, self.made.fixed, alone=alone)
         with torch.no_grad():
-            for name, tensor in mine.items():
-                tensor.copy_(theirs[name])
-        optimizer = State(checkpoint.of("optimizer/", state.tensors), state.facts["optimizer"])
+            for name in taken:
+                mine[name].copy_(theirs[name])
+        optimizer = State(checkpoint.of("optimizer/", cut), state.facts["optimizer"])
         if "groups" in optimizer.facts:
             checkpoint.load_optimizer(self.engine.optimizer, self.made.trained, optimizer)
         self.exchange.load_state_dict(codecs)
