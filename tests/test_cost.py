@@ -9,7 +9,7 @@ import pytest
 
 from merak_like.partitioner import this_machine as machine
 from merak_like.partitioner.cost import CostTable, op_cost, op_costs
-from merak_like.partitioner.graph import Op
+from merak_like.partitioner.graph import Collective, Op
 from merak_like.partitioner.hardware import PRESETS, Hardware, Link, hardware_named
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.planner import make_plan
@@ -84,11 +84,38 @@ def test_small_ops_pay_for_the_launch_and_small_matmuls_for_idle_cores():
     assert (launching.forward_seconds, launching.backward_seconds) == pytest.approx((1, 2), rel=1e-2)
     assert TOY.matmul_seconds(1e9, "float32") == pytest.approx(1e-3)
     assert replace(TOY, half_flops=1e9).matmul_seconds(1e9, "float32") == pytest.approx(2e-3), "half as efficient"
-    for preset in PRESETS.values():  # time that a kernel cannot use is the same, however fast the dtype is
-        beside = {dtype: preset.matmul_seconds(1.0, dtype) for dtype in preset.peak_flops}
-        assert beside == pytest.approx(dict.fromkeys(beside, beside["float32"]), rel=1e-6)
+    for preset in PRESETS.values():  # time that a large kernel cannot use is the same, however fast the dtype is
+        fast = {dtype: 1e15 / peak / preset.efficiency for dtype, peak in preset.peak_flops.items()}
+        beside = {dtype: preset.matmul_seconds(1e15, dtype) - spent for dtype, spent in fast.items()}
+        assert beside == pytest.approx(dict.fromkeys(beside, beside["float32"]), rel=1e-3)
     assert TOY.matmul_seconds(1e9, "int8") == TOY.matmul_seconds(1e9, "float32"), "no figure of its own"
     assert TOY.matmul_seconds(0, "float32") == 0
+
+
+def test_small_matmuls_reach_the_least_share_and_large_ones_lose_the_same_time():
+    """Between them the efficiency grows with the flops, so that no matmul is faster for being larger."""
+    some = replace(TOY, half_flops=1e9, least_share=0.2)
+    seconds = {flops: some.matmul_seconds(flops, "float32") for flops in (1e3, 1e6, 1e9, 1e12, 1e15)}
+    assert seconds[1e3] == pytest.approx(5 * 1e3 / 1e12, rel=1e-4)
+    assert seconds[1e15] == pytest.approx(1e15 / 1e12 + 1e-3, rel=1e-6)
+    assert list(seconds.values()) == sorted(seconds.values())
+    shares = [flops / 1e12 / spent for flops, spent in seconds.items()]
+    assert shares == sorted(shares)
+    for preset in PRESETS.values():  # a matmul of 128 x 128 x 128 is its launch, not more
+        assert preset.matmul_seconds(2 * 128**3, "float16") < preset.launch_seconds
+
+
+def test_fused_kernels_sum_an_inputs_gradient_while_they_compute_the_weights():
+    made = replace(TOY, kernels="fused")
+    sum_ = Collective(4, 10**9, backward=True, beside=10**11)  # all-reduce: 0.15 s, product: 0.1 s
+    alone = TOY.exposed_seconds(sum_, 1.0, "float32")
+    assert alone == pytest.approx(TOY.all_reduce_seconds(10**9, 4))
+    assert made.exposed_seconds(sum_, 1.0, "float32") == pytest.approx(alone - 0.1)
+    assert made.exposed_seconds(replace(sum_, beside=10**12), 1.0, "float32") == 0
+    assert made.exposed_seconds(replace(sum_, beside=0), 1.0, "float32") == alone
+    rows = replace(sum_, beside=10**12, parted=True)  # its scatter is hidden, its gather is not
+    assert made.exposed_seconds(rows, 1.0, "float32") == pytest.approx(alone / 2)
+    assert TOY.exposed_seconds(rows, 1.0, "float32") == pytest.approx(alone * 1.5), "rows are gathered again"
 
 
 def test_the_dtype_is_that_of_the_output():

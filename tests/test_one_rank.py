@@ -80,6 +80,10 @@ def test_a_block_sums_twice_each_way():
     sums = [sum_ for op in graph.ops[block.first : block.stop] for sum_ in op.collectives]
     assert [(s.degree, s.nbytes, s.backward) for s in sums if not s.backward] == [(4, 2 * TOKENS * HIDDEN, False)] * 2
     assert [(s.degree, s.nbytes, s.backward) for s in sums if s.backward] == [(4, 2 * TOKENS * HIDDEN, True)] * 2
+    products = [
+        2 * TOKENS * HIDDEN * width * HIDDEN // 4 for width in (3, 4)
+    ]  # queries, keys, values; the first of two
+    assert [s.beside for s in sums] == [products[0], 0, products[1], 0]
 
 
 def test_a_degree_that_does_not_divide_the_model_is_refused_with_one_that_does():

@@ -58,6 +58,14 @@ def test_a_sum_over_nodes_pays_few_latencies_between_them():
     assert between == pytest.approx(2 * (3 * FUSED.intra.latency + FUSED.inter.latency), rel=1e-3)
 
 
+def test_rings_of_several_devices_meet_on_adapters_that_devices_share():
+    """One device's ring has its part of an adapter, and that of all devices has them all."""
+    shared = replace(FUSED, devices_per_adapter=2)
+    links = {stride: [h.group_link(32, stride).bandwidth for h in (FUSED, shared)] for stride in (1, 2, 4, 8)}
+    assert {stride: own / meeting for stride, (own, meeting) in links.items()} == {1: 1, 2: 2, 4: 2, 8: 1}
+    assert shared.group_link(8) == FUSED.group_link(8), "inside a node"
+
+
 @pytest.mark.parametrize(
     ("asked", "found"),
     [

@@ -7,7 +7,7 @@ The machine is profiled first, as a user would: ``this_machine``, links between 
 with ``engine.profile()`` of every model on a replica per core: cores that are all busy share caches and memory, and so
 they do in the rows. A row is predicted with that and measured in rounds that go over all rows, so that a busy minute
 falls on all alike; the fastest round counts. What stands in ``here.json`` is kept; a job that fails is told, noted
-under its row, and tried again in the next round.
+under its rows, and tried again in the next round.
 
 Processes stand in for devices, but share the cores where there are fewer of these: then no step ends before the cores
 have done the work of all ranks, and the prediction is the later of this and the plan's step.
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -41,6 +41,8 @@ from merak_like.partitioner.this_machine import this_machine
 
 OUT = Path(__file__).with_name("here.json")
 ROWS, ROUNDS, STEPS = 20, 2, 5
+TOGETHER, JOB = 4, 120.0
+"""Rows that share a job, and the seconds it may take."""
 SEED, SEQ = 2, 64
 SIZES = (2**10, 2**16, 2**20, 2**22)
 """Bytes of the messages that links are measured with."""
@@ -117,14 +119,14 @@ def rows(count: int = ROWS, seed: int = SEED) -> list[Row]:
     return list(found.values())
 
 
-def step_of(row: Row, hardware: Hardware, plan: Path | None, profile: Path | None = None) -> tuple[Plan, float]:
-    """In a process of the row's job: the plan, and the fastest of a few steps."""
+def step_of(row: Row, hardware: Hardware, profiled: bool) -> dict[str, Any]:
+    """In a process of the row's job: what was planned, and the fastest of a few steps."""
     torch.manual_seed(0)
     ids = torch.randint(0, 2048, (row.dp * row.micro_batches * row.micro_batch, SEQ))
     batch = {"input_ids": ids, "labels": ids}
     engine = auto_parallel(
         MODELS[row.model](row.layers, row.width), row.dp, row.pp, row.tp, example=batch, schedule=row.schedule,
-        micro_batches=row.micro_batches, hardware=hardware, recompute="none", device="cpu",
+        micro_batches=row.micro_batches, hardware=hardware, recompute="none", device="cpu", timeout=60.0,
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-4),
     )  # fmt: skip
     engine.step(batch)
@@ -135,16 +137,19 @@ def step_of(row: Row, hardware: Hardware, plan: Path | None, profile: Path | Non
         engine.step(batch)
         engine.barrier()
         best = min(best, time.perf_counter() - begin)
-    if profile is not None:
-        with engine.profile() as found:
+    plan, found = engine.plan, dict[str, Any]()
+    if profiled:
+        with engine.profile() as profile:
             for _ in range(STEPS):
                 engine.step(batch)
-        found.save(str(profile))
-    if plan is not None and engine.world.rank == 0:
-        engine.plan.save(plan)
-    made = engine.plan
+        if profile.recorded is not None:  # rank 0
+            found = {"plan": json.loads(plan.to_json()), "profile": json.loads(profile.recorded.to_json())}
     engine.close()
-    return made, best
+    each = [s.forward_seconds + s.backward_seconds + s.recompute_seconds for s in plan.stages]
+    return found | {
+        "measured": best, "planned": plan.step_seconds, "pipeline": plan.pipeline_seconds,
+        "busy": sum(each) * plan.micro_batches * plan.mesh.dp * plan.mesh.tp,
+    }  # fmt: skip
 
 
 def link() -> Link:
@@ -163,57 +168,61 @@ def link() -> Link:
     return Link(bandwidth, max(times[0] - SIZES[0] / bandwidth, 1e-6))
 
 
-def run(task: str, ranks: int, given: dict[str, Any]) -> dict[str, Any]:
-    """A job of this script; what its rank 0 answers."""
+def run(ranks: int, given: dict[str, Any]) -> dict[str, Any]:
+    """A job of this script: what its rank 0 answered before the job ended or, which is told too, failed."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "task.json"
-        path.write_text(json.dumps({"task": task, "given": given, "folder": folder}), encoding="utf-8")
+        task, said = Path(folder) / "task.json", Path(folder) / "answer.json"
+        task.write_text(json.dumps(given), encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        subprocess.run(
-            [*command, "-m", "benchmarks.planner.here", "--task", str(path)], check=True, timeout=240,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        return json.loads((Path(folder) / "answer.json").read_text(encoding="utf-8"))
+        failed = ""
+        try:
+            subprocess.run(
+                [*command, "-m", "benchmarks.planner.here", "--task", str(task)], check=True, timeout=JOB,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+        except subprocess.SubprocessError as error:
+            failed = str(error)
+        found = json.loads(said.read_text(encoding="utf-8")) if said.exists() else {}
+        return {"failed": failed or "it was left out"} | found
 
 
-def answer(path: Path) -> None:
+def answer(task: Path) -> None:
     """Be one process of a job."""
     torch.set_num_threads(1)
-    asked = json.loads(path.read_text(encoding="utf-8"))
-    given, folder = asked["given"], Path(asked["folder"])
-    if asked["task"] == "link":
+    asked, found = json.loads(task.read_text(encoding="utf-8")), dict[str, Any]()
+
+    def say(name: str, told: Any) -> None:
+        found[name] = told
+        if int(os.environ["RANK"]) == 0:
+            task.with_name("answer.json").write_text(json.dumps(found), encoding="utf-8")
+
+    if asked.get("link"):
         dist.init_process_group("gloo")
-        found: dict[str, Any] = asdict(link())
-    else:
-        hardware = Hardware.from_json(given["hardware"])
-        plan, profile = folder / "plan.json", folder / "profile.json" if given["profile"] else None
-        made, seconds = step_of(Row(**given["row"]), hardware, plan if profile else None, profile)
-        each = [s.forward_seconds + s.backward_seconds + s.recompute_seconds for s in made.stages]
-        busy = sum(each) * made.micro_batches * made.mesh.dp * made.mesh.tp
-        found = {
-            "measured": seconds, "planned": made.step_seconds, "busy": busy, "pipeline": made.pipeline_seconds,
-        }  # fmt: skip
-        if profile is not None and int(os.environ["RANK"]) == 0:
-            found |= {"plan": plan.read_text(encoding="utf-8"), "profile": profile.read_text(encoding="utf-8")}
-    if int(os.environ["RANK"]) == 0:
-        (folder / "answer.json").write_text(json.dumps(found), encoding="utf-8")
+        say("link", asdict(link()))
+        dist.destroy_process_group()
+    for one in asked.get("rows", ()):
+        row = Row(**one)
+        say(row.name, step_of(row, Hardware.from_json(asked["hardware"]), asked["profiled"]))
 
 
-def profile(held: dict[str, Any], until: float) -> Hardware | None:
-    """This machine's hardware, calibrated; None where the minutes ended before. What is missing in ``held`` is run."""
+def profile(held: dict[str, Any]) -> Hardware:
+    """This machine's hardware, calibrated. What is missing in ``held`` is run."""
     if "rough" not in held:
-        between = Link(**run("link", 2, {}))
+        torch.set_num_threads(1)
+        found = run(2, {"link": True})
+        if "link" not in found:
+            raise RuntimeError(f"the link between two processes was not measured: {found['failed']}")
+        between = Link(**found["link"])
         held["rough"] = json.loads(replace(this_machine(device="cpu", again=True), intra=between).to_json())
         _save(held)
-    rough = json.dumps(held["rough"])
-    cores = len(os.sched_getaffinity(0))
-    for row in (Row(model, 4, 256, cores, 1, 1, "1f1b", 2, 2) for model in sorted(MODELS)):
-        if row.model in held.setdefault("profiles", {}):
-            continue
-        if time.monotonic() > until:
-            return None
-        found = run("step", row.ranks, {"row": asdict(row), "hardware": rough, "profile": True})
-        held["profiles"][row.model] = {name: json.loads(found[name]) for name in ("plan", "profile")}
+    if "profiles" not in held:
+        cores = len(os.sched_getaffinity(0))
+        asked = [Row(model, 4, 256, cores, 1, 1, "1f1b", 2, 2) for model in sorted(MODELS)]
+        given = {"rows": list(map(asdict, asked)), "hardware": json.dumps(held["rough"])}
+        found = run(cores, given | {"profiled": True})
+        if any(row.name not in found for row in asked):
+            raise RuntimeError(f"the models were not profiled: {found['failed']}")
+        held["profiles"] = {row.model: {k: found[row.name][k] for k in ("plan", "profile")} for row in asked}
         _save(held)
     made = calibrate([
         (Plan.from_json(json.dumps(one["plan"])), Recorded.from_json(json.dumps(one["profile"])))
@@ -245,33 +254,41 @@ def main() -> None:
         return
     until = time.monotonic() + 60 * args.minutes
     held: dict[str, Any] = {} if args.again or not OUT.exists() else json.loads(OUT.read_text(encoding="utf-8"))
-    hardware = profile(held, until)
-    if hardware is None:
-        return
+    text = profile(held).to_json()
     held.setdefault("rows", {})
-    text = hardware.to_json()
     for turn in range(ROUNDS):
-        for row in rows():
-            known = held["rows"].setdefault(row.name, {"rounds": []})
-            if len(known["rounds"]) > turn or time.monotonic() > until:
-                continue
-            load = os.getloadavg()[0]
-            try:
-                found = run("step", row.ranks, {"row": asdict(row), "hardware": text, "profile": False})
-            except subprocess.SubprocessError as error:
-                known["failed"] = str(error)
+        for asked in _jobs([row for row in rows() if len(held["rows"].get(row.name, {}).get("rounds", ())) <= turn]):
+            while asked and time.monotonic() < until:
+                load = os.getloadavg()[0]
+                found = run(asked[0].ranks, {"rows": list(map(asdict, asked)), "hardware": text, "profiled": False})
+                while asked and asked[0].name in found:
+                    row = asked.pop(0)
+                    _note(held["rows"].setdefault(row.name, {"rounds": []}), found[row.name], row, load)
+                if asked:
+                    row = asked.pop(0)
+                    held["rows"].setdefault(row.name, {"rounds": []})["failed"] = found["failed"]
+                    print(f"{row.name}: {found['failed']}", flush=True)
                 _save(held)
-                print(f"{row.name}: {error}", flush=True)
-                continue
-            known.pop("failed", None)
-            known["rounds"].append({"seconds": found["measured"], "load": round(load, 1)})
-            known["predicted"] = predicted(found, row.ranks)
-            known["measured"] = min(each["seconds"] for each in known["rounds"])
-            _save(held)
-            print(f"{row.name}: {known['predicted']:.3f} s predicted, {known['measured']:.3f} s measured", flush=True)
     errors = [abs(r["predicted"] / r["measured"] - 1) for r in held["rows"].values() if r["rounds"]]
     if errors:
         print(f"{len(errors)} of {ROWS} rows: mean error {fmean(errors):.1%}, worst {max(errors):.1%}")
+
+
+def _jobs(asked: Sequence[Row]) -> Iterator[list[Row]]:
+    """Rows of as many processes share a job: starting one takes longer than its steps."""
+    for ranks in sorted({row.ranks for row in asked}):
+        own = [row for row in asked if row.ranks == ranks]
+        for first in range(0, len(own), TOGETHER):
+            yield own[first : first + TOGETHER]
+
+
+def _note(known: dict[str, Any], measured: dict[str, Any], row: Row, load: float) -> None:
+    """A round of a row: its fastest step."""
+    known.pop("failed", None)
+    known["rounds"].append({"seconds": measured["measured"], "load": round(load, 1)})
+    known["predicted"] = predicted(measured, row.ranks)
+    known["measured"] = min(each["seconds"] for each in known["rounds"])
+    print(f"{row.name}: {known['predicted']:.3f} s predicted, {known['measured']:.3f} s measured", flush=True)
 
 
 def _save(held: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def op_cost(op: Op, graph: ProxyGraph, hardware: Hardware, *, scale: float = 1.0
     alone = started(max(compute_seconds, memory_seconds) + streaming, launch)
     reduced = [0.0, 0.0]
     for sum_ in op.collectives:
-        reduced[sum_.backward] += hardware.exposed_seconds(sum_, scale)
+        reduced[sum_.backward] += hardware.exposed_seconds(sum_, scale, dtype)
     forward = alone + reduced[False]
     backward = weight = 0.0
     if any(value.requires_grad for value in op.outputs):

@@ -55,6 +55,8 @@ class Collective:
     backward: bool = False
     parted: bool = False
     """Whether it is a reduce-scatter and an all-gather, of the sequence-parallel form."""
+    beside: int = 0
+    """Flops of the products whose weights' gradients can be computed meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)

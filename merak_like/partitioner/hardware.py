@@ -7,9 +7,9 @@ GA102 and NVIDIA Ada GPU architecture whitepapers (tensor peaks with FP32 accumu
 torch leaves off by default. "80 GB" is taken as 80e9 bytes: devices have a few percent more, which the driver's context
 uses up.
 
-Not from datasheets: the constants that are fitted (below), and, assumed, latencies and the network between
-nodes (one 200 or 400 Gb/s adapter for each data-centre GPU, 25 Gb/s Ethernet for a workstation). Measure your own with
-``this_machine``.
+Not from datasheets: the constants that are fitted or measured (below), and, assumed, other latencies and the network
+between nodes (one 200 or 400 Gb/s adapter for each data-centre GPU, 25 Gb/s Ethernet for a workstation). Measure your
+own with ``this_machine``.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ class Hardware:
     efficiency: float = 0.75
     """Share of the peak that a very large matmul reaches."""
     half_flops: float = 1e9
-    """Flops of the float32 matmul that reaches half of that share: small ones do not fill the device. Those of another
-    dtype lose as much time."""
+    """Flops of the float32 matmul that reaches half of that share, if the smallest reach nothing: small ones do not
+    fill the device. Those of another dtype lose as much time."""
+    least_share: float = 0.0
+    """Of ``efficiency``: what the smallest matmuls reach. Below that is only the start of the kernel."""
     launch_seconds: float = 5e-6
     """Seconds each torch function costs, however small: the CPU has to start it."""
     memory_efficiency: float = 1.0
@@ -66,6 +68,8 @@ class Hardware:
     intra_efficiency: float = 1.0
     inter_efficiency: float = 1.0
     """Shares of the links' bandwidths that collectives reach."""
+    devices_per_adapter: int = 1
+    """Devices of a node that share a network adapter; ``inter`` is the part of each."""
     step_seconds: float = 0.0
     """What each step costs besides: reading the batch, the host, stragglers."""
     queued: bool = False
@@ -97,10 +101,14 @@ class Hardware:
     def matmul_seconds(self, flops: float, dtype: str) -> float:
         """Seconds of one matmul; a dtype without a peak of its own runs as float32.
 
-        The efficiency saturates: of float32, ``efficiency * flops / (flops + half_flops)``.
+        The efficiency grows from ``least_share`` of it: of float32, with ``least = half * share / (1 - share)``, it is
+        ``efficiency * (flops + least) / (flops + least + half)``.
         """
-        beside = self.half_flops / self.peak("float32")
-        return (flops / self.peak(dtype) + beside) / self.efficiency if flops > 0 else 0.0
+        if flops <= 0:
+            return 0.0
+        alone, half = flops / self.peak(dtype), self.half_flops / self.peak("float32")
+        least = half * self.least_share / (1 - self.least_share)
+        return (alone + half * alone / (alone + least)) / self.efficiency
 
     def peak(self, dtype: str) -> float:
         """Floating-point operations per second; a dtype without a figure of its own runs as float32."""
@@ -116,24 +124,32 @@ class Hardware:
         return nbytes / (self.memory_bandwidth * self.memory_efficiency)
 
     def group_link(self, ranks: int, stride: int = 1) -> Link:
-        """What a ring over ``ranks`` ranks, ``stride`` apart, gets of the links: those of a node share its adapters."""
+        """What a ring over ``ranks`` ranks, ``stride`` apart, gets of the links: those of a node share its adapters.
+
+        Where devices share an adapter, the rings of several groups with several devices of a node meet on some and
+        leave others idle; one device's ring, or that of all, does not (vTrain's rows in ``benchmarks/planner``).
+        """
         inside = min(max(self.devices_per_node // stride, 1), ranks)
         within = self.intra.bandwidth * self.intra_efficiency
         if inside == ranks:
             return Link(within, self.intra.latency)
-        return Link(min(self.inter.bandwidth * inside * self.inter_efficiency, within), self.inter.latency)
+        meeting = self.devices_per_adapter if 1 < inside < self.devices_per_node else 1
+        between = self.inter.bandwidth * inside * self.inter_efficiency / meeting
+        return Link(min(between, within), self.inter.latency)
 
-    def exposed_seconds(self, sum_: Collective, scale: float) -> float:
+    def exposed_seconds(self, sum_: Collective, scale: float, dtype: str) -> float:
         """Seconds that a sum over tensor-parallel ranks adds to a call; of one that is hidden, its first two parts.
 
-        Rows are gathered again in the backward, for the gradient of a weight: half a sum. Fused kernels hide that under
-        the gradient of the input (Korthikanti et al. 2022, sec. 4.2.2), torch's do not.
+        Fused kernels sum (or scatter, half a sum) the gradient of an input while they compute that of the weight, as
+        Megatron-LM's column-parallel layers do. Rows are gathered again in the backward, for the gradient of a weight:
+        half a sum. Fused kernels hide that under the gradient of the input (Korthikanti et al. 2022, sec. 4.2.2),
+        torch's do not.
         """
-        seconds = self.all_reduce_seconds(sum_.nbytes * scale, sum_.degree)
-        if not sum_.parted:
-            return seconds
-        again = 0.5 * (sum_.backward and self.kernels == "torch")
-        return seconds * ((min(1.0, 2 / sum_.degree) if self.overlap else 1.0) + again)
+        seconds, fused = self.all_reduce_seconds(sum_.nbytes * scale, sum_.degree), self.kernels == "fused"
+        shown = seconds * (min(1.0, 2 / sum_.degree) if self.overlap and sum_.parted else 1.0)
+        beside = self.matmul_seconds(sum_.beside * scale, dtype) if fused else 0.0
+        again = 0.5 * seconds * (sum_.parted and sum_.backward and not fused)
+        return shown - min(shown / 2 if sum_.parted else shown, beside) + again
 
     def all_reduce_seconds(self, nbytes: float, ranks: int, stride: int = 1) -> float:
         """Seconds of an all-reduce of so many bytes on each rank (alpha-beta: Thakur et al. 2005, sec. 4.5).
@@ -176,15 +192,20 @@ def _checked(kind: Any, data: Any, where: str) -> dict[str, Any]:
     return dict(found)
 
 
-MATMUL_EFFICIENCY = 0.69
-MATMUL_SECONDS = 5e-5
-MEMORY_EFFICIENCY = 0.92
-LAUNCH_SECONDS = 8e-6
-INTRA_EFFICIENCY = 0.9
-INTER_EFFICIENCY = 0.95
+MATMUL_EFFICIENCY = 0.679
+MATMUL_SECONDS = 6e-5
+MEMORY_EFFICIENCY = 0.95
+LAUNCH_SECONDS = 3e-6
+INTER_EFFICIENCY = 0.869
 """Fitted together, for all GPUs alike, to every other row of the published times in ``benchmarks/planner``; its README
-has the errors on the other half. A matmul takes ``MATMUL_SECONDS`` longer than its flops do (half of the best speed is
-reached at that much work); the host needs ``LAUNCH_SECONDS`` to start a kernel, while others run."""
+has the errors on the other half. A large matmul takes ``MATMUL_SECONDS`` of the peak's time longer than its flops do;
+the host needs ``LAUNCH_SECONDS`` to start a kernel, while others run."""
+LEAST_SHARE = 0.2
+"""Assumed: published steps have no small matmuls."""
+INTRA_EFFICIENCY = 0.72
+"""Measured: what NCCL's all-reduce reaches on 8 and on 4 A100 with messages of 0.1 to 1 GB, in the table of vTrain's
+authors (Bang et al. 2024, github.com/VIA-Research/vTrain, ``trace/a100``); on 2 it is 0.6. So is the latency of NVLink
+below: on 2, 4, 8 devices the smallest message takes about 40, 50 and 90 us."""
 
 
 def _gpu(
@@ -194,14 +215,14 @@ def _gpu(
     """A GPU with the maker's figures and the constants above; ``newer`` than flash attention and hidden reductions."""
     return Hardware(
         name, peaks, int(memory), bandwidth, intra, inter, 8,
-        efficiency=MATMUL_EFFICIENCY, half_flops=MATMUL_SECONDS * peaks["float32"], launch_seconds=LAUNCH_SECONDS,
-        memory_efficiency=MEMORY_EFFICIENCY, intra_efficiency=INTRA_EFFICIENCY, inter_efficiency=INTER_EFFICIENCY,
-        queued=True, kernels="fused", attention="flash" if newer else "math", overlap=newer,
-        source=source,
+        efficiency=MATMUL_EFFICIENCY, half_flops=MATMUL_SECONDS * peaks["float32"], least_share=LEAST_SHARE,
+        launch_seconds=LAUNCH_SECONDS, memory_efficiency=MEMORY_EFFICIENCY, intra_efficiency=INTRA_EFFICIENCY,
+        inter_efficiency=INTER_EFFICIENCY, queued=True, kernels="fused", attention="flash" if newer else "math",
+        overlap=newer, source=source,
     )  # fmt: skip
 
 
-_NVLINK2, _NVLINK3, _NVLINK4, _NVLINK5 = (Link(speed, 5e-6) for speed in (150e9, 300e9, 450e9, 900e9))
+_NVLINK2, _NVLINK3, _NVLINK4, _NVLINK5 = (Link(speed, 10e-6) for speed in (150e9, 300e9, 450e9, 900e9))
 _XGMI, _PCIE4 = Link(448e9, 5e-6), Link(32e9, 15e-6)
 _EDR, _HDR, _NDR, _ETHERNET = Link(12.5e9, 10e-6), Link(25e9, 10e-6), Link(50e9, 10e-6), Link(3.125e9, 50e-6)
 _VOLTA = {"float64": 7.8e12, "float32": 15.7e12, "float16": 125e12}

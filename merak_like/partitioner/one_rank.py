@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from merak_like.partitioner.cost import puts_off
 from merak_like.partitioner.graph import Collective, Op, Parameter, ProxyGraph, Value
 from merak_like.partitioner.software import Sizes, Software, run_with
 
@@ -106,7 +107,7 @@ def one_rank(sources: Sources, tp: int, software: Software, *, sequence_parallel
     layouts = _layouts(sources.derived(tp)) if tp > 1 else {}
     sizes = Sizes(sources.fine, _shares(sources.fine, layouts, tp if sequence_parallel else 1))
     fine = run_with(sizes, software)
-    talk = sums_of(sources.fine, sources.derived(tp), sequence_parallel) if tp > 1 else {}
+    talk = sums_of(sources.fine, sources.derived(tp), sequence_parallel, fine.ops) if tp > 1 else {}
     graph, ops, names = sources.base(tp), list[Op](), dict[str, str]()
     for op, (first, stop) in zip(graph.ops, sources.places(tp), strict=True):
         inside = fine.ops[first:stop]
@@ -180,10 +181,13 @@ def _shares(fine: ProxyGraph, layouts: Mapping[str, Layout], sequence: int) -> d
     return shares
 
 
-def sums_of(fine: ProxyGraph, derived: Derived, parted: bool) -> dict[str, tuple[Collective, ...]]:
+def sums_of(
+    fine: ProxyGraph, derived: Derived, parted: bool, local: Sequence[Op] = ()
+) -> dict[str, tuple[Collective, ...]]:
     """The sums over ranks after (or, backward, before) each fine op, by the name of the op.
 
-    ``parted``: as a reduce-scatter and an all-gather, of the sequence-parallel form.
+    ``parted``: as a reduce-scatter and an all-gather, of the sequence-parallel form. ``local``: the fine ops as they
+    run on one rank, where it matters what is computed beside a sum.
     """
     found: dict[str, list[Collective]] = {}
     for block in derived.blocks:
@@ -193,7 +197,10 @@ def sums_of(fine: ProxyGraph, derived: Derived, parted: bool) -> dict[str, tuple
             for name, nbytes in group.reduced.items():
                 found.setdefault(_maker(fine, name), []).append(Collective(group.degree, nbytes, parted=parted))
             for name, nbytes in group.entered_bytes.items():
-                found.setdefault(_maker(fine, name), []).append(Collective(group.degree, nbytes, True, parted))
+                reads = [local[use] for use in fine.uses.get(name, ())[1:]] if local else []
+                beside = sum(op.flops for op in reads if puts_off(op, fine))
+                entered = Collective(group.degree, nbytes, True, parted, beside)
+                found.setdefault(_maker(fine, name), []).append(entered)
             forms = [step for step, form in group.forms.items() if form in ("cross_entropy", "layer_norm", "rms_norm")]
             for backward, nbytes in enumerate(group.inside_bytes):
                 if nbytes and forms:

@@ -26,7 +26,8 @@ from merak_like.partitioner.judge import Judge, Judged
 from merak_like.partitioner.problem import Problem
 
 ACTIONS = 150_000
-"""Simulated actions the search may spend, within the limits below: some 0.1 to 0.3 s, at 0.5 to 3 us for each."""
+"""Simulated actions the search may spend, within the limits below: some 0.1 s, at 0.6 us for each. Four times as many
+found a shorter step in one of four jobs of 24 to 96 blocks on 8 and 16 stages, by 0.03 %."""
 FEWEST, MOST = 6, 300
 """Simulations the search may always, and at most, make."""
 NODES = 100_000
