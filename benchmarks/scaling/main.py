@@ -87,7 +87,7 @@ def of_stages(stages: int) -> dict[str, float]:
 
 
 def of_devices(devices: int) -> dict[str, float]:
-    """Every degree chosen for Llama 3.1 70B on so many devices, 2 samples of 4,096 tokens for each."""
+    """Every degree chosen for Llama 3.1 8B on so many devices, 2 samples of 4,096 tokens for each."""
     import tempfile
 
     from merak_like.hf import from_config
@@ -99,8 +99,8 @@ def of_devices(devices: int) -> dict[str, float]:
     from merak_like.partitioner.states import STATES
 
     config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 80, "hidden_size": 8192,
-        "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 32, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
         "max_position_embeddings": 131072, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
