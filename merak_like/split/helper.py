@@ -63,13 +63,14 @@ class Helper:
         exchange = door(self.crew, agreed, self.device)
         build: Callable[..., Made] = self.trunk.build if agreed.lora is not None else self._own
         if group is not None:
-            self.group_of[session] = name = agreed.group or ""
-            build = partial(self.commons.build, name, GroupText.model_validate(group, strict=False))
+            build = partial(self.commons.build, agreed.group or "", GroupText.model_validate(group, strict=False))
         made = self.crew.each(partial(build, agreed, blank(example), exchange))
         training = Training(
             made, exchange, agreed.optimizer, Path(session), agreed.checkpoint_every, self.crew
         )  # nothing is written here: the folder only names the session
         self.halves[session] = training
+        if agreed.group is not None:
+            self.group_of[session] = agreed.group
 
     def _own(self, task: Task, example: Any, exchange: Exchange) -> Made:
         return own_half(self.source, task, example, exchange, self.device, self.crew)
