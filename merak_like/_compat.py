@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.utils._pytree as _pytree
@@ -226,7 +226,7 @@ def as_in_a_real_run() -> Iterator[Callable[[], bool]]:
             setattr(module, "is_fake_tensor", before)  # noqa: B010
 
 
-def record_memory(what: str | None) -> None:
+def record_memory(what: Literal["state", "all"] | None) -> None:
     """Remember what is allocated on GPUs and by which line: what there is ("state"), what there was too ("all"), or no
     more (None)."""
     torch.cuda.memory._record_memory_history(what)
