@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -46,12 +47,18 @@ class Names(NamedTuple):
     def __call__(self, path: str, source: str) -> list[str]:
         if not any(fnmatch(path, w) for w in self.where) or any(fnmatch(path, d) for d in self.door):
             return []
-        used = dotted_names(ast.parse(source))
+        used = dotted_names(source)
         return [f"{path}:{line} names {name}" for name, line in used if re.fullmatch(self.forbidden, name)]
 
 
-def dotted_names(tree: ast.AST) -> list[tuple[str, int]]:
+parsed = cache(ast.parse)
+"""Every rule looks at every file."""
+
+
+@cache
+def dotted_names(source: str) -> list[tuple[str, int]]:
     """Every dotted name a file imports or spells, aliases undone: ``F.relu`` is ``torch.nn.functional.relu``."""
+    tree = parsed(source)
     imported: list[tuple[str, int]] = []
     meaning: dict[str, str] = {}
     for node in ast.walk(tree):
@@ -96,12 +103,12 @@ def has_own_name(path: str, source: str) -> list[str]:
 
 def has_no_global(path: str, source: str) -> list[str]:
     """State is passed, not fetched."""
-    return [f"{path}:{n.lineno} has a global" for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Global)]
+    return [f"{path}:{n.lineno} has a global" for n in ast.walk(parsed(source)) if isinstance(n, ast.Global)]
 
 
 def is_documented(path: str, source: str) -> list[str]:
     """A module, and its public functions and classes, say what they are."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     public = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
     missing = [f"{path}:{n.lineno} {n.name} has no docstring" for n in public if not ast.get_docstring(n)]
@@ -283,6 +290,6 @@ def test_public_names_are_there(name: str):
 
 
 def test_type_checkers_see_the_same_public_names():
-    names = {name for name, _ in dotted_names(ast.parse(SOURCES["__init__.py"])) if name.startswith("merak_like.")}
+    names = {name for name, _ in dotted_names(SOURCES["__init__.py"]) if name.startswith("merak_like.")}
     assert {f"{module}.{name}" for name, module in merak_like.PUBLIC.items()} <= names
     assert set(merak_like.PUBLIC) <= set(dir(merak_like))

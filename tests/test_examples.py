@@ -14,7 +14,7 @@ import pytest
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.run import get_args_parser
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
 from tests.commands import run as command
@@ -172,7 +172,7 @@ def test_lora_and_fine_tuning_run(tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     python(str(ROOT / "examples/lora.py"), str(llama), "texts.jsonl", "--steps", "2", folder=tmp_path)
     assert LlamaForCausalLM.from_pretrained(tmp_path / "runs/lora/merged").config.vocab_size == 8
-    bert = BertForSequenceClassification(BertConfig(vocab_size=8, max_position_embeddings=64, **SMALL))
+    bert = BertModel(BertConfig(vocab_size=8, max_position_embeddings=64, **SMALL))  # as MiniLM: no classifier yet
     folder = saved(tmp_path / "bert", bert)
     python(str(ROOT / "examples/finetune_minilm.py"), str(folder), "--steps", "2", "--each", "4", folder=tmp_path)
     found = BertForSequenceClassification.from_pretrained(tmp_path / "runs/minilm/model")
