@@ -254,3 +254,16 @@ def test_models_of_transformers_are_adapted(name: str, cut: str, targets: tuple[
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-10)
     for one, other in zip(found[0][1], found[1][1], strict=True):
         assert max(float((one[n] - other[n]).abs().max()) for n in one) < 1e-10
+
+
+def test_an_evaluation_goes_through_the_adapters(tmp_path: Path):
+    """Torch's own encoder layer reads its matrices past the layers that have them when nothing is learnt."""
+    whole, batch = split_models.steady()
+    whole.double()
+    source = Source(lambda: copy.deepcopy(whole))
+    told = Task(cut="layers.0:layers.3", lora=LoraText(rank=2), optimizer=OptimizerText(name="sgd", lr=0.1))
+    with Host(source, told.cut, listen="127.0.0.1:0", folder=tmp_path / "host") as host:
+        with Edge(source, told, batch, connect=f"127.0.0.1:{host.port}", folder=tmp_path / "edge", patience=60) as edge:
+            edge.step(batch)
+            edge.step(batch)
+            assert edge.evaluate(batch).loss == pytest.approx(edge.step(batch).loss, abs=1e-10)  # nothing is dropped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +25,7 @@ from merak_like.runtime.stage import Stage
 from merak_like.runtime.stage_code import build_stage
 from merak_like.runtime.tensor_parallel.sharding import Prepare, Sharded, Sharding, Unsharded
 from merak_like.runtime.value_code import ValueCode, value_code
+from merak_like.split.adapters import adapted
 from merak_like.split.cut import Cut
 from merak_like.split.elsewhere import Arrives, Leaves, Shown
 from merak_like.split.enduring import Sturdy
@@ -100,7 +101,9 @@ class HalfPrograms:
         """Trace a micro-batch in the model's present mode, and cut it."""
         with torch.enable_grad():  # a value's gradient decides how it travels, in an evaluation too
             own = self.parts.trace(batch, self.device)
-            halves = halve(own, self.cut)
+            layers = adapted(self.model)  # each is called by itself: torch's own blocks pass by them in evaluations
+            calls = tuple(c for c in own.calls if not any(path.startswith(f"{c.path}.") for path in layers))
+            halves = halve(replace(own, calls=calls), self.cut)
             if isinstance(self.parts, Sharded):
                 known = trace(self.parts.blueprint, batch, self.loss_fn, device=self.device)
                 halves = as_agreed(halve(known, self.cut), halves)
