@@ -77,8 +77,9 @@ def whole_short() -> str:
         numbers = f"{best['measured']:.2f} | {best['measured'] / least:.2f} | {rules / best['measured']:.2f}"
         lines.append(f"| {' x '.join(map(str, degrees))}{mark} | {numbers} |")
     chosen = data["chosen"]
-    lines += ["", f"The planner's choice is {chosen['dp']} x {chosen['pp']} x {chosen['tp']} with {chosen['name']}: "
-              f"{data['chosen to best']:.3f} of the best step that was measured of {len(data['rows'])} ways."]  # fmt: skip
+    told = f"The planner's choice is {chosen['dp']} x {chosen['pp']} x {chosen['tp']} with {chosen['name']}: "
+    told += f"{data['chosen to best']:.3f} of the best step that was measured of {len(data['rows'])} ways."
+    lines += ["", told]
     return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
