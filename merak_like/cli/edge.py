@@ -73,7 +73,7 @@ def batches(spec: str) -> Callable[[int], Any]:
 
 
 def _train(setting: Setting, options: Options) -> None:
-    from merak_like.cli.edge_file import task_of
+    from merak_like.cli.edge_file import screen_of, task_of
     from merak_like.split.edge import Edge
     from merak_like.split.forecast import forecast
     from merak_like.split.tls import Keys
@@ -88,7 +88,7 @@ def _train(setting: Setting, options: Options) -> None:
     keys = Keys(setting.keys, setting.name) if setting.keys is not None else None
     with Edge(
         source, task, batch, connect=setting.connect, folder=setting.state, keys=keys, insecure=setting.insecure,
-        patience=setting.patience, device=setting.device,
+        patience=setting.patience, device=setting.device, screen=screen_of(setting),
     ) as edge:  # fmt: skip
         began = time.monotonic()
         lines = list[dict[str, Any]]()
@@ -150,7 +150,7 @@ def _means(machines: Machines | None) -> Means | None:
 
 
 def _leakage(setting: Setting, options: Options) -> None:
-    from merak_like.cli.edge_file import task_of
+    from merak_like.cli.edge_file import screen_of, task_of
     from merak_like.split.image_leakage import image_leakage, images_of
     from merak_like.split.leakage import leakage
 
@@ -158,7 +158,7 @@ def _leakage(setting: Setting, options: Options) -> None:
     source = half_source(setting.model, task=setting.hf_task, weights=setting.weights)
     asked = [_batch(data(step)) for step in range(max(8, min(setting.steps, 64)))]
     measure = image_leakage if images_of(asked[0][0]) is not None else leakage
-    typer.echo(str(measure(source, task_of(setting), asked)))
+    typer.echo(str(measure(source, task_of(setting), asked, screen=screen_of(setting))))
 
 
 def _batch(found: Any) -> tuple[Any, Sequence[int] | None]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 if TYPE_CHECKING:
     from merak_like.split.messages import Task
+    from merak_like.split.screen import Screen
 
 
 class Machines(BaseModel):
@@ -30,6 +31,15 @@ class Machines(BaseModel):
     """Bytes the edge may use, such as ``4 GB``; None: what the hardware has."""
     host: str = "a100-80gb"
     """As ``edge``."""
+
+
+class ClipNoise(BaseModel):
+    """Limits and noise on what is sent; no differential privacy, as nobody counts what is told over many steps."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    norm: float = Field(gt=0)
+    noise: float = Field(default=0.0, ge=0)
 
 
 class Setting(BaseModel):
@@ -61,6 +71,11 @@ class Setting(BaseModel):
     seed: int = 0
     checkpoint_every: int = 50
     frozen_edge: bool = False
+    binary_edge: bool = False
+    """Whether the Linear layers of the edge's head have weights of signs, and signs are sent."""
+    leak: float = Field(default=0.0, ge=0)
+    """Weight of a loss against what is sent telling of the samples."""
+    clip_noise: ClipNoise | None = None
     skip: str = "none"
     group: str | None = None
     """The group of the host's operator that this edge trains with."""
@@ -91,13 +106,22 @@ def load(file: Path) -> Setting:
     return found.model_copy(update={**local, "model": model})
 
 
+def screen_of(setting: Setting) -> Screen | None:
+    """What edge.yaml says shall be done to what is sent; None: nothing."""
+    from merak_like.split.screen import Screen
+
+    norm, noise = (setting.clip_noise.norm, setting.clip_noise.noise) if setting.clip_noise else (None, 0.0)
+    screen = Screen(setting.binary_edge, norm, noise, setting.leak)
+    return None if screen == Screen() else screen
+
+
 def task_of(setting: Setting) -> Task:
     """The task that edge.yaml describes. Raises ValueError naming the field that is wrong."""
     from merak_like.split.messages import LoraText, OptimizerText, Task
 
     try:
         names = ("cut", "codec", "back_codec", "micro_batches", "window", "max_grad_norm", "seed", "checkpoint_every",
-                 "frozen_edge", "skip", "group", "average_edges")  # fmt: skip
+                 "frozen_edge", "binary_edge", "skip", "group", "average_edges")  # fmt: skip
         lora = None if setting.lora is None else LoraText(**setting.lora)
         return Task(
             optimizer=OptimizerText(**setting.optimizer), lora=lora, **{name: getattr(setting, name) for name in names}

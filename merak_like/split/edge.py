@@ -27,6 +27,7 @@ from merak_like.split.messages import Done, Hello, Task, Welcome, parse
 from merak_like.split.outline import beginning, outline
 from merak_like.split.programs import Half
 from merak_like.split.remembered import Remembered
+from merak_like.split.screen import Screen
 from merak_like.split.tls import Keys
 from merak_like.split.training import Training, Word, optimizer_of
 from merak_like.split.wire import CHUNK, Key, Kind
@@ -48,12 +49,13 @@ class Edge:
     def __init__(
         self, source: Source, task: Task, example: Any, *, connect: str | Sequence[str], folder: str | Path,
         keys: Keys | None = None, insecure: bool = False, waits: Waits | None = None, patience: float = 300.0,
-        window: int = 8 * CHUNK, device: torch.device | str = "cpu",
+        window: int = 8 * CHUNK, device: torch.device | str = "cpu", screen: Screen | None = None,
     ) -> None:  # fmt: skip
         """``example`` is the largest batch there will be; ``folder`` keeps checkpoints and the session's name.
 
         ``connect`` is HOST:PORT, or several of them to be tried in turn. ``patience`` is how many seconds a step may go
-        without a host. Raises ValueError for what cannot be built so; the host is dialled at the first step.
+        without a host. ``screen`` is what is done to what is sent; losses are told without its own. Raises ValueError
+        for what cannot be built so; the host is dialled at the first step.
         """
         self.task, self.example, self.folder, self.patience = task, example, Path(folder), patience
         self.device = torch.device(device)
@@ -63,7 +65,7 @@ class Edge:
         )
         made = build_half(
             "edge", source, task, example, self.exchange, links=self._word, optimizer=optimizer_of(task.optimizer),
-            device=self.device,
+            device=self.device, screen=screen,
         )  # fmt: skip
         self.training = Training(made, self.exchange, task.optimizer, self.folder, task.checkpoint_every)
         addresses = [connect] if isinstance(connect, str) else list(connect)

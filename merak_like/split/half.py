@@ -15,7 +15,7 @@ from torch import nn
 from merak_like.habits import save_safetensors
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan, StageMemory, StagePlan
-from merak_like.partitioner.tracer import LossFn
+from merak_like.partitioner.tracer import LossFn, trace
 from merak_like.runtime.batches import LossWeight, rows, split, to_device
 from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.engine import Engine
@@ -28,15 +28,18 @@ from merak_like.runtime.materialize import fill
 from merak_like.runtime.optimizer import Slot, Update
 from merak_like.runtime.watch import Watch
 from merak_like.split.adapters import adapt
+from merak_like.split.binarised import binarise
 from merak_like.split.crew import Crew
 from merak_like.split.cut import Cut
 from merak_like.split.enduring import Together
 from merak_like.split.exchange import Exchange
+from merak_like.split.halves import halve
 from merak_like.split.joined import Pool
 from merak_like.split.messages import Task
 from merak_like.split.narrow import narrow
 from merak_like.split.order import Side, orders
 from merak_like.split.programs import HalfPrograms
+from merak_like.split.screen import Screen, Screened
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,14 @@ def build_half(
     side: Side, source: Source, task: Task, example: Any, exchange: Exchange, *, links: Links,
     optimizer: OptimizerFactory | None, device: torch.device, crew: Crew | None = None,
     shared: Mapping[str, nn.Parameter] | None = None, learn: Callable[[Sequence[Slot]], Update] | None = None,
-    pool: Pool | None = None,
+    pool: Pool | None = None, screen: Screen | None = None,
 ) -> Made:  # fmt: skip
     """Build one side of a task.
 
     ``example`` is a batch as steps will see it. ``crew`` are the ranks of a host; each builds its part. ``shared`` are
     parameters, by first names, that this half has in common with others; ``learn`` makes another end of a step than an
-    optimizer's; ``pool`` lets micro-batches of several halves go through at once.
+    optimizer's; ``pool`` lets micro-batches of several halves go through at once; ``screen`` is what an edge does to
+    what it sends.
 
     Raises ValueError for a model that cannot be cut so, and for weights that are not there.
     """
@@ -91,11 +95,23 @@ def build_half(
     probe = narrow(model, micro, cut, source, skip=task.skip, side=side)
     if task.frozen_edge:
         freeze_head(model, micro, cut, source)
+    if task.binary_edge:
+        binarise(model, head_of(model, micro, cut, source))
     if side == "host" and task.lora is not None:
         first = HalfPrograms(side, model, cut, exchange, torch.device("cpu"), source.loss_fn).at(micro).halves
         adapt(model, first, task.lora, seed=task.seed, device=device)
     here = partial(
-        HalfPrograms, side, model, cut, exchange, device, source.loss_fn, ranks=world.size, rank=world.rank, pool=pool
+        HalfPrograms,
+        side,
+        model,
+        cut,
+        exchange,
+        device,
+        source.loss_fn,
+        ranks=world.size,
+        rank=world.rank,
+        pool=pool,
+        leave=screen and partial(Screened, screen=screen, share=1 / task.micro_batches, seed=task.seed),
     )
     programs = here()
     half = programs.at(micro)
@@ -162,11 +178,14 @@ def _habits(model: nn.Module) -> tuple[Initialiser | None, LossWeight | None]:
     return hf.initialiser(model), hf.loss_weight(model)
 
 
+def head_of(model: nn.Module, micro: Any, cut: Cut, source: Source) -> set[str]:
+    """First names of the parameters that the edge's head reads and its tail does not."""
+    halves = halve(trace(model, micro, source.loss_fn), cut)
+    return set(halves.params(0)) - (set(halves.params(2)) if halves.tailed else set())
+
+
 def freeze_head(model: nn.Module, micro: Any, cut: Cut, source: Source) -> None:
     """The edge's head is not trained; its tail is."""
-    from merak_like.partitioner.tracer import trace
-    from merak_like.split.halves import halve
-
     halves = halve(trace(model, micro, source.loss_fn), cut)
     tail = set(halves.params(2)) if halves.tailed else set[str]()
     first = halves.trace.graph.canonical

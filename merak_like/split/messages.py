@@ -65,6 +65,8 @@ class Task(Message):
     """Steps between checkpoints, on both ends alike."""
     frozen_edge: bool = False
     """Whether the edge's head is not trained: then no gradient comes back to it."""
+    binary_edge: bool = False
+    """Whether the Linear layers of the edge's head have weights of signs (see ``binarised``)."""
     skip: Literal["none", "surrogate"] = "none"
     group: Word | None = None
     """The group whose cloud half is trained together; None: a half of one's own. There the host's operator says how the

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -48,16 +49,26 @@ class Half(Program):
         return next((s for s in self.stages.values() if isinstance(s, Shown) and "loss" in s.code.results), None)
 
 
+class Leaving(Protocol):
+    """Makes the stage by which values leave an edge."""
+
+    def __call__(self, exchange: Exchange, *, specs: Sequence[Spec]) -> Leaves:
+        """Of the values that are sent."""
+        ...
+
+
 class HalfPrograms:
     """One side's programs by input shape and mode."""
 
     def __init__(
         self, side: Side, model: nn.Module, cut: Cut, exchange: Exchange, device: torch.device, loss_fn: LossFn | None,
-        *, ranks: int = 1, rank: int = 0, pool: Pool | None = None,
+        *, ranks: int = 1, rank: int = 0, pool: Pool | None = None, leave: Leaving | None = None,
     ) -> None:  # fmt: skip
         """``ranks`` is how many a host's half is on; the first batch that is asked for decides where it is cut.
-        ``pool`` is of halves whose micro-batches may go through together."""
-        self.pool = pool
+        ``leave`` makes the stage by which an edge's values leave; ``pool`` is of halves whose micro-batches may go
+        through together.
+        """
+        self.pool, self._leave = pool, leave
         self.side: Side = side
         self.model, self.cut, self.exchange = model, cut, exchange
         self.device, self.loss_fn = device, loss_fn
@@ -88,7 +99,8 @@ class HalfPrograms:
 
     def _edge(self, halves: Halves) -> Half:
         edges: dict[tuple[int, int], tuple[Spec, ...]] = dict.fromkeys(self.edges(), ())
-        stages: dict[int, Any] = {0: self._own(halves, halves.starts, 0), 1: Leaves(self.exchange, "up", halves.sent)}
+        leaves = (self._leave or partial(Leaves, link="up"))(self.exchange, specs=halves.sent)
+        stages: dict[int, Any] = {0: self._own(halves, halves.starts, 0), 1: leaves}
         holds = {0: halves.params(0)}
         edges[0, 1] = halves.sent
         if halves.tailed:
