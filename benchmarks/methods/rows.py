@@ -16,6 +16,7 @@ import curvature  # noqa: E402
 import edges  # noqa: E402
 import packing  # noqa: E402
 import small  # noqa: E402
+import topics  # noqa: E402
 from measure import cpu, peak  # noqa: E402
 
 Lines = list[list[str]]
@@ -147,6 +148,7 @@ ROWS = {
     "experts": Row("MatrixProductExperts", small.experts),
     "low_rank": Row("LowRank", small.low_rank),
     "element_weights": Row("factor_elements", small.element_weights),
+    "topics": Row("factor_elements", topics.topics),
     "powers": Row("powers", small.powers),
     "binarised": Row("BinaryLinear, `sign`", small.binarised),
     "superposed": Row("`c3sl`", small.superposed),

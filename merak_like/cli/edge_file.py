@@ -42,6 +42,18 @@ class ClipNoise(BaseModel):
     noise: float = Field(default=0.0, ge=0)
 
 
+class LowRank(BaseModel):
+    """``runtime.methods.projection.LowRank``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rank: int = Field(ge=1)
+    every: int = Field(ge=1)
+    layers: str = ".*"
+    energy: bool = False
+    norms: dict[str, str] = {}
+
+
 class Setting(BaseModel):
     """edge.yaml; paths are relative to the file."""
 
@@ -76,7 +88,13 @@ class Setting(BaseModel):
     leak: float = Field(default=0.0, ge=0)
     """Weight of a loss against what is sent telling of the samples."""
     clip_noise: ClipNoise | None = None
+    low_rank: LowRank | None = None
+    """Project the weights of the edge's layers to a rank now and then."""
     skip: str = "none"
+    weigh: str = "plain"
+    """How a changed layer is factored; ``rows`` and ``elements`` need ``fisher``."""
+    fisher: Path | None = None
+    """A file of ``merak edge fisher``; the host needs the same."""
     group: str | None = None
     """The group of the host's operator that this edge trains with."""
     average_edges: bool = False
@@ -101,7 +119,7 @@ def load(file: Path) -> Setting:
         raise ValueError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     here = file.expanduser().resolve().parent
     sys.path.insert(0, str(here))
-    local = {k: here / v for k in ("keys", "state", "weights") if (v := getattr(found, k)) is not None}
+    local = {k: here / v for k in ("keys", "state", "weights", "fisher") if (v := getattr(found, k)) is not None}
     model = str(here / found.model) if (here / found.model).exists() else found.model
     return found.model_copy(update={**local, "model": model})
 
@@ -121,7 +139,8 @@ def task_of(setting: Setting) -> Task:
 
     try:
         names = ("cut", "codec", "back_codec", "micro_batches", "window", "max_grad_norm", "seed", "checkpoint_every",
-                 "frozen_edge", "binary_edge", "skip", "group", "average_edges")  # fmt: skip
+                 "frozen_edge", "binary_edge", "skip", "weigh", "group",
+                 "average_edges")  # fmt: skip
         lora = None if setting.lora is None else LoraText(**setting.lora)
         return Task(
             optimizer=OptimizerText(**setting.optimizer), lora=lora, **{name: getattr(setting, name) for name in names}

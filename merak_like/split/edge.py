@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from merak_like.runtime.batches import rows, split
+from merak_like.runtime.methods.method import Method
 from merak_like.runtime.optimizer import StepResult
 from merak_like.split import checkpoint
 from merak_like.split.ahead import Ahead
@@ -50,12 +51,14 @@ class Edge:
         self, source: Source, task: Task, example: Any, *, connect: str | Sequence[str], folder: str | Path,
         keys: Keys | None = None, insecure: bool = False, waits: Waits | None = None, patience: float = 300.0,
         window: int = 8 * CHUNK, device: torch.device | str = "cpu", screen: Screen | None = None,
+        methods: Sequence[Method] = (),
     ) -> None:  # fmt: skip
         """``example`` is the largest batch there will be; ``folder`` keeps checkpoints and the session's name.
 
         ``connect`` is HOST:PORT, or several of them to be tried in turn. ``patience`` is how many seconds a step may go
-        without a host. ``screen`` is what is done to what is sent; losses are told without its own. Raises ValueError
-        for what cannot be built so; the host is dialled at the first step.
+        without a host. ``screen`` is what is done to what is sent; losses are told without its own. ``methods``
+        follow the edge's own gradients, as ``LowRank`` does. Raises ValueError for what cannot be built so; the host is
+        dialled at the first step.
         """
         self.task, self.example, self.folder, self.patience = task, example, Path(folder), patience
         self.device = torch.device(device)
@@ -65,7 +68,7 @@ class Edge:
         )
         made = build_half(
             "edge", source, task, example, self.exchange, links=self._word, optimizer=optimizer_of(task.optimizer),
-            device=self.device, screen=screen,
+            device=self.device, screen=screen, methods=methods,
         )  # fmt: skip
         self.training = Training(made, self.exchange, task.optimizer, self.folder, task.checkpoint_every)
         addresses = [connect] if isinstance(connect, str) else list(connect)

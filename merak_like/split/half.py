@@ -17,7 +17,7 @@ from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan, StageMemory, StagePlan
 from merak_like.partitioner.tracer import LossFn, trace
 from merak_like.runtime.batches import LossWeight, rows, split, to_device
-from merak_like.runtime.data_parallel import Reducer
+from merak_like.runtime.data_parallel import Gradients, Reducer
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.finite import Guard
 from merak_like.runtime.initialising import Initialiser
@@ -25,6 +25,7 @@ from merak_like.runtime.initialize import World
 from merak_like.runtime.learning import OptimizerFactory
 from merak_like.runtime.links import DistLinks, Links
 from merak_like.runtime.materialize import fill
+from merak_like.runtime.methods.method import Method, Place
 from merak_like.runtime.optimizer import Slot, Update
 from merak_like.runtime.watch import Watch
 from merak_like.split.adapters import adapt
@@ -51,6 +52,8 @@ class Source:
     weights: str | Path | None = None
     """A safetensors file or a folder of them; each side reads its own tensors alone. None: as initialised."""
     loss_fn: LossFn | None = None
+    fisher: str | Path | None = None
+    """A file of the Fisher information of the layer that a cut changes (see ``fisher``); both sides need the same."""
     loss_weight: LossWeight | None = None
     """Items that a micro-batch's loss is the mean of; None: target tokens where the model says so, else samples."""
 
@@ -75,14 +78,14 @@ def build_half(
     side: Side, source: Source, task: Task, example: Any, exchange: Exchange, *, links: Links,
     optimizer: OptimizerFactory | None, device: torch.device, crew: Crew | None = None,
     shared: Mapping[str, nn.Parameter] | None = None, learn: Callable[[Sequence[Slot]], Update] | None = None,
-    pool: Pool | None = None, screen: Screen | None = None,
+    pool: Pool | None = None, screen: Screen | None = None, methods: Sequence[Method] = (),
 ) -> Made:  # fmt: skip
     """Build one side of a task.
 
     ``example`` is a batch as steps will see it. ``crew`` are the ranks of a host; each builds its part. ``shared`` are
     parameters, by first names, that this half has in common with others; ``learn`` makes another end of a step than an
     optimizer's; ``pool`` lets micro-batches of several halves go through at once; ``screen`` is what an edge does to
-    what it sends.
+    what it sends; ``methods`` follow the gradients of each step.
 
     Raises ValueError for a model that cannot be cut so, and for weights that are not there.
     """
@@ -92,7 +95,7 @@ def build_half(
     model = source.build()
     model.train()
     micro = to_device(split(example, task.micro_batches)[0], torch.device("cpu"))
-    probe = narrow(model, micro, cut, source, skip=task.skip, side=side)
+    probe = narrow(model, micro, cut, source, task, side)
     if task.frozen_edge:
         freeze_head(model, micro, cut, source)
     if task.binary_edge:
@@ -134,11 +137,17 @@ def build_half(
     slots = [Slot(name, p, tuple(p.shape)) for name, p in trainable.items()]
     learner = optimizer(trainable.values()) if optimizer and trainable else None
     weigh = source.loss_weight or (counted if source.loss_fn is None else None) or rows
+    reducer: Gradients = Reducer(trainable, dict.fromkeys(trainable), watch, readers)
+    for method in methods:
+        if type(method).piece is not Method.piece or type(method).traced is not Method.traced:
+            raise ValueError(f"{type(method).__name__} changes how code runs, which a half does in its own way")
+        place = Place(model, trainable, frozenset(), None, learner, world, watch, lambda: engine.steps)
+        reducer = method.gradients(reducer, place)
     if not world.alone:
         links = Together(DistLinks(crew.groups, watch, device), crew, exchange)
     engine = Engine(
         plan=plan, model=model, parameters=trainable, programs=programs,  # type: ignore[arg-type]
-        links=links, reducer=Reducer(trainable, dict.fromkeys(trainable), watch, readers),
+        links=links, reducer=reducer,
         update=learn(slots) if learn else Update(slots, learner, max_grad_norm=task.max_grad_norm, guard=Brief()),
         prepare=lambda batch: batch,
         world=world, groups=replace(crew.groups, made=()), watch=watch,

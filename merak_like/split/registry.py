@@ -257,7 +257,7 @@ class Registry:
         model.train()
         micro = split(example, hello.task.micro_batches)[0]
         if self.cut.rank is not None and self.source.weights is None:
-            narrow(model, micro, self.cut, self.source, skip=hello.task.skip, side="host")
+            narrow(model, micro, self.cut, self.source, hello.task, "host")
         elif self.cut.rank is not None:
             whole = sum(p.nbytes for p in model.parameters())  # an upper bound: the changed layer has fewer
             return whole * 3, whole * copies
