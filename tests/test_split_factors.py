@@ -55,7 +55,7 @@ def split(source: Source, task: Task, folder: Path, steps: int, **more: Any) -> 
 
 
 @pytest.mark.parametrize("weigh", ["elements", pytest.param("rows", marks=pytest.mark.slow)])
-def test_both_sides_factor_by_the_same_information(weigh: str, tmp_path: Path):
+def test_both_sides_factor_by_the_same_information(weigh: Any, tmp_path: Path):
     found = fisher_of(Source(model), Cut.parse(CUT), [tiny_batch(n) for n in range(4)])
     assert list(found) == [FIRST]
     save_file(found, tmp_path / "fisher.safetensors")

@@ -85,11 +85,11 @@ def pretrained(ids: Tensor, steps: int = 400) -> Encoder:
     return model
 
 
-def tuned(model: nn.Module, train: Any, test: Any, seed: int, epochs: int = 6, only: str = "") -> float:
+def tuned(model: nn.Module, train: Any, test: Any, seed: int, epochs: int = 3, only: str = "") -> float:
     """Train in place; accuracy."""
     generator = torch.Generator().manual_seed(seed)
     parameters = [p for n, p in model.named_parameters() if n.startswith(only)]
-    optimizer = torch.optim.AdamW(parameters, 1e-3)
+    optimizer = torch.optim.AdamW(parameters, 1e-3 if only else 5e-4)
     for _ in range(epochs):
         for some in torch.randperm(len(train[0]), generator=generator).split(32):
             optimizer.zero_grad()

@@ -88,6 +88,8 @@ class Setting(BaseModel):
     leak: float = Field(default=0.0, ge=0)
     """Weight of a loss against what is sent telling of the samples."""
     clip_noise: ClipNoise | None = None
+    local: dict[str, Any] | None = None
+    """``alone``, ``temperature``, ``width``, ``sparse``: learn at home, in a group whose mode is ``chosen``."""
     low_rank: LowRank | None = None
     """Project the weights of the edge's layers to a rank now and then."""
     skip: str = "none"
@@ -135,15 +137,19 @@ def screen_of(setting: Setting) -> Screen | None:
 
 def task_of(setting: Setting) -> Task:
     """The task that edge.yaml describes. Raises ValueError naming the field that is wrong."""
-    from merak_like.split.messages import LoraText, OptimizerText, Task
+    from merak_like.split.messages import LocalText, LoraText, OptimizerText, Task
 
     try:
         names = ("cut", "codec", "back_codec", "micro_batches", "window", "max_grad_norm", "seed", "checkpoint_every",
                  "frozen_edge", "binary_edge", "skip", "weigh", "group",
                  "average_edges")  # fmt: skip
         lora = None if setting.lora is None else LoraText(**setting.lora)
+        local = None if setting.local is None else LocalText(**setting.local)
         return Task(
-            optimizer=OptimizerText(**setting.optimizer), lora=lora, **{name: getattr(setting, name) for name in names}
+            optimizer=OptimizerText(**setting.optimizer),
+            lora=lora,
+            local=local,
+            **{name: getattr(setting, name) for name in names},
         )
     except ValidationError as error:
         first = error.errors()[0]

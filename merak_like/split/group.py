@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 
@@ -26,6 +26,7 @@ from merak_like.split.checkpoint import State
 from merak_like.split.common import Common, Part
 from merak_like.split.groups import GroupText, Place, averages, chosen, due, saves
 from merak_like.split.half import Brief, Made
+from merak_like.split.masked import Masked
 from merak_like.split.pooled import Pooled
 from merak_like.split.rounds import Busy, Meeting, Rounds
 from merak_like.split.session import Refused, Session
@@ -69,7 +70,7 @@ class Group:
         stopping: Callable[[], bool],
     ) -> None:  # fmt: skip
         self.name, self.text, self.folder, self.turn = name, text, folder, turn
-        self.rounds = Rounds(name, text, self._apply, self._end, note, stopping)
+        self.rounds = Rounds(name, text, self._apply, self._end, note, stopping, self._place)
         self.averages = Averages(self.rounds, self._due, note)
         self.common: Common | None = None
         self.live: dict[str, Session] = {}
@@ -86,7 +87,7 @@ class Group:
     def begin(self, build: Callable[[], Made]) -> Common:
         """The shared weights: of a checkpoint where there is one, else as a half has them when it is built."""
         if self.common is None:
-            common = Common(build(), self.text)
+            common = (Masked if self.text.mode == "chosen" else Common)(build(), self.text)
             found = checkpoint.whole(self.folder)
             self.common = common
             if found:
@@ -104,7 +105,9 @@ class Group:
                 )
             session, meeting = self._at_work[member]
             with self.turn.away():
-                self.rounds.give(meeting, member, Part(gradients, session.training.buffers(), result.tokens))
+                self.rounds.give(
+                    meeting, member, Part(gradients, session.training.buffers(), result.tokens, member, result.loss)
+                )
 
         return lambda slots: Contributes(slots, max_grad_norm=self.text.max_grad_norm, guard=Brief(), give=give)
 
@@ -125,7 +128,7 @@ class Group:
             for one in before:
                 self.live.pop(one.id)
             self.live[session.id] = session
-            if session.training.step == 0 and session.last is None:
+            if session.training.step == session.begins and session.last is None:
                 self.rounds.change.wait_for(lambda: not self.rounds.meeting.applied, self.text.wait)
                 self.save()
 
@@ -146,15 +149,19 @@ class Group:
         if self.averages.of < session.owes:
             raise Refused(f"the edge's own layers of round {session.owes} are due before its next step")
         with self.rounds.seat(session.owner, there) as meeting:
-            assert self.common is not None
             self._at_work[session.owner] = session, meeting
             try:
-                session.training.put_buffers(self.common.buffers)
+                self._show(session)
                 self._blend(session, meeting)
                 at, who = self.rounds.at, meeting.who
                 yield After(saves(self.text, at, who), averages(self.text, at, who))
             finally:  # a session that is put away gives its memory back
                 del self._at_work[session.owner]
+
+    def _show(self, session: Session) -> None:
+        assert self.common is not None
+        session.training.put_buffers(self.common.buffers)
+        self.common.show(session.owner, session.training.made.model)
 
     def _blend(self, session: Session, meeting: Meeting) -> None:
         """Let a session's gradients at the cut be the mean of those that are chosen in this round."""
@@ -185,8 +192,7 @@ class Group:
     def look(self, session: Session) -> Iterator[None]:
         """An evaluation of a session is inside."""
         with self.rounds.look():
-            assert self.common is not None
-            session.training.put_buffers(self.common.buffers)
+            self._show(session)
             yield
 
     # --- rounds -------------------------------------------------------------------------------------------------------
@@ -194,6 +200,9 @@ class Group:
     def _apply(self, parts: tuple[Part, ...], at: Place) -> None:
         assert self.common is not None
         self.common.learn(parts, at.updates)
+
+    def _place(self, at: Place) -> Place:
+        return replace(at, heard=self.common.next()) if isinstance(self.common, Masked) and at.done == 0 else at
 
     def _end(self, before: Place, now: Place) -> None:
         self._dirty = True
@@ -272,6 +281,6 @@ class Group:
             for id_, facts in state.facts["sessions"].items()
         }
         self.rounds.away = set(state.facts["away"]) & set(self.text.members)
-        place = Place(**state.facts["place"])
+        place = Place(**{**state.facts["place"], "heard": tuple(state.facts["place"].get("heard", ()))})
         fits = place.member < len(self.text.members)
         self.rounds.go_to(place if fits else Place(place.updates, place.round))

@@ -30,8 +30,10 @@ from merak_like.runtime.optimizer import Slot, Update
 from merak_like.runtime.watch import Watch
 from merak_like.split.adapters import adapt
 from merak_like.split.binarised import binarise
+from merak_like.split.contrasted import PROJECTOR, Contrasted, Hears, projector
 from merak_like.split.crew import Crew
 from merak_like.split.cut import Cut
+from merak_like.split.elsewhere import Arrives
 from merak_like.split.enduring import Together
 from merak_like.split.exchange import Exchange
 from merak_like.split.halves import halve
@@ -95,6 +97,7 @@ def build_half(
     model = source.build()
     model.train()
     micro = to_device(split(example, task.micro_batches)[0], torch.device("cpu"))
+    share = 1 / task.micro_batches
     probe = narrow(model, micro, cut, source, task, side)
     if task.frozen_edge:
         freeze_head(model, micro, cut, source)
@@ -103,6 +106,15 @@ def build_half(
     if side == "host" and task.lora is not None:
         first = HalfPrograms(side, model, cut, exchange, torch.device("cpu"), source.loss_fn).at(micro).halves
         adapt(model, first, task.lora, seed=task.seed, device=device)
+    leave, compare = screen and partial(Screened, screen=screen, share=share, seed=task.seed), None
+    if task.local is not None and cut.back is not None:
+        raise ValueError(f"local learning needs a cut without a tail, whose loss the host computes; found {cut}")
+    if task.local is not None and side == "edge":
+        if screen or task.frozen_edge:
+            raise ValueError("local learning trains the edge's head on what it sends as it is: no screen, not frozen")
+        first = HalfPrograms(side, model, cut, exchange, torch.device("cpu"), source.loss_fn).at(micro).halves
+        compare = projector(first.sent, task.local, task.seed).to(device)
+        leave = partial(Contrasted, text=task.local, share=share, compare=compare)
     here = partial(
         HalfPrograms,
         side,
@@ -114,7 +126,8 @@ def build_half(
         ranks=world.size,
         rank=world.rank,
         pool=pool,
-        leave=screen and partial(Screened, screen=screen, share=1 / task.micro_batches, seed=task.seed),
+        leave=leave,
+        arrive=Arrives if task.local is None else Hears,
     )
     programs = here()
     half = programs.at(micro)
@@ -127,6 +140,10 @@ def build_half(
     parameters = fill(
         model, keep, ties, device, seed=task.seed, initialise=initialise, weights=source.weights, given=False
     )
+    if compare is not None:
+        model.add_module(PROJECTOR, compare)
+        extra = {f"{PROJECTOR}.{name}": p for name, p in compare.named_parameters()}
+        parameters, keep = {**parameters, **extra}, (*keep, *extra)
     programs = here()  # of the tensors that are there now
     programs.at(micro)
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}

@@ -63,12 +63,13 @@ class HalfPrograms:
     def __init__(
         self, side: Side, model: nn.Module, cut: Cut, exchange: Exchange, device: torch.device, loss_fn: LossFn | None,
         *, ranks: int = 1, rank: int = 0, pool: Pool | None = None, leave: Leaving | None = None,
+        arrive: type[Arrives] = Arrives,
     ) -> None:  # fmt: skip
         """``ranks`` is how many a host's half is on; the first batch that is asked for decides where it is cut.
-        ``leave`` makes the stage by which an edge's values leave; ``pool`` is of halves whose micro-batches may go
-        through together.
+        ``leave`` makes the stage by which an edge's values leave, ``arrive`` the one by which they come to a host;
+        ``pool`` is of halves whose micro-batches may go through together.
         """
-        self.pool, self._leave = pool, leave
+        self.pool, self._leave, self._arrive = pool, leave, arrive
         self.side: Side = side
         self.model, self.cut, self.exchange = model, cut, exchange
         self.device, self.loss_fn = device, loss_fn
@@ -129,7 +130,7 @@ class HalfPrograms:
             names = [spec.name for spec in (*halves.sent, *halves.rebuilt)]
             code = value_code(halves.trace, self.model, [s.name for s in halves.rebuilt], starts[1])
             again = _Again(code, self.device) if halves.rebuilt else None
-            stages[0] = Arrives(self.exchange, "up", halves.sent, names, again)
+            stages[0] = self._arrive(self.exchange, "up", halves.sent, names, again)
             holds[0] = tuple(code.buffers) if halves.rebuilt else ()
             if halves.tailed:
                 stages[last + 1] = Leaves(self.exchange, "down", halves.returned)

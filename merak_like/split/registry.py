@@ -36,6 +36,7 @@ from merak_like.split.helper import build_together
 from merak_like.split.joined import Pool
 from merak_like.split.layers import layers_of
 from merak_like.split.limits import Ledger, Limits, NoRoom, memory_of, weights_of
+from merak_like.split.membership import require_fitting
 from merak_like.split.messages import Hello, Task
 from merak_like.split.narrow import narrow, same
 from merak_like.split.outline import blank
@@ -77,6 +78,8 @@ class Registry:
         """
         if str(self.cut) != hello.task.cut:
             raise Refused(f"this host serves the cut {self.cut}, not {hello.task.cut}")
+        if hello.task.local is not None and hello.task.group is None:
+            raise Refused("an edge that learns at home is heard by a group whose mode is chosen: name one")
         if hello.task.lora is not None and (hello.task.group is not None or not self.crew.world.alone):
             raise Refused("adapters are trained by a session of its own, on a host of one rank: leave group away")
         with self._lock:  # sessions of a group come and go in it
@@ -95,28 +98,13 @@ class Registry:
         group = self.groups.get(task.group or "")
         if group is None or owner not in group.text.members:
             raise Refused(NO_GROUP)
-        if task.checkpoint_every != group.text.checkpoint_every:
-            raise Refused(
-                f"group {group.name} keeps a checkpoint every {group.text.checkpoint_every} rounds, edges with it: say "
-                f"checkpoint_every: {group.text.checkpoint_every}, not {task.checkpoint_every}"
-            )
-        if bool(group.text.average) != task.average_edges:
-            raise Refused(
-                f"group {group.name} averages the edges' own layers, an edge must agree: say average_edges: true"
-                if group.text.average
-                else f"group {group.name} does not average the edges' own layers: leave average_edges away"
-            )
-        others = {session.task.micro_batches for session in group.live.values() if session.owner != owner}
-        if group.text.phi and others - {task.micro_batches}:
-            raise Refused(
-                f"the clients of group {group.name} share gradients at the cut (phi), micro-batch by micro-batch: say "
-                f"micro_batches: {others.pop()}, not {task.micro_batches}"
-            )
+        require_fitting(task, owner, group)
         return group
 
     def _new(self, hello: Hello, owner: str, group: Group | None) -> Session:
-        if hello.step:
-            raise Refused("a new session begins at step 0: name the session to go on with")
+        begins = hello.task.local.alone if hello.task.local is not None else 0
+        if hello.step != begins:
+            raise Refused(f"a new session begins at step {begins}: name the session to go on with")
         if group is not None:  # a member that begins anew has one place, as before
             for session in [s for s in group.live.values() if s.owner == owner]:
                 if session.busy:
@@ -212,9 +200,12 @@ class Registry:
         """A half whose weights are the group's."""
         build = partial(build_half, "host", self.source, example=example, links=NoLinks(), optimizer=None,
                         device=self.device, crew=self.crew)  # fmt: skip
-        seeded = task.model_copy(update={"seed": group.text.seed, "frozen_edge": False})
+        seeded = task.model_copy(update={"seed": group.text.seed, "frozen_edge": False, "local": None})
         common = group.begin(lambda: build(task=seeded, exchange=Exchange({}, 0, self.device)))
-        made = build(task=task, exchange=exchange, shared=common.weights, learn=group.learner(owner))
+        shared = common.weights  # or a copy, where each member sees them in a way of its own
+        if group.text.mode == "chosen":
+            shared = {name: nn.Parameter(p.detach().clone(), p.requires_grad) for name, p in shared.items()}
+        made = build(task=task, exchange=exchange, shared=shared, learn=group.learner(owner))
         if set(made.trained) != set(common.trained):
             odd = sorted(set(made.trained) ^ set(common.trained))[:3]
             raise Refused(f"this session would train other weights than group {group.name}: {odd}; is skip the same?")
@@ -252,7 +243,7 @@ class Registry:
 
         Refuses another model or cut before any weights are made.
         """
-        lora, copies = hello.task.lora, 4 if group is None else 1
+        lora, copies = hello.task.lora, 4 if group is None else 6 if group.text.mode == "chosen" else 1
         model = self.source.build().to("meta") if self.source.weights is not None else self.source.build()
         model.train()
         micro = split(example, hello.task.micro_batches)[0]

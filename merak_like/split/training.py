@@ -6,7 +6,7 @@ as running means, is kept as it was until the step is through, so that a step th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from merak_like.split.crew import Crew
 from merak_like.split.exchange import Exchange
 from merak_like.split.half import Made
 from merak_like.split.messages import OptimizerText
+from merak_like.split.wire import WireError
 
 OPTIMIZERS: Mapping[str, Callable[[Iterable[nn.Parameter], OptimizerText], torch.optim.Optimizer]] = {
     "adamw": lambda ps, o: torch.optim.AdamW(ps, lr=o.lr, weight_decay=o.weight_decay),
@@ -94,6 +95,35 @@ class Training:
         """The loss in evaluation mode; nothing is changed."""
         with self._all_or_nothing(always=True):
             return self.engine.evaluate(batch)
+
+    def shown(self, parts: Sequence[Any]) -> dict[str, Tensor]:
+        """The outputs of the micro-batches evaluated last, by name. Raises ValueError where the host has them."""
+        model, found = self.made.model, list[dict[str, Tensor]]()
+        mode = model.training
+        model.eval()
+        for i, part in enumerate(parts):
+            stage = self.made.programs.at(part).shown
+            if stage is None:
+                raise ValueError("the cut has no tail on the edge, so the outputs are the host's: cut FRONT:BACK")
+            found.append(stage.shown[i])
+        model.train(mode)
+        return {
+            name: torch.cat([one[name] for one in found])
+            for name, first in found[0].items()
+            if first.dim() and name != "loss"
+        }
+
+    def require_items(self, parts: Sequence[Any], *, training: bool) -> None:
+        """Raises ValueError for a batch that an engine would refuse, before any rank has begun."""
+        mode = self.made.model.training
+        self.made.model.train(training)
+        try:
+            for part in parts:
+                self.made.programs.at(part)
+                if not self.made.weigh(part):
+                    raise WireError("a micro-batch has no item to learn from: every label is ignored")
+        finally:
+            self.made.model.train(mode)
 
     @contextmanager
     def _all_or_nothing(self, *, always: bool = False) -> Iterator[None]:
