@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from merak_like.cli.edge_file import load, screen_of, task_of
+from merak_like.runtime.methods.method import Method
 from merak_like.split.binarised import BinaryLinear, clip_noise, leak_loss, sign
 from merak_like.split.edge import Edge
 from merak_like.split.half import Source
@@ -51,13 +52,19 @@ def batch(step: int) -> dict[str, Tensor]:
 
 
 def split_run(
-    folder: Path, screen: Screen | None, steps: int = 4, **more: Any
+    folder: Path, screen: Screen | None, steps: int = 4, methods: Sequence[Method] = (), **more: Any
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and all weights after some steps of an edge and a host."""
     task = Task(cut="front:back", micro_batches=2, optimizer=LEARN, **more)
     with Host(Source(build), task.cut, listen="127.0.0.1:0", folder=folder / "host") as host:
         edge = Edge(
-            Source(build), task, batch(0), connect=f"127.0.0.1:{host.port}", folder=folder / "edge", screen=screen
+            Source(build),
+            task,
+            batch(0),
+            connect=f"127.0.0.1:{host.port}",
+            folder=folder / "edge",
+            screen=screen,
+            methods=methods,
         )
         with edge:
             losses = [edge.step(batch(step)).loss for step in range(steps)]
@@ -111,6 +118,7 @@ def test_numbers_are_those_of_one_process(name: str, tmp_path: Path):
     assert losses[-1] != pytest.approx(plain[-1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_noise_is_drawn_again_when_a_step_is_and_differs_between_steps(tmp_path: Path):
     noisy = Screen(norm=1.0, noise=0.3)
     runs = [split_run(tmp_path / name, noisy) for name in ("a", "b")]
@@ -146,8 +154,18 @@ def test_a_file_switches_it_on_and_says_what_it_cannot(tmp_path: Path):
 
 
 def test_what_means_nothing_is_refused(tmp_path: Path):
+    def edge(source: Source, screen: Screen | None = None, **more: Any) -> None:
+        some = batch(0) if screen else calm()[1]
+        Edge(source, Task(**more), some, connect="127.0.0.1:1", folder=tmp_path / "edge", screen=screen)
+
     with pytest.raises(ValueError, match="leak is a loss for the edge's head, which is not trained"):
-        split_run(tmp_path / "a", Screen(leak=1.0), frozen_edge=True)
+        edge(Source(build), Screen(leak=1.0), cut="front:back", frozen_edge=True)
+    with pytest.raises(ValueError, match="calls no Linear layer"):
+        edge(Source(lambda: calm()[0]), cut="token:layers.3", binary_edge=True)
+
+
+@pytest.mark.slow
+def test_samples_without_numbers_cannot_be_compared(tmp_path: Path):
     model, some = calm()
     source, task = Source(lambda: copy.deepcopy(model)), Task(cut="layers.0:layers.3", optimizer=LEARN)
     with (
@@ -157,5 +175,3 @@ def test_what_means_nothing_is_refused(tmp_path: Path):
         pytest.raises(ValueError, match="this batch has none, ids of tokens"),
     ):  # fmt: skip
         edge.step(some)
-    with pytest.raises(ValueError, match="calls no Linear layer"):
-        Edge(source, Task(cut="token:layers.3", binary_edge=True), some, connect="127.0.0.1:1", folder=tmp_path / "c")

@@ -140,6 +140,14 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_keys(tmp_path_factory.mktemp("keys"))
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Iterator[Ward]:
+    """For tests that leave it as it should be."""
+    found = Ward(tmp_path_factory.mktemp("ward"), certificates, group_of(GROUP, "ward"))
+    yield found
+    found.close()
+
+
 @pytest.fixture
 def ward(tmp_path: Path, certificates: Path) -> Iterator[Ward]:
     found = Ward(tmp_path, certificates, group_of(GROUP, "ward"))
@@ -147,7 +155,8 @@ def ward(tmp_path: Path, certificates: Path) -> Iterator[Ward]:
     found.close()
 
 
-def test_numbers_are_those_of_one_process_and_nothing_comes_down(ward: Ward):
+def test_numbers_are_those_of_one_process_and_nothing_comes_down(once: Ward):
+    ward = once
     ward.train(ALONE)
     assert all(not edge.bytes for edge in ward.edges.values()), "nothing is sent, and no host is asked"
     ward.train(ALONE + 7)
@@ -187,10 +196,10 @@ def test_an_edge_that_starts_again_before_anybody_heard_of_it(ward: Ward):
     ward.same_as(in_one_process(ALONE + 3))
 
 
-def test_what_does_not_go_together_is_refused(ward: Ward, tmp_path: Path):
+def test_what_does_not_go_together_is_refused(once: Ward):
     def ask(**more: Any) -> None:
         task = TASK.model_copy(update={"local": LocalText(), **more})
-        with ward.edge("eve", task, "other") as edge:
+        with once.edge("eve", task, "other") as edge:
             edge.step(batch("eve", 0))
 
     with pytest.raises(ValueError, match="learns at home is heard by a group"):

@@ -26,6 +26,9 @@ def run(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the edge's own weights here, as safetensors.")
     ] = None,
+    powers: Annotated[
+        bool, typer.Option("--powers", help="train: write them as sparse powers of two, about a sixth; with an error.")
+    ] = False,
     rank: Annotated[
         list[int] | None, typer.Option("--rank", help="plan: widths of a narrower cut to try besides; may be repeated.")
     ] = None,
@@ -48,7 +51,9 @@ def run(
         raise ValueError(f"--rank and --codec are for plan: write them into the file's cut and codec to {action}")
     if action in ("plan", "leakage") and out is not None:
         raise ValueError(f"merak edge {action} writes no weights: leave --out away")
-    ACTIONS[action](load(file), Options(out, tuple(rank or ()), tuple(codec or ())))
+    if powers and (action != "train" or out is None):
+        raise ValueError("--powers is how train writes weights: give it with --out")
+    ACTIONS[action](load(file), Options(out, tuple(rank or ()), tuple(codec or ()), powers))
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Options:
     out: Path | None = None
     ranks: tuple[int, ...] = ()
     codecs: tuple[str, ...] = ()
+    powers: bool = False
 
 
 def batches(spec: str) -> Callable[[int], Any]:
@@ -109,7 +115,7 @@ def _train(setting: Setting, options: Options) -> None:
             on_step=told,
         )
         if options.out is not None:
-            _write(edge.state_dict(), options.out)
+            _write(edge.state_dict(), options.out, powers=options.powers)
     if len(lines) > 1:
         told_before = forecast(source, task, batch, means, samples=ids is not None)
         typer.echo(beside(told_before, lines), err=True)
@@ -194,11 +200,13 @@ def _batch(found: Any) -> tuple[Any, Sequence[int] | None]:
     return found if isinstance(found, tuple) and len(found) == 2 and not hasattr(found[1], "shape") else (found, None)
 
 
-def _write(state: dict[str, Any], path: Path) -> None:
+def _write(state: dict[str, Any], path: Path, *, powers: bool = False) -> None:
     from safetensors.torch import save_file
 
+    from merak_like.runtime.methods.powers import save
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.cpu().contiguous().clone() for name, t in state.items()}, path)
+    (save if powers else save_file)({name: t.cpu().contiguous().clone() for name, t in state.items()}, path)
 
 
 ACTIONS: dict[str, Callable[[Setting, Options], None]] = {
