@@ -26,15 +26,15 @@ def run(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the edge's own weights here, as safetensors.")
     ] = None,
-    powers: Annotated[
-        bool, typer.Option("--powers", help="train: write them as sparse powers of two, about a sixth; with an error.")
-    ] = False,
     rank: Annotated[
         list[int] | None, typer.Option("--rank", help="plan: widths of a narrower cut to try besides; may be repeated.")
     ] = None,
     codec: Annotated[
         list[str] | None, typer.Option("--codec", help="plan: codecs to try, instead of the usual; may be repeated.")
     ] = None,
+    powers: Annotated[
+        bool, typer.Option("--powers", help="train: write them as sparse powers of two, about a sixth; with an error.")
+    ] = False,
 ) -> None:
     """Train with a host: data, labels and the edge's layers stay here. Prints one JSON line a step.
 
