@@ -142,9 +142,9 @@ def auto_parallel(
             raise ValueError(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
             )
-        micro = micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1)
+        micro, told = micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1), ()
         if plan is None:
-            methods = settled(
+            methods, told = settled(
                 methods, model, loss_fn, example, mesh, micro_batches, spread, precise, schedule=schedule,
                 chunks=chunks, recompute=recompute, hardware=hardware or "a100-80gb", memory_limit=memory_limit,
                 fuse=fuse, on_cpu=world.device.type == "cpu",
@@ -171,6 +171,7 @@ def auto_parallel(
                 sequence_parallel=sequence_parallel,
                 states=precise.states(elsewhere=spread.offload and world.device.type != "cpu"),
             )  # fmt: skip
+            plan = plan.with_notes(told)
         facts = {"plan": plan.digest, "merak_like": __version__, "torch": torch.__version__}
         choices = {
             "seed": seed, "max_grad_norm": max_grad_norm, "precision": precise, "zero": spread,

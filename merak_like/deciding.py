@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from merak_like.choosing import best_layout, form_of, level_of
-from merak_like.partitioner.elsewhere import blocks, by_stage, chosen
 from merak_like.partitioner.executable import ENGINE
 from merak_like.partitioner.graph import ProxyGraph
+from merak_like.partitioner.keeping import Ways, blocks, by_stage, chosen
 from merak_like.partitioner.layouts import Wanted
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
@@ -25,9 +25,8 @@ from merak_like.partitioner.tracer import LossFn, Trace
 from merak_like.runtime import four_bit
 from merak_like.runtime.batches import rows, signature, split, to_device
 from merak_like.runtime.fully_sharded import Whole
+from merak_like.runtime.methods.by_blocks import AUTO, ByBlocks
 from merak_like.runtime.methods.method import Job, Method, Methods
-from merak_like.runtime.methods.offload import AUTO, SMALLEST, Offload
-from merak_like.runtime.methods.planned_bytes import with_kept_elsewhere
 from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.spreading import Spreading, spreading_of
 from merak_like.runtime.tensor_parallel.sharding import Proof, Sharding, sharding
@@ -71,41 +70,56 @@ def settled(
     methods: Sequence[Method], model: nn.Module, loss_fn: LossFn | None, example: Any, mesh: Mesh,
     micro_batches: int | None, spread: Spreading, precise: Precision, *, on_cpu: bool, schedule: str, fuse: bool,
     **choices: Any,
-) -> tuple[Method, ...]:  # fmt: skip
-    """The methods, where one is an ``Offload`` that leaves its blocks open with those that are best, or without it.
+) -> tuple[tuple[Method, ...], tuple[str, ...]]:  # fmt: skip
+    """The methods, those that leave their blocks open with the blocks that are best, or left out where there are none;
+    and that as sentences for the plan.
 
-    On a CPU both memories are one, so none is. Raises ValueError as ``Methods`` does.
+    On a CPU nothing goes from one memory to another. Raises ValueError as ``Methods`` does.
     """
     job = Job(schedule, mesh.tp, 1, spread.zero, precise.compute is not None)
-    found = [method for method in methods if isinstance(method, Offload) and method.blocks == AUTO]
-    rest = tuple(method for method in methods if method not in found)
-    if found:
+    ways = [method for method in methods if isinstance(method, ByBlocks) and method.blocks == AUTO]
+    rest = tuple(method for method in methods if method not in ways)
+    if ways:
         Methods(methods, job)
-    if not found or on_cpu:
-        return rest
+    told = [f"{type(way).__name__}('auto') takes no block: on a CPU both memories are one"
+            for way in ways if on_cpu and way.between_memories]  # fmt: skip
+    ways = [way for way in ways if not (on_cpu and way.between_memories)]
+    ways.sort(key=lambda way: not way.between_memories)
+    if not ways:
+        return rest, tuple(told)
     parts = Methods(rest, job).around(sharding(model, 1, loss_fn, fuse=fuse), model)
     rough = parts.trace(micro_batch(example, mesh, micro_batches or 1), "cpu")
+    everywhere = [call.path for call in blocks(rough.graph)]
     decide = partial(
         _plan, micro_batches=micro_batches, mesh=mesh, samples=rows(example), schedule=schedule, zero=spread.zero,
         states=precise.states(elsewhere=spread.offload), thorough=False, **choices,
     )  # fmt: skip
 
-    def plan(away: Collection[str]) -> Plan | None:
+    def plan(kept: Sequence[Collection[str]]) -> Plan | None:
+        graph = rough.graph
+        for way, paths in zip(ways, kept, strict=True):
+            graph = way.planned(graph, tuple(sorted(paths)))
         try:
-            return decide(with_kept_elsewhere(rough.graph, tuple(away), SMALLEST, found[0].bandwidth))
+            return decide(graph)
         except ValueError:
             return None
 
-    def seconds(away: frozenset[str]) -> float:
-        made = plan(sorted(away))
+    def seconds(kept: Ways) -> float:
+        made = plan(kept)
         return made.step_seconds if made is not None else float("inf")
 
-    everywhere = [call.path for call in blocks(rough.graph)]
-    first = plan(()) or plan(everywhere)
+    nothing: list[Collection[str]] = [()] * len(ways)
+    first = plan(nothing) or plan([everywhere, *nothing[1:]])
     if first is None:
-        return rest  # nothing helps: the plan will say what is missing
-    away = chosen(by_stage(rough.graph, first.starts), seconds)
-    return (*rest, found[0].of(sorted(away, key=everywhere.index))) if away else rest
+        return rest, tuple(told)  # nothing helps: the plan will say what is missing
+    kept = chosen(by_stage(rough.graph, first.starts), len(ways), seconds)
+    found = [way.of(sorted(some, key=everywhere.index)) for way, some in zip(ways, kept, strict=True) if some]
+    told += [
+        f"{type(way).__name__}('auto') takes no block: nothing is gained by it"
+        for way, some in zip(ways, kept, strict=True)
+        if not some
+    ]
+    return (*rest, *found), tuple(told)
 
 
 def alone(
@@ -132,7 +146,7 @@ def alone(
             micro_batches, recompute = layout.micro_batches, layout.recompute
             level, form = layout.zero, layout.sequence_parallel
         spread = spreading_of(level, zero_backend, mesh)
-        methods = settled(
+        methods, told = settled(
             methods, model, loss_fn, example, mesh, micro_batches, spread, precise, schedule=schedule, chunks=chunks,
             recompute=recompute, hardware=device, memory_limit=memory_limit, fuse=fuse,
             on_cpu=(device if isinstance(device, str) else device.name).startswith("cpu"),
@@ -150,7 +164,7 @@ def alone(
             parts, rough, micro, example, mesh, micro_batches, proof, methods, schedule=schedule, chunks=chunks,
             recompute=recompute, hardware=device, memory_limit=memory_limit, zero=spread.zero,
             sequence_parallel=form, states=precise.states(elsewhere=spread.offload),
-        )[0]  # fmt: skip
+        )[0].with_notes(told)  # fmt: skip
 
 
 def _plan(graph: ProxyGraph, micro_batches: int | None, *, mesh: Mesh, samples: int, **choices: Any) -> Plan:

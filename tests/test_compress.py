@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from merak_like import Mesh, Plan, auto_parallel, make_plan, trace
 from merak_like._compat import StorageWeakRef, TorchDispatchMode
 from merak_like.runtime.methods import quantiser
 from merak_like.runtime.methods.compress import Compress
+from merak_like.runtime.methods.planned_bytes import coder
 from merak_like.runtime.methods.quantiser import quantise
 from tests.peaks import Peak
 
@@ -221,6 +224,31 @@ def test_the_planner_weighs_packing_against_running_again():
     tight = plan((max(plans[0].rank_bytes) + max(plans[1].rank_bytes)) // 2)
     assert any(stage.recompute for stage in tight[0].stages)  # without packing something is run again
     assert not any(stage.recompute for stage in tight[1].stages)
+
+
+@pytest.mark.parametrize(("bound", "entropy"), [(0.003, False), (0.01, False), (0.03, False), (0.03, True)])
+def test_the_planner_counts_the_bytes_that_are_kept(bound: float, entropy: bool):
+    torch.manual_seed(0)
+    model, some, method = Deep("relu"), batch("relu", 2048), Compress(bound, entropy=entropy, adapt=False)
+    plain = trace(model, some)
+    graphs = plain.graph, method.traced(plain, model).graph
+    counted = [sum(op.saved_bytes for op in graph.ops) for graph in graphs]
+    engine = auto_parallel(model, example=some, hardware="a100-80gb", device="cpu", methods=[method])
+    engine.step(some)
+    engine.close()
+    before, after = method.counted
+    assert counted[0] - counted[1] + after == pytest.approx(before, rel=0.05)
+    assert before - (counted[0] - counted[1]) == pytest.approx(after, rel=0.15)
+
+
+def test_packing_is_priced_as_it_was_measured():
+    """The figures of the planner are those of the table of benchmarks/methods, which says how they were found."""
+    table = (Path(__file__).resolve().parents[1] / "benchmarks/methods/README.md").read_text(encoding="utf-8")
+    for entropy, name in ((False, "bound 0.01"), (True, "bound 0.01 and Huffman")):
+        (row,) = re.findall(rf"\| {name}: bytes that could be moved .* \| (\d+) (\d+) \|\n", table)
+        priced = coder(0.01, entropy=entropy)
+        for found, counted in zip(row, (priced.pack, priced.unpack), strict=True):
+            assert 1 / 1.6 < float(found) / counted < 1.6  # as far apart as two measurements here
 
 
 def test_a_bound_that_is_none_is_refused():

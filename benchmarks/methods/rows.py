@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import resource
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,43 +14,12 @@ from typing import Any, NamedTuple
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 import curvature  # noqa: E402
 import edges  # noqa: E402
+import packing  # noqa: E402
 import small  # noqa: E402
+import topics  # noqa: E402
+from measure import cpu, peak  # noqa: E402
 
 Lines = list[list[str]]
-
-
-def cpu(work: Callable[[], Any], turns: int = 15) -> float:
-    """CPU seconds of one call, the middle of some."""
-    found = []
-    for _ in range(turns):
-        begin = time.process_time()
-        work()
-        found.append(time.process_time() - begin)
-    return statistics.median(found)
-
-
-def resident() -> int:
-    """Bytes of this process now."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
-
-
-def peak(work: str) -> int:
-    """Bytes that a piece of Python adds at its most: ``prepare`` ends with the mark, what follows is counted."""
-    prepare, _, rest = work.partition("# --\n")
-    code = f"""
-import resource, sys
-sys.path[:0] = [{str(Path(__file__).parents[2])!r}, {str(Path(__file__).parent)!r}]
-import rows, torch
-torch.set_num_threads(1)
-{prepare}
-before = rows.resident()
-{rest}
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert not run.returncode, run.stderr
-    return int(run.stdout.split()[-1])
 
 
 def flat_adamw() -> Lines:
@@ -135,129 +102,6 @@ def chunked_loss() -> Lines:
     ]
 
 
-DEEP = """
-import torch.nn as nn, torch.nn.functional as F
-from merak_like import auto_parallel
-from merak_like.runtime.methods.compress import Compress
-class Deep(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(*(m for _ in range(12) for m in (nn.Linear(256, 256), nn.ReLU())))
-        self.head = nn.Linear(256, 10)
-    def forward(self, x, labels):
-        return F.cross_entropy(self.head(self.body(x)), labels)
-torch.manual_seed(0)
-batch = {"x": torch.randn(8192, 256), "labels": torch.randint(10, (8192,))}
-def engine(methods):
-    return auto_parallel(Deep(), example=batch, hardware="a100-80gb", device="cpu", methods=methods,
-                         optimizer=lambda p: torch.optim.SGD(p, 0.01))
-"""
-
-
-def compress() -> Lines:
-    """A 12-layer MLP's memory, of its tensors: a process's depends on what else the machine does."""
-    import torch
-
-    from tests.peaks import Peak
-
-    torch.set_num_threads(1)
-    space: dict[str, Any] = {}
-    exec("import torch\n" + DEEP, space)
-
-    def alive(*methods: Any) -> int:
-        engine = space["engine"](methods)
-        with Peak(space["batch"].values(), least=2**20) as peak:
-            engine.step(space["batch"])
-        return peak.most
-
-    plain, ours = alive(), alive(space["Compress"](0.02, adapt=False))
-    some = {k: v[:1024] for k, v in space["batch"].items()}
-
-    def gradients(*methods: Any) -> tuple[dict[str, torch.Tensor], float]:
-        torch.manual_seed(0)
-        engine = space["engine"](methods)
-        engine.step(some)
-        found = {name: g.clone() for name, g in engine.full_gradients().items()}
-        return found, cpu(lambda: engine.step(some), 3)
-
-    exact, plainly = gradients()
-    lines: Lines = []
-    where = "12 layers of 256 with ReLU"
-    for bound, entropy in ((0.01, False), (0.02, False), (0.03, True)):
-        method = space["Compress"](bound, entropy=entropy, adapt=False)
-        found, seconds = gradients(method)
-        off = max(float((found[n] - g).norm() / g.norm()) for n, g in exact.items() if g.ndim > 1)
-        before, after = method.counted
-        coder = " and Huffman" if entropy else ""
-        lines += [
-            [where, f"bound {bound}{coder}: fewer bytes kept", "8 x" if entropy else "4 x", f"{before / after:.1f} x"],
-            [where, f"bound {bound}{coder}: relative gradient error", f"{2 * bound:.2f}", f"{off:.4f}"],
-            [where, f"bound {bound}{coder}: time of a step to plain", "", f"{seconds / plainly:.1f}"],
-        ]
-    lines.append(
-        [
-            f"{where}, 8,192 rows",
-            "bound 0.02: most bytes of tensors in a step, down by",
-            "40 %",
-            f"{1 - ours / plain:.0%}",
-        ]
-    )
-    return lines
-
-
-def compress_digits() -> Lines:
-    """A small convolutional network on digits, with packed inputs and without."""
-    accuracy = {kind: [_digits(kind, seed) for seed in range(3)] for kind in ("plain", "0.02", "adapted")}
-    means = {kind: sum(found) / 3 for kind, found in accuracy.items()}
-    where = "digits, two convolutions, 4 epochs, 3 seeds"
-    return [
-        [
-            where,
-            f"bound {kind}: accuracy less than {means['plain']:.3f} by",
-            "0.010",
-            f"{means['plain'] - means[kind]:.3f}",
-        ]
-        for kind in ("0.02", "adapted")
-    ]
-
-
-def _digits(kind: str, seed: int, epochs: int = 4) -> float:
-    """Accuracy on 360 held-out digits after training a small convolutional network with packed inputs."""
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
-
-    from merak_like import auto_parallel
-    from merak_like.runtime.methods.compress import Compress
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
-            self.head = nn.Linear(1024, 10)
-
-        def logits(self, x: Any) -> Any:
-            return self.head(F.relu(self.two(F.relu(self.one(x.view(-1, 1, 8, 8))))).flatten(1))
-
-        def forward(self, x: Any, labels: Any) -> Any:
-            return F.cross_entropy(self.logits(x), labels)
-
-    x, y = small.digits()
-    torch.manual_seed(seed)
-    model = Net()
-    methods = [] if kind == "plain" else [Compress(0.02, adapt=kind == "adapted")]
-    shuffle = torch.Generator().manual_seed(seed)
-    batches = [c for _ in range(epochs) for c in torch.randperm(1437, generator=shuffle).split(64)[:-1]]
-    engine = auto_parallel(
-        model, example={"x": x[:64], "labels": y[:64]}, hardware="a100-80gb", device="cpu", methods=methods,
-        optimizer=lambda p: torch.optim.Adam(p, 1e-3),
-    )  # fmt: skip
-    for chosen in batches:
-        engine.step({"x": x[chosen], "labels": y[chosen]})
-    with torch.no_grad():
-        return float((model.logits(x[1437:]).argmax(1) == y[1437:]).double().mean())
-
-
 def compiled() -> Lines:
     """A transformer block, eager and through torch.compile."""
     import torch
@@ -298,12 +142,13 @@ ROWS = {
     "flat_adamw": Row("FlatAdamW", flat_adamw),
     "chunked_loss": Row("ChunkedLoss", chunked_loss),
     "compiled": Row("Compiled", compiled),
-    "compress": Row("Compress", compress),
-    "compress_digits": Row("Compress", compress_digits),
+    "compress": Row("Compress", packing.compress),
+    "compress_digits": Row("Compress", packing.digits),
     "kfac": Row("Kfac", curvature.kfac),
     "experts": Row("MatrixProductExperts", small.experts),
     "low_rank": Row("LowRank", small.low_rank),
     "element_weights": Row("factor_elements", small.element_weights),
+    "topics": Row("factor_elements", topics.topics),
     "powers": Row("powers", small.powers),
     "binarised": Row("BinaryLinear, `sign`", small.binarised),
     "superposed": Row("`c3sl`", small.superposed),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +16,11 @@ if TYPE_CHECKING:
 def half_source(text: str, *, task: str | None, weights: Path | None, seq: int | None = None) -> Source:
     """A folder with ``config.json`` and safetensors, or ``module:function`` returning (model, example[, loss_fn]).
 
-    Raises ValueError for neither.
+    Weights may be a file of `merak edge train --powers`. Raises ValueError for neither.
     """
     from merak_like.split.half import Source
+
+    weights = plain(weights)
 
     found = source(text, seq=seq, task=task, dtype=None)
     if isinstance(found, FromConfig):
@@ -26,3 +30,20 @@ def half_source(text: str, *, task: str | None, weights: Path | None, seq: int |
         return Source(lambda: found.load(1).model, weights)
     first = found.load(1)
     return Source(lambda: found.load(1).model, weights, first.loss_fn)
+
+
+def plain(weights: Path | None) -> Path | None:
+    """A file as safetensors knows it, of one that keeps weights as powers of two; gone when the process is."""
+    if weights is None or not weights.is_file() or weights.suffix != ".safetensors":
+        return weights
+    from safetensors.torch import save_file
+
+    from merak_like.runtime.methods import powers
+
+    if not powers.kept_so(weights):
+        return weights
+    folder = tempfile.TemporaryDirectory(prefix="merak-")
+    atexit.register(folder.cleanup)
+    found = Path(folder.name) / weights.name
+    save_file(powers.load(weights), found)
+    return found

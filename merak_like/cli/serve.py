@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,9 @@ def run(
     status: Annotated[str | None, typer.Option("--status", help="HOST:PORT of /healthz and /metrics.")] = None,
     task: Annotated[str | None, typer.Option("--task", help="Of a config.json: causal-lm, ...")] = None,
     weights: Annotated[Path | None, typer.Option("--weights", help="Safetensors elsewhere than in MODEL.")] = None,
+    fisher: Annotated[
+        Path | None, typer.Option("--fisher", help="File of `merak edge fisher`, for cuts whose edges weigh by it.")
+    ] = None,
     memory: Annotated[float, typer.Option("--memory", help="GB for all sessions together.")] = 8.0,
     sessions: Annotated[int, typer.Option("--sessions", help="Most sessions in memory.")] = 64,
     sessions_per_client: Annotated[int, typer.Option("--sessions-per-client")] = 4,
@@ -66,7 +70,7 @@ def run(
     from merak_like.split.order import stage_rank
     from merak_like.split.tls import Keys
 
-    source, waits = half_source(model, task=task, weights=weights), Waits()
+    source, waits = replace(half_source(model, task=task, weights=weights), fisher=fisher), Waits()
     ranks = world_size()
     limits = Limits(
         memory=int(memory * 2**30),

@@ -7,7 +7,7 @@ backward matmul-like: max(gradients * flops / reached peak, twice the bytes / ..
 ======== ======================================================================== ====================================
 
 To both are added what the call's other kernels stream through memory (twice as much backward) and its sums over
-tensor-parallel ranks.
+tensor-parallel ranks, and what it takes to put what it keeps into few bits and back.
 
 An op is matmul-like if it does more flops than it moves bytes. The gradients counted, at most 2, are those of the
 inputs that need one and that of the weights: a linear layer's backward is twice its forward, but only once if it is the
@@ -84,6 +84,10 @@ def op_cost(op: Op, graph: ProxyGraph, hardware: Hardware, *, scale: float = 1.0
         backward = started(run, gradients * launch)
         weight = backward / most if puts_off(op, graph) else 0.0
         backward += alone * op.replayed + reduced[True]
+    if op.packing is not None:
+        there, back, start = op.packing.forward_bytes, op.packing.backward_bytes, hardware.launch_seconds
+        forward += hardware.streaming_seconds(there * scale) + op.packing.forward_kernels * start
+        backward += hardware.streaming_seconds(back * scale) + op.packing.backward_kernels * start
     copied = op.copied_seconds * scale  # beside the op's own work, and no longer hidden than that lasts
     return Cost(
         max(forward, copied), max(backward, copied), weight, round(flops), param_bytes, round(op.saved_bytes * scale)

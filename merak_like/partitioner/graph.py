@@ -60,6 +60,17 @@ class Collective:
 
 
 @dataclass(frozen=True, slots=True)
+class Packing:
+    """What is done to what a call keeps, on top of the call: into few bits in the forward, and back in the backward."""
+
+    forward_bytes: float
+    """Read and written."""
+    backward_bytes: float
+    forward_kernels: int
+    backward_kernels: int
+
+
+@dataclass(frozen=True, slots=True)
 class Op:
     """One traced call.
 
@@ -99,6 +110,7 @@ class Op:
     """Sums over tensor-parallel ranks."""
     copied_seconds: float = 0.0
     """Of copying what it keeps to another memory, beside the forward, and back, beside the backward."""
+    packing: Packing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +210,8 @@ class ProxyGraph:
             word = op.kind if op.kind == "module" else op.target
             key = (
                 word, op.kind, op.flops, op.moved_bytes, op.streamed_bytes, op.saved_bytes, op.kernels, op.replayed,
-                op.collectives, read, held, made, len({self.canonical[n] for n in op.params}),
+                op.collectives, op.copied_seconds, op.packing, read, held, made,
+                len({self.canonical[n] for n in op.params}),
             )  # fmt: skip
             kind = seen.setdefault(key, len(first))
             if kind == len(first):

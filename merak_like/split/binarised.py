@@ -10,6 +10,7 @@ differential privacy, and a decoder trained on signs still finds most of the sam
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -65,9 +66,23 @@ class ClipNoise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(samples, ..) to the same."""
-        length = x.flatten(1).norm(dim=1).clamp(min=1e-12)
-        clipped = x * (self.norm / length).clamp(max=1).view(-1, *[1] * (x.ndim - 1))
-        return clipped + self.noise * self.norm / x[0].numel() ** 0.5 * torch.randn_like(x)
+        return clip_noise(x, self.norm, self.noise, torch.randn_like(x))
+
+
+def clip_noise(x: Tensor, norm: float, noise: float, drawn: Tensor) -> Tensor:
+    """Samples (samples, ..) of at most a norm, plus normal numbers ``drawn`` with ``noise`` times that norm."""
+    length = x.flatten(1).norm(dim=1).clamp(min=1e-12)
+    clipped = x * (norm / length).clamp(max=1).view(-1, *[1] * (x.ndim - 1))
+    return clipped + noise * norm / x[0].numel() ** 0.5 * drawn
+
+
+def binarise(model: nn.Module, head: Collection[str]) -> None:
+    """Let the Linear layers whose weights are among these names be of signs, in place. Raises ValueError for none."""
+    found = [m for n, m in model.named_modules() if type(m) is nn.Linear and f"{n}.weight" in head]
+    if not found:
+        raise ValueError("binary_edge: the edge's head calls no Linear layer, so there is nothing to make of signs")
+    for layer in found:
+        layer.__class__ = BinaryLinear
 
 
 def leak_loss(x: Tensor, z: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 
 class Chooser:
@@ -29,6 +30,21 @@ class Chooser:
         self._losses, self._weights = [0.0] * clients, [0.0] * clients
         self._last = [(0.0, 0.0)] * clients
         self._rounds = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """All that it knows, as JSON has it."""
+        return {
+            "visits": list(self.visits), "losses": list(self._losses), "weights": list(self._weights),
+            "last": [list(pair) for pair in self._last], "rounds": self._rounds,
+        }  # fmt: skip
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was asked for. Raises ValueError where that was of others."""
+        if len(state["visits"]) != len(self.visits):
+            raise ValueError(f"there were {len(state['visits'])} clients to choose from, now {len(self.visits)}")
+        self.visits, self._losses, self._weights = (list(state[key]) for key in ("visits", "losses", "weights"))
+        self._last = [(float(before), float(last)) for before, last in state["last"]]
+        self._rounds = float(state["rounds"])
 
     def bounds(self) -> list[float]:
         """Of each client; one that was never heard comes before all others."""

@@ -36,7 +36,9 @@ class Part:
     buffers: Mapping[str, Tensor]
     items: int
     """That its loss is the mean of, as far as the host can count them."""
-    session: str
+    session: str = ""
+    member: str = ""
+    loss: float = 0.0
 
 
 class Common:
@@ -65,6 +67,18 @@ class Common:
                 group["lr"] = rate(self.text.optimizer, update, float(len(parts)) ** self.text.alpha)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+        self.mean_buffers(parts)
+
+    def seen_by_one(self) -> Mapping[str, nn.Parameter]:
+        """The parameters that a session's half is built of: these themselves."""
+        return self.weights
+
+    def show(self, member: str, model: nn.Module) -> None:
+        """Let a session's weights be what its member sees: they are these already."""
+
+    def mean_buffers(self, parts: Sequence[Part]) -> None:
+        """Put running means together, weighted by items."""
+        shares = [part.items / sum(each.items for each in parts) for part in parts]
         for name, own in self.buffers.items():
             each = [part.buffers[name] for part in parts]
             if own.dtype.is_floating_point:

@@ -16,6 +16,7 @@ from merak_like.split.crew import Crew
 from merak_like.split.exchange import Exchange
 from merak_like.split.groups import GroupText
 from merak_like.split.half import Brief, Made, Source, build_half
+from merak_like.split.masked import Masked
 from merak_like.split.messages import Task
 from merak_like.split.training import Training
 
@@ -50,12 +51,13 @@ class Commons:
             crew=self.crew,
         )  # fmt: skip
         if name not in self.known:
-            seeded = task.model_copy(update={"seed": text.seed, "frozen_edge": False})
+            seeded = task.model_copy(update={"seed": text.seed, "frozen_edge": False, "local": None})
             bare = partial(build, task=seeded, exchange=Exchange({}, 0, self.device))
-            self.known[name] = Common(self.crew.each(bare), text, self.crew)
+            kind = Masked if text.mode == "chosen" else Common
+            self.known[name] = kind(self.crew.each(bare), text, self.crew)
         common = self.known[name]
         learn = partial(_contributes, text)
-        made = build(task=task, exchange=exchange, shared=common.weights, learn=learn)
+        made = build(task=task, exchange=exchange, shared=common.seen_by_one(), learn=learn)
         if set(made.trained) != set(common.trained):
             odd = sorted(set(made.trained) ^ set(common.trained))[:3]
             raise ValueError(f"this session would train other weights than group {name}: {odd}; is skip the same?")
@@ -66,8 +68,8 @@ def _contributes(text: GroupText, slots: Any, answers: Any) -> Contributes:
     return Contributes(slots, None, max_grad_norm=text.max_grad_norm, guard=Brief(), answers=answers)
 
 
-def brought(training: Training, items: int, session: str = "") -> Part:
+def brought(training: Training, items: int, session: str = "", member: str = "", loss: float = 0.0) -> Part:
     """What a half has found in a step, on this rank."""
     update = training.made.update
     assert isinstance(update, Contributes)
-    return Part(update.gradients, training.buffers(), items, session)
+    return Part(update.gradients, training.buffers(), items, session, member, loss)

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from merak_like.runtime.batches import rows, split
+from merak_like.runtime.methods.method import Method
 from merak_like.runtime.optimizer import StepResult
 from merak_like.split import checkpoint
 from merak_like.split.ahead import Ahead
 from merak_like.split.connection import Connection, Lost, Told, Waits
+from merak_like.split.contrasted import loss_at_home
 from merak_like.split.dialler import Dialler
 from merak_like.split.half import Source, build_half
 from merak_like.split.layers import layers_of, trade
@@ -27,6 +29,7 @@ from merak_like.split.messages import Done, Hello, Task, Welcome, parse
 from merak_like.split.outline import beginning, outline
 from merak_like.split.programs import Half
 from merak_like.split.remembered import Remembered
+from merak_like.split.screen import Screen
 from merak_like.split.tls import Keys
 from merak_like.split.training import Training, Word, optimizer_of
 from merak_like.split.wire import CHUNK, Key, Kind
@@ -48,12 +51,15 @@ class Edge:
     def __init__(
         self, source: Source, task: Task, example: Any, *, connect: str | Sequence[str], folder: str | Path,
         keys: Keys | None = None, insecure: bool = False, waits: Waits | None = None, patience: float = 300.0,
-        window: int = 8 * CHUNK, device: torch.device | str = "cpu",
+        window: int = 8 * CHUNK, device: torch.device | str = "cpu", screen: Screen | None = None,
+        methods: Sequence[Method] = (),
     ) -> None:  # fmt: skip
         """``example`` is the largest batch there will be; ``folder`` keeps checkpoints and the session's name.
 
         ``connect`` is HOST:PORT, or several of them to be tried in turn. ``patience`` is how many seconds a step may go
-        without a host. Raises ValueError for what cannot be built so; the host is dialled at the first step.
+        without a host. ``screen`` is what is done to what is sent; losses are told without its own. ``methods``
+        follow the edge's own gradients, as ``LowRank`` does. Raises ValueError for what cannot be built so; the host is
+        dialled at the first step.
         """
         self.task, self.example, self.folder, self.patience = task, example, Path(folder), patience
         self.device = torch.device(device)
@@ -63,23 +69,23 @@ class Edge:
         )
         made = build_half(
             "edge", source, task, example, self.exchange, links=self._word, optimizer=optimizer_of(task.optimizer),
-            device=self.device,
+            device=self.device, screen=screen, methods=methods,
         )  # fmt: skip
         self.training = Training(made, self.exchange, task.optimizer, self.folder, task.checkpoint_every)
         addresses = [connect] if isinstance(connect, str) else list(connect)
         self._dialler = Dialler(addresses, keys, insecure, waits or Waits(), window)
         self._connection: Connection | None = None
-        self._host_step = 0
-        self._done = Done()
+        self._host_step, self._done = 0, Done()
         self._known = Remembered(self.folder, task)
         self._owes = False  # our own layers, to be averaged
         self.queued = 0.0
         """Seconds that the host's computations waited for their turn."""
         self.bytes: Counter[str] = Counter()
         """Bytes on the socket, headers included: "sent" and "received", and the same by kind of message."""
-        if self._known.session is not None:
-            if not (steps := checkpoint.whole(self.folder)):
-                raise ValueError(f"{self.folder} names a session and has no whole checkpoint to go on with")
+        known, steps = self._known.session is not None, checkpoint.whole(self.folder)
+        if known and not steps:
+            raise ValueError(f"{self.folder} names a session and has no whole checkpoint to go on with")
+        if known or (steps and task.local is not None):  # there are steps that no host knows of
             self.training.go_to(steps[-1])
 
     # --- what people call -------------------------------------------------------------------------------------------
@@ -105,13 +111,23 @@ class Edge:
         (nothing is changed), Lost when no host answers for long, ValueError for what the host refuses.
         In a group that averages the edges' own layers, the last step of a round waits for the others.
         """
+        if self.task.local is not None and self.training.step < self.task.local.alone:
+            return self._at_home(batch)
         result = self._through(lambda: self._attempt(batch, samples, self.training.run))
-        self._host_step, told = self.training.step, self._done
+        self._host_step, self.exchange.heard, told = self.training.step, self._done.heard, self._done
         if told.owes:
             self._through(self._average)
         elif self.training.due if told.save is None else told.save:
             self.save()
         return result
+
+    def _at_home(self, batch: Any) -> StepResult:
+        self.exchange.heard, self._word.wait = False, lambda: None
+        result = self.training.run(batch)
+        if self.training.due:
+            self.save()
+        loss = loss_at_home(self.training.made.programs, split(batch, self.task.micro_batches))
+        return StepResult(loss, result.grad_norm, result.tokens)
 
     def train(
         self, batches: Callable[[int], Any], steps: int, *,
@@ -135,20 +151,7 @@ class Edge:
     def predict(self, batch: Any) -> dict[str, Tensor]:
         """The model's outputs for a batch in evaluation mode, by name. Raises ValueError where the host has them."""
         self.evaluate(batch)
-        model, parts = self.training.made.model, split(batch, self.task.micro_batches)
-        mode, found = model.training, list[dict[str, Tensor]]()
-        model.eval()
-        for i, part in enumerate(parts):
-            shown = self.training.made.programs.at(part).shown
-            if shown is None:
-                raise ValueError("the cut has no tail on the edge, so the outputs are the host's: cut FRONT:BACK")
-            found.append(shown.shown[i])
-        model.train(mode)
-        return {
-            name: torch.cat([one[name] for one in found])
-            for name, first in found[0].items()
-            if first.dim() and name != "loss"
-        }
+        return self.training.shown(split(batch, self.task.micro_batches))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The edge's own weights and buffers, by their names in the model."""
@@ -217,6 +220,8 @@ class Edge:
         half = self.training.made.programs.at(parts[0])
         self.training.made.model.train(mode)
         begin = beginning(batch, half.halves, ids, training=training)
+        if training and not self.exchange.heard:
+            begin = begin.model_copy(update={"silent": True, "labels": None, "lengths": None, "samples": ()})
         counts = [rows(part) for part in parts]
         per_part = [tuple(ids[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(len(parts))]
         connection.expect(Key(Kind.BEGIN, step))
@@ -234,6 +239,8 @@ class Edge:
         self.queued += self._done.queued
         self._count(connection)
         loss = result.loss if half.halves.tailed else self._done.loss
+        if training and self.task.local is not None:
+            loss = loss_at_home(self.training.made.programs, parts)
         return StepResult(loss if loss is not None else float("nan"), result.grad_norm, result.tokens)
 
     def _average(self) -> None:
@@ -268,7 +275,7 @@ class Edge:
         connection.assembler.largest = welcome.largest
         connection.room = 2 * self.task.micro_batches * max(welcome.largest, 1)
         connection.micro_batches = self.task.micro_batches
-        self._owes = welcome.owes
+        self._owes, self.exchange.heard = welcome.owes, welcome.heard
         if self._known.session is None:
             self._known.session = welcome.session
             self.save()

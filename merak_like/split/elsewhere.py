@@ -41,8 +41,12 @@ class Leaves:
         self, micro_batch: int, batch: Any, received: Mapping[str, Tensor], *, put_off: bool = False
     ) -> dict[str, Tensor]:
         """Send what the stage before made."""
-        self.exchange.put(self.link, "forward", micro_batch, received, self.specs)
+        self.exchange.put(self.link, "forward", micro_batch, self.leaving(micro_batch, batch, received), self.specs)
         return {}
+
+    def leaving(self, micro_batch: int, batch: Any, received: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What is sent of it: all as it is."""
+        return received
 
     def recompute(self, micro_batch: int) -> None:
         """There is nothing to do again."""

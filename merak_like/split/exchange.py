@@ -72,6 +72,8 @@ class Exchange:
         self._codecs: dict[tuple[Link, int], Codec] = {}
         self.channel: Channel | None = None
         self.step, self.training = 0, True
+        self.heard = True
+        """Whether the other end listens in this step; see ``contrasted``."""
         self.mute = False
         """Encode, so that codecs stay equal, but send nothing: the other end has done this step before."""
         self._samples: list[tuple[int, ...]] = []

@@ -17,10 +17,11 @@ from merak_like.runtime.batches import rows, signature, split, to_device
 from merak_like.runtime.codecs import Context, codec
 from merak_like.runtime.codecs.wire import number
 from merak_like.runtime.links import Spec
+from merak_like.split.binarised import binarise
 from merak_like.split.coding import Measure, timed
 from merak_like.split.cut import Cut
 from merak_like.split.exchange import KINDS, Link, Way, coded
-from merak_like.split.half import Source, freeze_head
+from merak_like.split.half import Source, freeze_head, head_of
 from merak_like.split.halves import Halves, halve
 from merak_like.split.limits import memory_of, weights_of
 from merak_like.split.means import Means
@@ -112,6 +113,8 @@ def changed(source: Source, task: Task, cut: Cut, part: Any) -> nn.Module:
         sft(model, part, cut.front, cut.rank, skip=task.skip, loss_fn=source.loss_fn)
     if task.frozen_edge:
         freeze_head(model, part, cut, source)
+    if task.binary_edge:
+        binarise(model, head_of(model, part, cut, source))
     return model
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 
@@ -25,12 +25,15 @@ from merak_like.split.checkpoint import State
 from merak_like.split.common import Common, Part
 from merak_like.split.commons import Commons, brought
 from merak_like.split.groups import GroupText, Place, averages, chosen, due, saves
+from merak_like.split.masked import Masked
 from merak_like.split.pooled import Pooled
 from merak_like.split.rounds import Busy, Meeting, Rounds
 from merak_like.split.session import Refused, Session
 from merak_like.split.turn import Turn
 
 KEEP = 6
+OWN = ("group", "place", "away", "averaged", "sessions")
+"""What a checkpoint says of the group; all else is of its weights."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Group:
         stopping: Callable[[], bool], commons: Commons,
     ) -> None:  # fmt: skip
         self.name, self.text, self.folder, self.turn = name, text, folder, turn
-        self.rounds = Rounds(name, text, self._apply, self._end, note, stopping)
+        self.rounds = Rounds(name, text, self._apply, self._end, note, stopping, self._place)
         self.averages = Averages(self.rounds, self._due, note)
         self.commons, self._awake = commons, False
         self.live: dict[str, Session] = {}
@@ -86,7 +89,7 @@ class Group:
                 f"the gradient norm {result.grad_norm:g} is above {self.text.most_norm:g}, the most that group "
                 f"{self.name} takes"
             )
-        part = brought(session.training, result.tokens, session.id)
+        part = brought(session.training, result.tokens, session.id, session.owner, result.loss)
         with self.turn.away():
             self.rounds.give(self._at_work[session.owner], session.owner, part)
 
@@ -107,7 +110,7 @@ class Group:
             for one in before:
                 self.live.pop(one.id)
             self.live[session.id] = session
-            if session.training.step == 0 and session.last is None:
+            if session.training.step == session.begins and session.last is None:
                 self.rounds.change.wait_for(lambda: not self.rounds.meeting.applied, self.text.wait)
                 self.save()
 
@@ -128,15 +131,19 @@ class Group:
         if self.averages.of < session.owes:
             raise Refused(f"the edge's own layers of round {session.owes} are due before its next step")
         with self.rounds.seat(session.owner, there) as meeting:
-            assert self.common is not None
             self._at_work[session.owner] = meeting
             try:
-                session.training.put_buffers(self.common.buffers)
+                self._show(session)
                 self._blend(session, meeting)
                 at, who = self.rounds.at, meeting.who
                 yield After(saves(self.text, at, who), averages(self.text, at, who))
             finally:  # a session that is put away gives its memory back
                 del self._at_work[session.owner]
+
+    def _show(self, session: Session) -> None:
+        assert self.common is not None
+        session.training.put_buffers(self.common.buffers)
+        self.common.show(session.owner, session.training.made.model)
 
     def _blend(self, session: Session, meeting: Meeting) -> None:
         """Let a session's gradients at the cut be the mean of those that are chosen in this round."""
@@ -167,8 +174,7 @@ class Group:
     def look(self, session: Session) -> Iterator[None]:
         """An evaluation of a session is inside."""
         with self.rounds.look():
-            assert self.common is not None
-            session.training.put_buffers(self.common.buffers)
+            self._show(session)
             yield
 
     # --- rounds -------------------------------------------------------------------------------------------------------
@@ -178,6 +184,9 @@ class Group:
         who = [(part.session, part.items) for part in parts]
         with self.commons.crew.together("learn", group=self.name, who=who, update=at.updates):
             self.common.learn(parts, at.updates)
+
+    def _place(self, at: Place) -> Place:
+        return replace(at, heard=self.common.next()) if isinstance(self.common, Masked) and at.done == 0 else at
 
     def _end(self, before: Place, now: Place) -> None:
         self._dirty = True
@@ -243,9 +252,9 @@ class Group:
 
     def _take_up(self, state: State) -> None:
         assert self.common is not None
-        own = {n: t for n, t in state.tensors.items() if n.startswith(("weights/", "buffers/", "optimizer/"))}
+        common = {n: t for n, t in state.tensors.items() if not n.startswith(("mean/", "session/"))}
         with self.commons.crew.together("take up", group=self.name):
-            self.common.restore(State(own, {"optimizer": state.facts["optimizer"]}))
+            self.common.restore(State(common, {k: v for k, v in state.facts.items() if k not in OWN}))
         self.averages.go_to(state.facts.get("averaged", 0), checkpoint.of("mean/", state.tensors))
         self._rest(state)
         for id_, session in self.live.items():
@@ -259,6 +268,6 @@ class Group:
             for id_, facts in state.facts["sessions"].items()
         }
         self.rounds.away = set(state.facts["away"]) & set(self.text.members)
-        place = Place(**state.facts["place"])
+        place = Place(**{**state.facts["place"], "heard": tuple(state.facts["place"].get("heard", ()))})
         fits = place.member < len(self.text.members)
         self.rounds.go_to(place if fits else Place(place.updates, place.round))

@@ -2,6 +2,7 @@
 
 sequential   ann ann bob bob ann ann ...    the members in the order they are written, ``turn`` steps each
 parallel     ann+bob+eve  ann+bob+eve  ...   a round is one update of the shared weights, from a step of every member
+chosen       eve ann  bob eve  ...           a round is a step of every member; some are heard, by losses (masked.py)
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Positive = Annotated[int, Field(ge=1, le=2**31)]
 class GroupText(Message):
     """A group in groups.yaml."""
 
-    mode: Literal["sequential", "parallel"]
+    mode: Literal["sequential", "parallel", "chosen"]
     members: Annotated[tuple[Word, ...], Field(min_length=1, max_length=1024, strict=False)]
     """Names in the clients' certificates; in turns, in this order."""
     optimizer: OptimizerText = OptimizerText()
@@ -36,6 +37,13 @@ class GroupText(Message):
     """Limits each client's gradient of the shared weights, before they are put together."""
     most_norm: Annotated[float, Field(gt=0)] = 1e6
     """A client's gradient beyond this norm is refused, and nothing is changed."""
+    heard: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """In a chosen group, the share of its members that is heard in a round."""
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.87
+    """There, of what is remembered of a member's losses from one round to the next."""
+    mask: Annotated[float, Field(ge=0)] = 1e-4
+    """There, the weight of the masks' L1 term."""
+    mask_rate: Annotated[float, Field(gt=0)] = 0.05
     average: Count = 0
     """Rounds after which the edges' own layers are averaged, weighted by the items each was trained on; 0: never."""
     wait: Annotated[float, Field(gt=0)] = 300.0
@@ -51,13 +59,28 @@ class GroupText(Message):
     def _agrees(self) -> GroupText:
         if len(set(self.members)) != len(self.members):
             raise ValueError("a member is named twice")
-        idle = [k for k in ("alpha", "phi") if getattr(self, k)] if self.mode == "sequential" else []
-        idle += ["turn"] if self.mode == "parallel" and self.turn != 1 else []
+        own = {"turn": "sequential", "alpha": "parallel", "phi": "parallel"} | dict.fromkeys(CHOSEN, "chosen")
+        idle = [k for k in sorted(self.model_fields_set & set(own)) if own[k] != self.mode and self._says(k)]
+        idle += ["average"] if self.mode == "chosen" and self.average else []
         if idle:
             raise ValueError(f"{', '.join(idle)} means nothing in a {self.mode} group: leave it away")
+        if self.mode == "chosen" and self.lost == "skip":
+            raise ValueError("a chosen group waits for those that are heard: leave lost: skip away")
         if self.average and self.mode == "sequential" and self.lost == "skip":
             raise ValueError("average in turns waits for every member: say lost: wait, or mode: parallel")
         return self
+
+    def _says(self, key: str) -> bool:
+        return getattr(self, key) != type(self).model_fields[key].default
+
+
+CHOSEN = ("heard", "decay", "mask", "mask_rate")
+"""What only a chosen group has."""
+
+
+def heard_of(text: GroupText) -> int:
+    """How many members of a chosen group are heard in a round."""
+    return max(1, round(text.heard * len(text.members)))
 
 
 def read_groups(path: Path) -> dict[str, GroupText]:
@@ -93,6 +116,8 @@ class Place:
     """Whose turn it is in a sequential group."""
     done: int = 0
     """Steps of that turn that are done."""
+    heard: tuple[str, ...] = ()
+    """Who is heard in this round of a chosen group, in this order; empty: the first of the members."""
     pending: bool = False
     """Whether the edges' own layers are to be averaged before the next update."""
 
@@ -102,8 +127,15 @@ def expected(text: GroupText, at: Place, away: Collection[str] = ()) -> tuple[st
     here = [name for name in text.members if name not in away] or list(text.members)
     if text.mode == "parallel":
         return tuple(here)
+    if text.mode == "chosen":
+        return (listened(text, at)[at.done],)
     count = len(text.members)
     return (next(n for n in (text.members[(at.member + i) % count] for i in range(count)) if n in here),)
+
+
+def listened(text: GroupText, at: Place) -> tuple[str, ...]:
+    """Who is heard in a round of a chosen group."""
+    return at.heard or text.members[: heard_of(text)]
 
 
 def after(text: GroupText, at: Place, who: tuple[str, ...]) -> Place:
@@ -115,6 +147,10 @@ def after(text: GroupText, at: Place, who: tuple[str, ...]) -> Place:
 def _after(text: GroupText, at: Place, who: tuple[str, ...]) -> Place:
     if text.mode == "parallel":
         return replace(at, updates=at.updates + 1, round=at.round + 1)
+    if text.mode == "chosen":
+        last = at.done + 1 == len(listened(text, at))
+        now = replace(at, updates=at.updates + 1, done=0 if last else at.done + 1)
+        return replace(now, round=at.round + 1, heard=()) if last else now
     index = text.members.index(who[0])
     wrapped = index < at.member  # others were passed over
     done = (at.done if index == at.member else 0) + 1
@@ -130,6 +166,8 @@ def ending(text: GroupText, at: Place, who: tuple[str, ...]) -> int:
 
     In turns that is so after the last step of each member's turn.
     """
+    if text.mode == "chosen":
+        return at.round + 1
     now = after(text, at, who)
     return (now.round if now.round > at.round else at.round + 1) if now.done == 0 else 0
 
@@ -142,16 +180,17 @@ def averages(text: GroupText, at: Place, who: tuple[str, ...]) -> int:
 
 def saves(text: GroupText, at: Place, who: tuple[str, ...]) -> bool:
     """Whether those who now make an update must keep what they have after it: the group will, when the round ends."""
-    return _kept(text, ending(text, at, who))
+    return kept(text, ending(text, at, who))
 
 
 def due(text: GroupText, before: Place, now: Place) -> bool:
     """Whether the group writes a checkpoint: at the end of a round that is kept, its average included."""
     ended = now.round > before.round or before.pending
-    return ended and not now.pending and _kept(text, now.round)
+    return ended and not now.pending and kept(text, now.round)
 
 
-def _kept(text: GroupText, round_: int) -> bool:
+def kept(text: GroupText, round_: int) -> bool:
+    """Whether a checkpoint is written at the end of a round."""
     return _every(text.checkpoint_every, round_) or _every(text.average, round_)
 
 

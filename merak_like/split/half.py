@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from merak_like.habits import save_safetensors
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan, StageMemory, StagePlan
-from merak_like.partitioner.tracer import LossFn
+from merak_like.partitioner.tracer import LossFn, trace
 from merak_like.runtime import collect
 from merak_like.runtime.batches import LossWeight, rows, split, to_device
-from merak_like.runtime.data_parallel import Reducer
+from merak_like.runtime.data_parallel import Gradients, Reducer
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.finite import Guard
 from merak_like.runtime.initialising import Initialiser
@@ -25,20 +26,26 @@ from merak_like.runtime.initialize import World
 from merak_like.runtime.learning import OptimizerFactory
 from merak_like.runtime.links import DistLinks, Links
 from merak_like.runtime.materialize import fill
+from merak_like.runtime.methods.method import Method, Place
 from merak_like.runtime.optimizer import Slot, Update
 from merak_like.runtime.tensor_parallel.sharding import Proof, Sharding, sharding
 from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 from merak_like.runtime.watch import Watch
 from merak_like.split.adapters import adapt
+from merak_like.split.binarised import binarise
+from merak_like.split.contrasted import PROJECTOR, Contrasted, Hears, projector
 from merak_like.split.crew import Crew
 from merak_like.split.cut import Cut
+from merak_like.split.elsewhere import Arrives
 from merak_like.split.enduring import Together
 from merak_like.split.exchange import Exchange
+from merak_like.split.halves import halve
 from merak_like.split.joined import Pool
 from merak_like.split.messages import Task
 from merak_like.split.narrow import narrow
 from merak_like.split.order import Side, dealt, orders
 from merak_like.split.programs import HalfPrograms
+from merak_like.split.screen import Screen, Screened
 
 Learn = Callable[[Sequence[Slot], Callable[[str, Tensor], Iterable[Tensor]]], Update]
 """From what is learnt, and which parts of a gradient this rank counts, to the end of a step."""
@@ -53,6 +60,8 @@ class Source:
     weights: str | Path | None = None
     """A safetensors file or a folder of them; each side reads its own tensors alone. None: as initialised."""
     loss_fn: LossFn | None = None
+    fisher: str | Path | None = None
+    """A file of the Fisher information of the layer that a cut changes (see ``fisher``); both sides need the same."""
     loss_weight: LossWeight | None = None
     """Items that a micro-batch's loss is the mean of; None: target tokens where the model says so, else samples."""
 
@@ -88,13 +97,14 @@ def build_half(
     side: Side, source: Source, task: Task, example: Any, exchange: Exchange, *, links: Links,
     optimizer: OptimizerFactory | None, device: torch.device, crew: Crew | None = None,
     shared: Mapping[str, nn.Parameter] | None = None, learn: Learn | None = None,
-    pool: Pool | None = None,
+    pool: Pool | None = None, screen: Screen | None = None, methods: Sequence[Method] = (),
 ) -> Made:  # fmt: skip
     """Build one side of a task.
 
     ``example`` is a batch as steps will see it. ``crew`` are the ranks of a host; each builds its part. ``shared`` are
     parameters, by first names, that this half has in common with others; ``learn`` makes another end of a step than an
-    optimizer's; ``pool`` lets micro-batches of several halves go through at once.
+    optimizer's; ``pool`` lets micro-batches of several halves go through at once; ``screen`` is what an edge does to
+    what it sends; ``methods`` follow the gradients of each step.
 
     Raises ValueError for a model that cannot be cut so, and for weights that are not there.
     """
@@ -104,17 +114,30 @@ def build_half(
     model = source.build()
     model.train()
     micro = to_device(split(example, task.micro_batches)[0], torch.device("cpu"))
-    probe = narrow(model, micro, cut, source, skip=task.skip, side=side)
+    share = 1 / task.micro_batches
+    probe = narrow(model, micro, cut, source, task, side)
     if task.frozen_edge:
         freeze_head(model, micro, cut, source)
+    if task.binary_edge:
+        binarise(model, head_of(model, micro, cut, source))
     if side == "host" and task.lora is not None:
         first = HalfPrograms(side, model, cut, exchange, torch.device("cpu"), source.loss_fn).place(micro).halves
         adapt(model, first, task.lora, seed=task.seed, device=device)
+    leave, compare = screen and partial(Screened, screen=screen, share=share, seed=task.seed), None
+    if task.local is not None and cut.back is not None:
+        raise ValueError(f"local learning needs a cut without a tail, whose loss the host computes; found {cut}")
+    if task.local is not None and side == "edge":
+        if screen or task.frozen_edge:
+            raise ValueError("local learning trains the edge's head on what it sends as it is: no screen, not frozen")
+        first = HalfPrograms(side, model, cut, exchange, torch.device("cpu"), source.loss_fn).place(micro).halves
+        compare = projector(first.sent, task.local, task.seed).to(device)
+        leave = partial(Contrasted, text=task.local, share=share, compare=compare)
     watch = Watch(world.rank, world.timeout, world.pulse)
     parts = _parts(model, micro, source, crew, watch)
     programs = HalfPrograms(
-        side, model, cut, exchange, device, source.loss_fn, mesh=crew.mesh, at=at, parts=parts, pool=pool
-    )
+        side, model, cut, exchange, device, source.loss_fn, mesh=crew.mesh, at=at, parts=parts, pool=pool,
+        leave=leave, arrive=Arrives if task.local is None else Hears,
+    )  # fmt: skip
     placed = programs.place(micro)
     own = [stage for stage in placed.holds if programs.stage_rank[stage] == at.pp]
     keep = tuple(dict.fromkeys(name for stage in own for name in placed.holds[stage]))
@@ -130,6 +153,9 @@ def build_half(
     )  # fmt: skip
     if shared is not None:
         _adopt(model, shared, {alias: names[0] for names in graph.ties for alias in names})
+    if compare is not None:
+        model.add_module(PROJECTOR, compare)
+        keep = (*keep, *(f"{PROJECTOR}.{name}" for name, _ in compare.named_parameters()))
     parameters = {name: p for name, p in model.named_parameters() if name in keep}
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     if crew.mesh.tp > 1:
@@ -142,10 +168,15 @@ def build_half(
     slots = [Slot(name, p, tuple(p.shape), counted=not at.dp) for name, p in trainable.items()]
     learner = optimizer(trainable.values()) if optimizer and trainable else None
     weigh = source.loss_weight or (counted if source.loss_fn is None else None) or rows
-    reducer = Reducer(
-        trainable, {name: groups.sums.get(sums[name]) for name in trainable}, watch, readers,
+    reducer: Gradients = Reducer(
+        trainable, {name: groups.sums.get(sums.get(name, ((), ()))) for name in trainable}, watch, readers,
         copies=parts.copies(slots, groups, watch),
     )  # fmt: skip
+    for method in methods:
+        if type(method).piece is not Method.piece or type(method).traced is not Method.traced:
+            raise ValueError(f"{type(method).__name__} changes how code runs, which a half does in its own way")
+        place = Place(model, trainable, frozenset(), None, learner, world, watch, lambda: engine.steps)
+        reducer = method.gradients(reducer, place)
     if not world.alone:
         links = Together(DistLinks(groups, watch, device), crew, exchange, reducer)
     update = (
@@ -218,11 +249,14 @@ def _habits(model: nn.Module) -> tuple[Initialiser | None, LossWeight | None]:
     return hf.initialiser(model), hf.loss_weight(model)
 
 
+def head_of(model: nn.Module, micro: Any, cut: Cut, source: Source) -> set[str]:
+    """First names of the parameters that the edge's head reads and its tail does not."""
+    halves = halve(trace(model, micro, source.loss_fn), cut)
+    return set(halves.params(0)) - (set(halves.params(2)) if halves.tailed else set())
+
+
 def freeze_head(model: nn.Module, micro: Any, cut: Cut, source: Source) -> None:
     """The edge's head is not trained; its tail is."""
-    from merak_like.partitioner.tracer import trace
-    from merak_like.split.halves import halve
-
     halves = halve(trace(model, micro, source.loss_fn), cut)
     tail = set(halves.params(2)) if halves.tailed else set[str]()
     first = halves.trace.graph.canonical

@@ -248,7 +248,10 @@ class Host:
         with session.taken_over(connection):
             step = session.agree(hello.step, hello.saved)
             self.audit.note("opened", step=step, **facts)
-            welcome = Welcome(session=session.id, step=step, largest=session.largest, owes=bool(session.owes))
+            heard = session.hearing is None or hello.step < step or session.hearing.hears(step)
+            welcome = Welcome(
+                session=session.id, step=step, largest=session.largest, owes=bool(session.owes), heard=heard
+            )
             connection.send(Key(Kind.WELCOME), welcome.body())
             session.serve(connection, self.draining.is_set, self.metrics)
 

@@ -24,6 +24,7 @@ from merak_like.runtime.links import Spec
 from merak_like.split.half import Source
 from merak_like.split.leakage import Labels, distance_correlation, kept_back, labels_found, overhear
 from merak_like.split.messages import Task
+from merak_like.split.screen import Screen
 
 WIDTH = 64
 """Of the decoder."""
@@ -80,7 +81,13 @@ def images_of(batch: Any) -> str | None:
 
 
 def image_leakage(
-    source: Source, task: Task, batches: Sequence[tuple[Any, Sequence[int] | None]], *, steps: int = 400, seed: int = 0
+    source: Source,
+    task: Task,
+    batches: Sequence[tuple[Any, Sequence[int] | None]],
+    *,
+    steps: int = 400,
+    seed: int = 0,
+    screen: Screen | None = None,
 ) -> ImageLeakage:
     """Measure on some batches, each with its samples' ids or None; the last quarter is kept for asking.
 
@@ -93,7 +100,7 @@ def image_leakage(
             "a report on images needs four or more batches, each with one value of (samples, channels, height, width); "
             f"found {len(batches)}"
         )
-    heard = overhear(source, task, batches, _a_row_an_image, seed)
+    heard = overhear(source, task, batches, _a_row_an_image, seed, screen)
     asked = kept_back(len(batches))
     images = [batch[name].float() for batch, _ in batches]
     x, x_new = torch.cat(images[:-asked]), torch.cat(images[-asked:])

@@ -23,10 +23,12 @@ from merak_like.runtime.codecs import Context, codec
 from merak_like.runtime.codecs.loopback import Loopback
 from merak_like.runtime.links import NoLinks, Spec
 from merak_like.split.binarised import leak_loss
+from merak_like.split.elsewhere import Leaves
 from merak_like.split.exchange import Exchange
 from merak_like.split.half import Made, Source, build_half
 from merak_like.split.halves import LABELS
 from merak_like.split.messages import Task
+from merak_like.split.screen import Screen
 
 TOKENS = "input_ids"
 
@@ -75,7 +77,13 @@ class Leakage:
 
 
 def leakage(
-    source: Source, task: Task, batches: Sequence[tuple[Any, Sequence[int] | None]], *, steps: int = 400, seed: int = 0
+    source: Source,
+    task: Task,
+    batches: Sequence[tuple[Any, Sequence[int] | None]],
+    *,
+    steps: int = 400,
+    seed: int = 0,
+    screen: Screen | None = None,
 ) -> Leakage:
     """Measure on some batches, each with its samples' ids or None; the last quarter is kept for asking.
 
@@ -84,7 +92,7 @@ def leakage(
     """
     if len(batches) < 4 or TOKENS not in batches[0][0]:
         raise ValueError(f"a leakage report needs four or more batches with {TOKENS}, found {len(batches)}")
-    heard = overhear(source, task, batches, a_row_a_token, seed)
+    heard = overhear(source, task, batches, a_row_a_token, seed, screen)
     pairs: list[tuple[Tensor, Tensor]] = []
     for arrived, (batch, _) in zip(heard.arrived, batches, strict=True):
         kept = batch["attention_mask"].flatten() != 0 if "attention_mask" in batch else slice(None)
@@ -113,21 +121,26 @@ class Overheard(NamedTuple):
 
 def overhear(
     source: Source, task: Task, batches: Sequence[tuple[Any, Sequence[int] | None]],
-    which: Callable[[Any, Sequence[Spec]], Spec], seed: int,
+    which: Callable[[Any, Sequence[Spec]], Spec], seed: int, screen: Screen | None = None,
 ) -> Overheard:  # fmt: skip
     """Run the edge's head and both ends of the codecs on some batches; ``which`` picks what to listen to."""
     device = torch.device("cpu")
     exchange = Exchange({"up": "identity", "down": "identity"}, 0, device)
     alone = task.model_copy(update={"micro_batches": 1})
-    made = build_half("edge", source, alone, batches[0][0], exchange, links=NoLinks(), optimizer=None, device=device)
+    made = build_half("edge", source, alone, batches[0][0], exchange, links=NoLinks(), optimizer=None, device=device,
+                      screen=screen)  # fmt: skip
     link = Loopback(codec(task.codec), codec(task.codec))
     arrived = list[Tensor]()
     with torch.no_grad():
         for step, (batch, ids) in enumerate(batches):
             half = made.programs.at(batch)
-            sent = half.stages[0].forward(0, batch, {})[which(batch, half.halves.sent).name]
+            exchange.step = step
+            leaves = half.stages[1]
+            assert isinstance(leaves, Leaves)
+            sent = leaves.leaving(0, batch, half.stages[0].forward(0, batch, {}))
+            value = sent[which(batch, half.halves.sent).name]
             samples = tuple(ids) if ids is not None else tuple(range(step * rows(batch), (step + 1) * rows(batch)))
-            arrived.append(link(sent, Context(step, samples=samples)))
+            arrived.append(link(value, Context(step, samples=samples)))
     told = [_gradients(made, batch, task.back_codec, seed + step) for step, (batch, _) in enumerate(batches)]
     made.engine.close()
     return Overheard(made.model, arrived, [pair for pair in told if pair is not None])

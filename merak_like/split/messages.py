@@ -46,6 +46,18 @@ class LoraText(Message):
     """Last parts of the names of the layers that get adapters; none: every linear layer that the half calls."""
 
 
+class LocalText(Message):
+    """An edge that learns by a contrastive loss of its own labels, without gradients from its host (AdaSplit)."""
+
+    alone: Count = 0
+    """Steps before the first that the host may hear; nothing is sent in them."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.07
+    width: Annotated[int, Field(ge=1, le=2**16)] = 32
+    """Numbers of a sample that are compared."""
+    sparse: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight of an L1 term on what is sent."""
+
+
 class Task(Message):
     """What both ends must agree on before anything is trained."""
 
@@ -65,12 +77,18 @@ class Task(Message):
     """Steps between checkpoints, on both ends alike."""
     frozen_edge: bool = False
     """Whether the edge's head is not trained: then no gradient comes back to it."""
+    binary_edge: bool = False
+    """Whether the Linear layers of the edge's head have weights of signs (see ``binarised``)."""
     skip: Literal["none", "surrogate"] = "none"
+    weigh: Literal["plain", "rows", "elements"] = "plain"
+    """How a changed layer is factored: plainly, or by the Fisher information that both sides have (see ``sft``)."""
     group: Word | None = None
     """The group whose cloud half is trained together; None: a half of one's own. There the host's operator says how the
     cloud's half learns, and ``optimizer`` and ``max_grad_norm`` are the edge's alone."""
     lora: LoraText | None = None
     """Train adapters on the host's frozen weights, which all such sessions have in common, instead of a half."""
+    local: LocalText | None = None
+    """Learn at home; in a group whose mode is ``chosen``, with a cut without a tail."""
     average_edges: bool = False
     """Whether the edge's own trained layers may go to the host, to be averaged with those of its group."""
 
@@ -102,6 +120,8 @@ class Welcome(Message):
     """Most bytes of one message of tensors."""
     owes: bool = False
     """Whether the edge's own layers are due, to be averaged, before the next step."""
+    heard: bool = True
+    """Whether the edge's next step is heard; always, but in a chosen group."""
 
 
 class Begin(Message):
@@ -115,6 +135,8 @@ class Begin(Message):
     """Unmasked tokens of each sample, negative where the padding is in front; None: no mask."""
     labels: Any = None
     """Only with a cut that has no tail."""
+    silent: bool = False
+    """In a group that does not hear this edge now: no micro-batch follows, the step is done at home."""
     samples: Annotated[tuple[int, ...], Field(max_length=2**16, strict=False)] = ()
     """Opaque ids, the same at every visit of a sample; for codecs with memory."""
 
@@ -132,6 +154,8 @@ class Done(Message):
     """In a group: whether the edge must keep a checkpoint of this step, as the host does. None: when it is due."""
     owes: bool = False
     """In a group: whether the edge's own layers are due now, to be averaged."""
+    heard: bool = True
+    """In a chosen group: whether the next step is heard."""
 
     def body(self) -> bytes:
         """As it travels: JSON, and blanks behind it."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -60,17 +61,28 @@ class Placed:
     holds: Mapping[int, tuple[str, ...]]
 
 
+class Leaving(Protocol):
+    """Makes the stage by which values leave an edge."""
+
+    def __call__(self, exchange: Exchange, *, specs: Sequence[Spec]) -> Leaves:
+        """Of the values that are sent."""
+        ...
+
+
 class HalfPrograms:
     """One side's programs by input shape and mode."""
 
     def __init__(
         self, side: Side, model: nn.Module, cut: Cut, exchange: Exchange, device: torch.device, loss_fn: LossFn | None,
         *, mesh: Mesh | None = None, at: Coord | None = None, parts: Sharding | None = None, pool: Pool | None = None,
+        leave: Leaving | None = None, arrive: type[Arrives] = Arrives,
     ) -> None:  # fmt: skip
         """``mesh`` is what a host's half is on and ``at`` where this rank is; the first batch that is asked for decides
         where it is cut. ``parts`` are how its weights lie. ``pool`` is of halves whose micro-batches may go through
-        together."""
-        self.pool = pool
+        together. ``leave`` makes the stage by which an edge's values leave, ``arrive`` the one by which they come to a
+        host.
+        """
+        self.pool, self._leave, self._arrive = pool, leave, arrive
         self.side: Side = side
         self.model, self.cut, self.exchange = model, cut, exchange
         self.device, self.loss_fn = device, loss_fn
@@ -127,7 +139,8 @@ class HalfPrograms:
     def _edge(self, placed: Placed) -> Half:
         halves = placed.halves
         edges: dict[tuple[int, int], tuple[Spec, ...]] = dict.fromkeys(self.edges(), ())
-        stages: dict[int, Any] = {0: self._own(halves, 0), 1: Leaves(self.exchange, "up", halves.sent)}
+        leaves = (self._leave or partial(Leaves, link="up"))(self.exchange, specs=halves.sent)
+        stages: dict[int, Any] = {0: self._own(halves, 0), 1: leaves}
         edges[0, 1] = halves.sent
         if halves.tailed:
             names = [spec.name for spec in halves.returned]
@@ -144,7 +157,7 @@ class HalfPrograms:
         if self.rank == 0:
             names = [spec.name for spec in (*halves.sent, *halves.rebuilt)]
             again = _Again(self._again(halves, starts), self.device) if halves.rebuilt else None
-            stages[0] = Arrives(self.exchange, "up", halves.sent, names, again)
+            stages[0] = self._arrive(self.exchange, "up", halves.sent, names, again)
             if halves.tailed:
                 stages[last + 1] = Leaves(self.exchange, "down", halves.returned)
         traced = halves.trace

@@ -34,6 +34,7 @@ from merak_like.split.helper import own_half
 from merak_like.split.joined import Pool
 from merak_like.split.layers import layers_of
 from merak_like.split.limits import Ledger, Limits, NoRoom, memory_of, weights_of
+from merak_like.split.membership import require_fitting
 from merak_like.split.messages import Hello, Task
 from merak_like.split.narrow import narrow, same
 from merak_like.split.order import dealt
@@ -75,6 +76,8 @@ class Registry:
         """
         if str(self.cut) != hello.task.cut:
             raise Refused(f"this host serves the cut {self.cut}, not {hello.task.cut}")
+        if hello.task.local is not None and hello.task.group is None:
+            raise Refused("an edge that learns at home is heard by a group whose mode is chosen: name one")
         if hello.task.lora is not None and hello.task.group is not None:
             raise Refused("adapters are trained by a session of its own: leave group away")
         if hello.task.lora is not None and self.crew.mesh.tp > 1:
@@ -100,28 +103,13 @@ class Registry:
         group = self.groups.get(task.group or "")
         if group is None or owner not in group.text.members:
             raise Refused(NO_GROUP)
-        if task.checkpoint_every != group.text.checkpoint_every:
-            raise Refused(
-                f"group {group.name} keeps a checkpoint every {group.text.checkpoint_every} rounds, edges with it: say "
-                f"checkpoint_every: {group.text.checkpoint_every}, not {task.checkpoint_every}"
-            )
-        if bool(group.text.average) != task.average_edges:
-            raise Refused(
-                f"group {group.name} averages the edges' own layers, an edge must agree: say average_edges: true"
-                if group.text.average
-                else f"group {group.name} does not average the edges' own layers: leave average_edges away"
-            )
-        others = {session.task.micro_batches for session in group.live.values() if session.owner != owner}
-        if group.text.phi and others - {task.micro_batches}:
-            raise Refused(
-                f"the clients of group {group.name} share gradients at the cut (phi), micro-batch by micro-batch: say "
-                f"micro_batches: {others.pop()}, not {task.micro_batches}"
-            )
+        require_fitting(task, owner, group)
         return group
 
     def _new(self, hello: Hello, owner: str, group: Group | None) -> Session:
-        if hello.step:
-            raise Refused("a new session begins at step 0: name the session to go on with")
+        begins = hello.task.local.alone if hello.task.local is not None else 0
+        if hello.step != begins:
+            raise Refused(f"a new session begins at step {begins}: name the session to go on with")
         if group is not None:  # a member that begins anew has one place, as before
             for session in [s for s in group.live.values() if s.owner == owner]:
                 if session.busy:
@@ -238,12 +226,12 @@ class Registry:
 
         Refuses another model or cut before any weights are made.
         """
-        lora, copies = hello.task.lora, 4 if group is None else 1
+        lora, copies = hello.task.lora, 4 if group is None else 6 if group.text.mode == "chosen" else 1
         model = self.source.build().to("meta") if self.source.weights is not None else self.source.build()
         model.train()
         micro = split(example, hello.task.micro_batches)[0]
         if self.cut.rank is not None and self.source.weights is None:
-            narrow(model, micro, self.cut, self.source, skip=hello.task.skip, side="host")
+            narrow(model, micro, self.cut, self.source, hello.task, "host")
         elif self.cut.rank is not None:
             whole = sum(p.nbytes for p in model.parameters())  # an upper bound: the changed layer has fewer
             return whole * 3, whole * copies

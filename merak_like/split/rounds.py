@@ -48,8 +48,11 @@ class Rounds:
     def __init__(
         self, name: str, text: GroupText, apply: Callable[[tuple[Part, ...], Place], None],
         end: Callable[[Place, Place], None], note: Callable[..., None], stopping: Callable[[], bool],
+        place: Callable[[Place], Place] = lambda at: at,
     ) -> None:  # fmt: skip
-        """``apply`` changes the weights; ``end`` is called when all have left, with the places before and after."""
+        """``apply`` changes the weights; ``end`` is called when all have left, with the places before and after.
+        ``place`` may change where the group then is.
+        """
         self.name, self.text = name, text
         self.at = Place()
         self.away: set[str] = set()
@@ -58,7 +61,7 @@ class Rounds:
         self.change = threading.Condition(threading.RLock())
         self.looking = 0
         """Evaluations under way: they end before weights are changed."""
-        self._apply, self._end, self._note, self._stopping = apply, end, note, stopping
+        self._apply, self._end, self._note, self._stopping, self._place = apply, end, note, stopping, place
         self.meeting = self._next()
 
     def _next(self) -> Meeting:
@@ -96,7 +99,7 @@ class Rounds:
             meeting.left.add(member)
             if meeting.left == set(meeting.who):
                 meeting.over = True
-                self.move(after(self.text, self.at, meeting.who))
+                self.move(self._place(after(self.text, self.at, meeting.who)))
             else:
                 self.change.wait_for(lambda: meeting.over or self.broken is not None, self.text.wait)
             if self.broken is not None:

@@ -24,6 +24,7 @@ from merak_like.split.checkpoint import State
 from merak_like.split.connection import Connection
 from merak_like.split.crew import Crew
 from merak_like.split.exchange import Link, Way
+from merak_like.split.heard import Hearing
 from merak_like.split.layers import layers_of
 from merak_like.split.messages import Begin, Done, Hello, parse
 from merak_like.split.metrics import Metrics
@@ -52,6 +53,10 @@ class Session:
         self.id, self.owner, self.task, self.example = id_, owner, hello.task, hello.example
         self.training, self.turn, self.crew, self.group = training, turn, crew, group
         self.training.exchange.keep_log = True
+        self.begins = 0 if self.task.local is None else self.task.local.alone
+        """The first step that there is on this side."""
+        self.training.engine.steps = self.begins
+        self.hearing = Hearing(group.rounds, owner, self.begins) if group and self.task.local else None
         self.used = time.monotonic()
         half = training.made.programs.at(parts_of(blank(hello.example), hello.task.micro_batches)[0])
         self.layers = layers_of(half.halves) if hello.task.average_edges else None
@@ -105,6 +110,11 @@ class Session:
 
     def agree(self, at: int, saved: tuple[int, ...]) -> int:
         """Find the step to go on with, for an edge at step ``at`` with these checkpoints. Raises Refused."""
+        if self.hearing is not None:
+            found = self.hearing.agree(at, saved, self.begins - 1 if self.last is None else self.last[0])
+            if found is not None:
+                self.training.engine.steps = found
+                return found
         step = self.training.step
         if at == step or (at + 1 == step and self.last is not None and self.last[0] == at):
             return step
@@ -138,7 +148,7 @@ class Session:
 
     def resume(self, state: State | None) -> None:
         """Be where a group's checkpoint knows this session; None: it had not begun."""
-        self.last, self.training.engine.steps, self.owes, self.items = None, 0, 0, 0
+        self.last, self.training.engine.steps, self.owes, self.items = None, self.begins, 0, 0
         self.training.exchange.load_state_dict({} if state is None else checkpoint.of("codec/", state.tensors))
         if state is None:
             return
@@ -171,8 +181,8 @@ class Session:
 
     def _begun(self, key: Key, body: bytes, connection: Connection, metrics: Metrics) -> Done:
         begin = parse(Begin, body)
-        if not begin.training:
-            return self._look(key, begin, connection)
+        if not begin.training or begin.silent:
+            return self._look(key, begin, connection) if not begin.training else self._silent(key, connection)
         again = key.step == self.training.step - 1
         done = self._step(key.step, begin, connection)
         metrics.add("merak_replays_total" if again else "merak_steps_total")
@@ -199,15 +209,31 @@ class Session:
         if self.last is not None and self.last[0] == step and self.training.step == step + 1:
             for key, body in self.last[1]:
                 connection.send(key, body)
-            return self.last[2]
+            return self._told(step, self.last[2], connection)
         if step != self.training.step:
             raise WireError(f"step {step} begins, but this session is at step {self.training.step}")
         if self.group is None:
             done = self._do(step, begin, connection, None)
             self.training.save_if_due(self.facts())
             return done
+        if self.hearing is not None and not self.hearing.hears(step):
+            raise WireError(f"step {step} of this edge is not heard: it is done at home, and nothing of it is sent")
         with self.group.step(self, lambda: not connection.closed) as after:
-            return self._do(step, begin, connection, after)
+            done = self._do(step, begin, connection, after)
+        return self._told(step, done, connection)
+
+    def _told(self, step: int, done: Done, connection: Connection) -> Done:
+        if self.hearing is None:
+            return done
+        return done.model_copy(update=self.hearing.over(step, lambda: not connection.closed))
+
+    def _silent(self, key: Key, connection: Connection) -> Done:
+        """A step that nobody listens to: it is over when its round is."""
+        if self.hearing is None or self.hearing.hears(key.step) or key.step != self.training.step:
+            raise WireError(f"{key}: a silent step, but this session is at step {self.training.step} or heard")
+        done = self._told(key.step, Done(), connection)
+        self.training.engine.steps = key.step + 1
+        return done
 
     def _do(self, step: int, begin: Begin, connection: Connection, after: After | None) -> Done:
         then = None if self.group is None else partial(self.group.give, self)
@@ -253,26 +279,13 @@ class Session:
                 raise WireError(
                     "the batch is larger than the one the session was opened with: open it with the largest"
                 )
-            self._try(parts, training=begin.training)
+            self.training.require_items(parts, training=begin.training)
             samples = samples_of(begin.samples, [rows(part) for part in parts])
             self.training.exchange.begin(connection, self.training.step, samples, training=begin.training)
             before = len(self.turn.waited)
             told = {"session": self.id, "begin": begin.model_dump(mode="json"), "at": self.training.step}
             result = do(batch, order=self.crew.together("step", **told))
         return result, sum(list(self.turn.waited)[before:])
-
-    def _try(self, parts: Sequence[Any], *, training: bool) -> None:
-        """Raises ValueError for a batch that an engine would refuse, before any rank has begun."""
-        model, made = self.training.made.model, self.training.made
-        mode = model.training
-        model.train(training)
-        try:
-            for part in parts:
-                made.programs.at(part)
-                if not made.weigh(part):
-                    raise WireError("a micro-batch has no item to learn from: every label is ignored")
-        finally:
-            model.train(mode)
 
     def _largest(self, half: Half) -> int:
         halves, exchange = half.halves, self.training.exchange

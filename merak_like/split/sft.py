@@ -35,6 +35,7 @@ from merak_like.split.feed_forward import ADDS, FeedForward, find_feed_forward, 
 from merak_like.split.low_rank import factor
 
 SKIPS = ("none", "surrogate")
+PLAIN = "plain"
 WEIGHINGS = {"rows": factor, "elements": factor_by_elements}
 """How the Fisher information of a weight weighs its factors: FWSVD and TFWSVD."""
 

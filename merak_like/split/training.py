@@ -6,7 +6,7 @@ as running means, is kept as it was until the step is through, so that a step th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from merak_like.split.exchange import Exchange
 from merak_like.split.half import Made
 from merak_like.split.messages import OptimizerText
 from merak_like.split.sharded import fitting, part, whole
+from merak_like.split.wire import WireError
 
 OPTIMIZERS: Mapping[str, Callable[[Iterable[nn.Parameter], OptimizerText], torch.optim.Optimizer]] = {
     "adamw": lambda ps, o: torch.optim.AdamW(ps, lr=o.lr, weight_decay=o.weight_decay),
@@ -109,6 +110,35 @@ class Training:
         """The loss in evaluation mode; nothing is changed."""
         with self._all_or_nothing(always=True), order or nullcontext():
             return self.engine.evaluate(batch)
+
+    def shown(self, parts: Sequence[Any]) -> dict[str, Tensor]:
+        """The outputs of the micro-batches evaluated last, by name. Raises ValueError where the host has them."""
+        model, found = self.made.model, list[dict[str, Tensor]]()
+        mode = model.training
+        model.eval()
+        for i, micro in enumerate(parts):
+            stage = self.made.programs.at(micro).shown
+            if stage is None:
+                raise ValueError("the cut has no tail on the edge, so the outputs are the host's: cut FRONT:BACK")
+            found.append(stage.shown[i])
+        model.train(mode)
+        return {
+            name: torch.cat([one[name] for one in found])
+            for name, first in found[0].items()
+            if first.dim() and name != "loss"
+        }
+
+    def require_items(self, parts: Sequence[Any], *, training: bool) -> None:
+        """Raises ValueError for a batch that an engine would refuse, before any rank has begun."""
+        mode = self.made.model.training
+        self.made.model.train(training)
+        try:
+            for micro in parts:
+                self.made.programs.at(micro)
+                if not self.made.weigh(micro):
+                    raise WireError("a micro-batch has no item to learn from: every label is ignored")
+        finally:
+            self.made.model.train(mode)
 
     @contextmanager
     def _all_or_nothing(self, *, always: bool = False) -> Iterator[None]:

@@ -119,6 +119,7 @@ class Compress(Section):
     bound: Annotated[float, Field(gt=0, lt=1)] = 0.01
     entropy: bool = False
     adapt: bool = True
+    blocks: str = ".*"
 
 
 class Offload(Section):

@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from merak_like._compat import storage_key
-from merak_like.partitioner.tracer import Trace
+from merak_like.partitioner.graph import ProxyGraph
 from merak_like.runtime.data_parallel import Gradients
+from merak_like.runtime.methods.by_blocks import ALL, ByBlocks
 from merak_like.runtime.methods.layers import Watched
-from merak_like.runtime.methods.method import Job, Method, Place
-from merak_like.runtime.methods.planned_bytes import with_packed_inputs
+from merak_like.runtime.methods.method import Job, Place
+from merak_like.runtime.methods.planned_bytes import coder, with_packed_inputs
 from merak_like.runtime.methods.quantiser import Packed, quantise
 from merak_like.runtime.methods.wrapped import AfterSum
 from merak_like.runtime.split_backward import Operands
@@ -81,24 +82,32 @@ class Layer:
     """Share of its inputs that are not 0."""
 
 
-class Compress(Method):
+class Compress(ByBlocks):
     """Packs the inputs that Linear and Conv layers keep. ``bound`` is relative to about the range of each tensor.
+
+    Only in modules whose path matches ``blocks``, all by default. With ``"auto"`` ``auto_parallel`` chooses among the
+    blocks of the model those for which this costs less than to keep them, where they do not fit, or to compute them
+    again; it may be none.
 
     Bounds are not in checkpoints: the first step of a job that goes on looks at the momentum again.
     ``entropy`` spends time on half the bytes again. Without ``adapt`` the bound stays. ``counted`` has the bytes of
     all that was kept, before and after.
     """
 
-    watches = True
+    what = "some layers keep their inputs in few bits"
 
-    def __init__(self, bound: float = 0.01, *, entropy: bool = False, adapt: bool = True) -> None:
+    def __init__(
+        self, bound: float = 0.01, *, entropy: bool = False, adapt: bool = True, blocks: str = ALL
+    ) -> None:  # fmt: skip
         if not 0 < bound < 1:
             raise ValueError(f"bound={bound}: it is a share of a tensor's range, above 0 and below 1")
+        super().__init__(blocks)
         self.bound, self.entropy, self.adapt = bound, entropy, adapt
         self._layers: dict[int, Layer] = {}
         self._known: dict[int, tuple[Any, int, Kept]] = {}
+        self._own: set[int] | None = None
         self._counted = [0, 0]
-        self._looked, self._looking, self._whole = False, False, True
+        self._looked, self._looking = False, False
 
     @property
     def counted(self) -> tuple[int, int]:
@@ -111,17 +120,15 @@ class Compress(Method):
 
     def check(self, job: Job) -> None:
         """Shares of the momentum say nothing of a whole weight."""
-        self._whole = job.tp == 1
+        super().check(job)
         if job.elsewhere and self.adapt:
             raise ValueError(
                 f"Compress looks at the momentum of the parameters, {job.elsewhere} has it elsewhere: adapt=False"
             )
 
-    def traced(self, trace: Trace, model: nn.Module) -> Trace:
-        """The same code; to the planner, fewer bytes kept and more time. Of a shard it counts nothing."""
-        if not trace.training or not self._whole:
-            return trace
-        return replace(trace, graph=with_packed_inputs(trace.graph, SMALLEST))
+    def planned(self, graph: ProxyGraph, inside: tuple[str, ...] | None) -> ProxyGraph:
+        """Fewer bytes kept, and more time."""
+        return with_packed_inputs(graph, SMALLEST, coder(self.bound, entropy=self.entropy), inside)
 
     def piece(self, piece: Piece) -> Piece:
         """Compress what it keeps, unless it is run again."""
@@ -130,7 +137,10 @@ class Compress(Method):
         return replace(piece, module=Watched(piece.module, self._around, {RELU: self._relu}))  # type: ignore[arg-type]
 
     def gradients(self, reducer: Gradients, place: Place) -> Gradients:
-        """The same, and at its end a look at the momentum."""
+        """The same, and at its end a look at the momentum; from now on it is known which layers are meant."""
+        inside = None if self.blocks == ALL else tuple(f"{path}." if path else "" for path in self.named(place.model))
+        within = {id(p) for name, p in place.parameters.items() if inside is None or name.startswith(inside)}
+        self._own = None if inside is None else within
         if not self.adapt:
             return reducer
         return AfterSum(reducer, lambda: self.settle(place), lambda: self.begin(place.steps()))
@@ -139,7 +149,8 @@ class Compress(Method):
 
     def _around(self, func: Any, found: Operands, call: Callable[[Tensor], Tensor]) -> Tensor:
         x, kind = found.x, found.x.device.type
-        if not x.is_floating_point() or x.numel() < SMALLEST:
+        others = self._own is not None and id(found.weight) not in self._own
+        if others or not x.is_floating_point() or x.numel() < SMALLEST:
             return call(x)
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))  # as the layer would; so what it keeps is known

@@ -10,24 +10,23 @@ Weights, buffers and small tensors stay. On a CPU both memories are one: the sam
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from merak_like._compat import StorageWeakRef, storage_key
-from merak_like.partitioner.tracer import Trace
+from merak_like.partitioner.graph import ProxyGraph
 from merak_like.runtime.data_parallel import Gradients
-from merak_like.runtime.methods.method import Job, Method, Place
+from merak_like.runtime.methods.by_blocks import ALL, ByBlocks
+from merak_like.runtime.methods.method import Place
 from merak_like.runtime.methods.parking import Parked, Parking
 from merak_like.runtime.methods.planned_bytes import with_kept_elsewhere
 from merak_like.runtime.methods.wrapped import AfterSum
 from merak_like.runtime.stage_code import Piece
 
-ALL, AUTO = ".*", "auto"
 SMALLEST = 16 * 2**10
 """Bytes that are worth a copy of their own."""
 BANDWIDTH = 20e9
@@ -36,7 +35,7 @@ AHEAD = 64 * 2**20
 """Bytes that come back before they are read."""
 
 
-class Offload(Method):
+class Offload(ByBlocks):
     """Keeps activations of the modules whose path matches ``blocks``, all by default, in the machine's memory.
 
     With ``"auto"`` ``auto_parallel`` chooses among the blocks of the model those for which this costs less than to keep
@@ -46,24 +45,17 @@ class Offload(Method):
     are bytes on their way back at once. What is computed again keeps nothing, so nothing of it goes out.
     """
 
-    watches = True
+    between_memories = True
+    what = "some activations wait in the machine's memory"
 
     def __init__(self, blocks: str = ALL, *, bandwidth: float = BANDWIDTH, ahead: int = AHEAD) -> None:
         if bandwidth <= 0 or ahead < 0:
             raise ValueError(f"bandwidth={bandwidth}, ahead={ahead}: bytes a second above 0, bytes of at least 0")
-        self.blocks, self.bandwidth, self.ahead = blocks, bandwidth, ahead
+        super().__init__(blocks)
+        self.bandwidth, self.ahead = bandwidth, ahead
         self._parking: Parking | None = None
-        self._inside, self._plans = 0, True
+        self._inside = 0
         self._stays: set[int] = set()
-
-    def of(self, paths: Sequence[str]) -> Offload:
-        """The same for these modules."""
-        return Offload("|".join(re.escape(path) for path in paths), bandwidth=self.bandwidth, ahead=self.ahead)
-
-    @property
-    def note(self) -> str:  # type: ignore[override]
-        """Which blocks a plan was made for: who obeys it must ask for the same."""
-        return f"some activations wait in the machine's memory: planned for methods=[{self!r}]"
 
     @property
     def parking(self) -> Parking:
@@ -72,36 +64,9 @@ class Offload(Method):
             self._parking = Parking()
         return self._parking
 
-    def check(self, job: Job) -> None:
-        """Blocks are found by the calls of their modules, which tensor-parallel code does not make."""
-        if job.tp > 1 and self.blocks != ALL:
-            raise ValueError(
-                f"Offload(blocks={self.blocks!r}) follows calls of modules, and with tp={job.tp} their parts are "
-                "called one by one: leave blocks out, or use tp=1"
-            )
-        self._plans = job.tp == 1
-
-    def traced(self, trace: Trace, model: nn.Module) -> Trace:
-        """The same code; to the planner, bytes that are elsewhere and seconds on the link.
-
-        Of a shard, on tensor-parallel ranks, it counts nothing. Raises ValueError where no module has such a path.
-        """
-        named = self._named(model)
-        if self.blocks == AUTO and not named:
-            raise ValueError(
-                "Offload('auto') chooses blocks while a plan is made: beside plan= say those that it was made with, as "
-                "its notes have them (planned for methods=[...]), or leave it out where they have none"
-            )
-        if not named:
-            some = ", ".join(repr(name) for name, _ in list(model.named_modules())[1:6])
-            raise ValueError(f"Offload(blocks={self.blocks!r}): no module has such a path; there are {some}")
-        if not trace.training or not self._plans:
-            return trace
-        inside = None if self.blocks == ALL else tuple(named)
-        return replace(trace, graph=with_kept_elsewhere(trace.graph, inside, SMALLEST, self.bandwidth))
-
-    def _named(self, model: nn.Module) -> list[str]:
-        return [name for name, _ in model.named_modules() if re.fullmatch(self.blocks, name)]
+    def planned(self, graph: ProxyGraph, inside: tuple[str, ...] | None) -> ProxyGraph:
+        """Bytes that are elsewhere, and seconds on the link."""
+        return with_kept_elsewhere(graph, inside, SMALLEST, self.bandwidth)
 
     def _enter(self, *_: Any) -> None:
         self._inside += 1
@@ -123,7 +88,7 @@ class Offload(Method):
 
         begin()
         hooks: list[Any] = []
-        for name in self._named(place.model) if self.blocks != ALL else ():
+        for name in self.named(place.model) if self.blocks != ALL else ():
             for module in place.model.get_submodule(name).modules():
                 hooks.append(module.register_forward_pre_hook(self._enter))
                 hooks.append(module.register_forward_hook(self._leave, always_call=True))

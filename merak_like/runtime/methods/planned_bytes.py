@@ -7,19 +7,42 @@ kept so, or computed again: the planner's search over recompute weighs the two.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import log2
 
-from merak_like.partitioner.graph import Op, ProxyGraph, Value
+from merak_like.partitioner.graph import Op, Packing, ProxyGraph, Value
+from merak_like.runtime.methods.quantiser import SLICE
 
-RATIO = 4.5
-"""Bytes of a tensor to those of its codes, without the entropy coder: benchmarks/methods, bound 0.01."""
-PASSES = 40
-"""So many times the tensor's bytes could be read or written while it is packed and read again: measured likewise."""
+
+@dataclass(frozen=True)
+class Coder:
+    """What it takes to pack a tensor and to read it again, for each of its numbers. Measured: benchmarks/methods."""
+
+    bits: float
+    """That are kept."""
+    pack: float
+    """Bytes that could be read or written meanwhile."""
+    unpack: float
+
+
+PACK_KERNELS, UNPACK_KERNELS = 80, 45
+"""Torch functions of a slice of a tensor: counted."""
+
+
+def coder(bound: float, *, entropy: bool) -> Coder:
+    """At this bound, relative to about the range. A bound half as large takes one bit more (``quantiser``)."""
+    plain = log2(1 / bound) + 0.8
+    return Coder(plain * 0.56, 750.0, 115.0) if entropy else Coder(plain, 550.0, 55.0)
+
+
 FLOATING = frozenset(("float64", "float32", "float16", "bfloat16"))
 
 
-def with_packed_inputs(graph: ProxyGraph, smallest: int, ratio: float = RATIO, passes: float = PASSES) -> ProxyGraph:
-    """The graph with fewer bytes kept and more bytes moved; values of fewer than ``smallest`` numbers stay."""
+def with_packed_inputs(
+    graph: ProxyGraph, smallest: int, coder: Coder, inside: tuple[str, ...] | None = None
+) -> ProxyGraph:  # fmt: skip
+    """The graph with fewer bytes kept, and more work, where layers in these modules (None: all) keep their inputs;
+    values of fewer than ``smallest`` numbers stay."""
     payer = {name: index for index, op in enumerate(graph.ops) for name in op.keeps}
     ops, packed = list(graph.ops), set[str]()
     relus = {call.first for call in graph.calls if call.type == "ReLU" and call.stop == call.first + 1}
@@ -28,13 +51,21 @@ def with_packed_inputs(graph: ProxyGraph, smallest: int, ratio: float = RATIO, p
         value = _input(op, graph)
         if value is None or value.name in packed or value.numel < smallest or value.dtype not in FLOATING:
             continue
+        if not _within(op, inside):
+            continue
         first = payer.get(value.name)
         if first is None or first not in relus | {index}:
             continue
+        less = min(ops[first].saved_bytes, value.nbytes) - int(value.numel * coder.bits / 8)
+        if less <= 0:
+            continue
         packed.add(value.name)
-        less = min(ops[first].saved_bytes, value.nbytes) * (1 - 1 / ratio)
-        ops[first] = replace(ops[first], saved_bytes=ops[first].saved_bytes - int(less))
-        ops[index] = replace(ops[index], streamed_bytes=ops[index].streamed_bytes + int(passes * value.nbytes))
+        slices = -(-value.numel // SLICE)
+        work = Packing(
+            coder.pack * value.numel, coder.unpack * value.numel, PACK_KERNELS * slices, UNPACK_KERNELS * slices
+        )
+        ops[first] = replace(ops[first], saved_bytes=ops[first].saved_bytes - less)
+        ops[index] = replace(ops[index], packing=work)
     return replace(graph, ops=tuple(ops))
 
 
@@ -43,18 +74,18 @@ def with_kept_elsewhere(
 ) -> ProxyGraph:  # fmt: skip
     """The graph where what ops of these modules (None: all) keep goes to another memory, over a link of so many bytes a
     second; ops that keep fewer than ``smallest`` bytes do not."""
-
-    def away(op: Op) -> bool:
-        path = op.target if op.kind == "module" else op.scope
-        return inside is None or any(path == one or not one or path.startswith(f"{one}.") for one in inside)
-
     ops = tuple(
         replace(op, saved_bytes=0, keeps=(), copied_seconds=op.saved_bytes / bandwidth)
-        if op.saved_bytes >= smallest and away(op)
+        if op.saved_bytes >= smallest and _within(op, inside)
         else op
         for op in graph.ops
     )
     return replace(graph, ops=ops)
+
+
+def _within(op: Op, inside: tuple[str, ...] | None) -> bool:
+    path = op.target if op.kind == "module" else op.scope
+    return inside is None or any(path == one or not one or path.startswith(f"{one}.") for one in inside)
 
 
 def _input(op: Op, graph: ProxyGraph) -> Value | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -96,6 +97,12 @@ def save(state: Mapping[str, Tensor], path: Path, *, basis: int = BASIS, thresho
         out[f"basis.{name}"] = found.basis
         out[f"shape.{name}"] = torch.tensor([found.lowest, *found.shape])
     save_file(out, path)
+
+
+def kept_so(path: Path) -> bool:
+    """Whether a safetensors file was written by ``save``."""
+    with safe_open(path, "pt") as file:
+        return any(key.startswith("basis.") for key in file.keys())  # noqa: SIM118 - it is no mapping
 
 
 def load(path: Path) -> dict[str, Tensor]:
