@@ -81,9 +81,11 @@ def bytes_of(one: Plan) -> int:
     return max(kinds["total"] for kinds in one.memory_bytes)
 
 
-def between(share: float, pp: int) -> int:
+def between(share: float, pp: int, hardware: Hardware = FAST) -> int:
     """Bytes between what a rank takes that computes everything again and one that keeps everything."""
-    most, least = (bytes_of(plan([()], pp, [Offload()], recompute=name)) for name in ("none", "full"))
+    most, least = (
+        bytes_of(plan([()], pp, [Offload()], hardware=hardware, recompute=name)) for name in ("none", "full")
+    )  # fmt: skip
     return int(least + share * (most - least))
 
 
@@ -126,7 +128,7 @@ def test_blocks_are_kept_packed_or_computed_again(pp: int, share: float, coded: 
         def planned(self, graph: ProxyGraph, inside: tuple[str, ...] | None) -> ProxyGraph:
             return with_packed_inputs(graph, 1, Coder(4.0, 1e7 * coded, 1e7 * coded), inside)
 
-    (found,), takes, best = found_and_best([Priced()], pp, between(share, pp), DEAR)
+    (found,), takes, best = found_and_best([Priced()], pp, between(share, pp, DEAR), DEAR)
     assert takes == pytest.approx(best, rel=1e-9)
     assert coded == 1e-2 or bool(found) == (coded < 1e-2), found
 
