@@ -143,7 +143,7 @@ def test_model_is_left_without_hooks() -> None:
 
 def test_planner_counts_fewer_bytes_and_the_link() -> None:
     found = {}
-    for name, method in {"plain": None, "fast": Offload(bandwidth=1e12), "slow": Offload(bandwidth=1e7)}.items():
+    for name, method in {"plain": None, "fast": Offload(bandwidth=1e13), "slow": Offload(bandwidth=1e7)}.items():
         traced = trace(Model().train(), BATCH, device="cpu")
         made = traced.graph if method is None else method.traced(traced, Model()).graph
         plan = make_plan(made, Mesh(), hardware="a100-80gb", batch=4, micro_batches=1)

@@ -168,7 +168,8 @@ def test_numbers_are_those_of_one_process_and_nothing_comes_down(once: Ward):
         told = ward.edges[name].bytes
         sent = visits[number] * 8 * 16 * 8
         assert sent < told["sent UP_FORWARD"] < sent + visits[number] * 200, (told, visits)
-        assert {k for k in told if "received" in k} == {"received", "received WELCOME", "received DONE"}
+        came = {k for k in told if "received" in k} - {"received PING"}  # a sign of life, on a slow machine
+        assert came == {"received", "received WELCOME", "received DONE"}
         assert told["received"] < 3000 + 7 * 130, "a few numbers of control a step"
     loss = ward.edges["ann"].evaluate(batch("ann", 50)).loss
     some = batch("ann", 50)
