@@ -81,6 +81,7 @@ def results(request: pytest.FixtureRequest) -> Callable[[Call], list[Any]]:
                 differences("steady", CUTS["calm"], 10, 1, 1, 2, optimizer=ADAM, max_grad_norm=0.1),
                 differences("steady", CUTS["calm"], 3, 1, 2, 1, lora=LORA),
                 differences("steady", CUTS["calm"], 3, 2, 1, 1, micro_batches=4, lora=LORA),
+                differences("steady", CUTS["calm"], 3, 1, 1, 2, lora=LORA),
                 differences("steady", CUTS["calm"], 3, 2, 2, 1, micro_batches=4),
                 differences("steady", CUTS["calm"], 3, 1, 2, 2),
                 differences("steady", CUTS["calm"], 3, 2, 1, 2, micro_batches=2),

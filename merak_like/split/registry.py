@@ -80,8 +80,6 @@ class Registry:
             raise Refused("an edge that learns at home is heard by a group whose mode is chosen: name one")
         if hello.task.lora is not None and hello.task.group is not None:
             raise Refused("adapters are trained by a session of its own: leave group away")
-        if hello.task.lora is not None and self.crew.mesh.tp > 1:
-            raise Refused("adapters are trained over replicas and a pipeline: leave lora away, or serve with --tp 1")
         if hello.task.micro_batches % (replicas := self.crew.mesh.dp):
             raise Refused(
                 f"this host deals micro-batches out to {replicas} replicas: say micro_batches: "
