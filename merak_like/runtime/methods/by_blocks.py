@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Self
@@ -21,7 +22,7 @@ from merak_like.runtime.methods.method import Job, Method
 ALL, AUTO = ".*", "auto"
 
 
-class ByBlocks(Method):
+class ByBlocks(Method, ABC):
     """In the modules whose path matches ``blocks``; with ``AUTO`` ``auto_parallel`` chooses them."""
 
     watches = True
@@ -45,9 +46,9 @@ class ByBlocks(Method):
         """Which blocks a plan was made for: who obeys it must ask for the same."""
         return f"{self.what}: planned for methods=[{self!r}]"
 
+    @abstractmethod
     def planned(self, graph: ProxyGraph, inside: tuple[str, ...] | None) -> ProxyGraph:
         """The same code; to the planner, what it keeps and what it takes in these modules (None: all)."""
-        raise NotImplementedError
 
     def check(self, job: Job) -> None:
         """Modules are found by their calls, which tensor-parallel code does not make."""

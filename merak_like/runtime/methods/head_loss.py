@@ -50,7 +50,7 @@ class ChunkedLoss(Method):
             raise ValueError(f"no kernel {kernel!r} for the loss: there are {', '.join(KERNELS)}")
         self.chunk_bytes, self.kernel = chunk_bytes, kernel
         if kernel == "liger":
-            liger.library()
+            liger.library()  # a ValueError, now and not in the first step, where it is not installed
 
     def check(self, job: Job) -> None:
         """A vocabulary that is spread over ranks has its own cross-entropy."""
