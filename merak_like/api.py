@@ -32,11 +32,11 @@ from merak_like.runtime.fully_sharded import Whole
 from merak_like.runtime.groups import make_groups
 from merak_like.runtime.initialize import join, world_size
 from merak_like.runtime.lasting import Count
-from merak_like.runtime.learning import Held, OptimizerFactory, learning
+from merak_like.runtime.learning import Held, learning
 from merak_like.runtime.links import DistLinks, NoLinks
 from merak_like.runtime.materialize import materialize
 from merak_like.runtime.methods.method import Job, Method, Methods
-from merak_like.runtime.optimizer import Update
+from merak_like.runtime.optimizer import OptimizerFactory, Update
 from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.programs import Programs
 from merak_like.runtime.spreading import spreading_of
@@ -231,6 +231,7 @@ def auto_parallel(
                 max_grad_norm=max_grad_norm,
                 guard=precise.guard(skip_not_finite),
                 store=learns.store,
+                whole=learns.whole,
                 answers=shards.answers,
                 rate=rate,
             ),

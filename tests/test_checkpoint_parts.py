@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from merak_like.partitioner.tensor_parallel.layout import Axis, Layout, Segments, whole_size
-from merak_like.runtime.checkpoint.boxes import Box, Placement, boxes_of_run, parts, whole
+from merak_like.runtime.checkpoint.boxes import Box, Held, Placement, boxes_of_run, parts, whole
 from merak_like.runtime.checkpoint.contents import placement_of
-from merak_like.runtime.checkpoint.planners import Held, Saved, Writing
+from merak_like.runtime.checkpoint.planners import Saved, Writing
 from merak_like.runtime.tensor_parallel.shards import Shards
 
 SHAPES = st.lists(st.integers(1, 4), max_size=4).map(tuple)

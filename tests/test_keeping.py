@@ -145,6 +145,22 @@ def test_some_are_moved_and_some_are_packed(share: float) -> None:
     assert takes <= min(alone)
 
 
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("methods", [[Compress()], [Offload(bandwidth=1e7)], [Offload(bandwidth=1e7), Compress()]])
+def test_what_the_caller_has_computed_again_costs_no_packing(methods: list[ByBlocks], pp: int) -> None:
+    """The engine neither packs nor moves what does not wait; a plan counted both, and the fewer bytes besides."""
+    names = [f"blocks.{n}" for n in range(BLOCKS)]
+    kept = [names] if len(methods) == 1 else [names[:2], names[2:]]
+    given, plain = (plan(some, pp, methods, recompute="none") for some in (kept, [()] * len(methods)))
+    assert given.step_seconds > plain.step_seconds
+    assert bytes_of(given) < bytes_of(plain)
+    for word in ("full", "blocks"):
+        given, plain = (plan(some, pp, methods, recompute=word) for some in (kept, [()] * len(methods)))
+        assert given.step_seconds == plain.step_seconds
+        assert given.memory_bytes == plain.memory_bytes
+        assert given.starts == plain.starts
+
+
 @pytest.mark.parametrize("ways", [1, 2])
 def test_many_blocks_are_looked_at_in_steps_that_halve(ways: int) -> None:
     """Where every stage has best numbers of its own."""

@@ -18,20 +18,20 @@ from merak_like.split.low_rank import factor
 from tests.kfac_runs import batches, model
 
 
-@pytest.mark.parametrize("kind", ["even", "rows", "elements"])
+@pytest.mark.parametrize("kind", ["even", "sides", "elements"])
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_weighting_by_elements_errs_least(kind: str, rank: int):
     torch.manual_seed(rank)
     weight = torch.randn(20, 12)
-    rows, elements = torch.rand(20, 1).pow(4).expand(20, 12), torch.rand(20, 12).pow(4)
-    fisher = {"even": torch.ones(20, 12), "rows": rows, "elements": elements}[kind]
-    plain, by_rows = factor(weight, rank), factor(weight, rank, fisher)
-    errors = [weighted_error(weight, p.u @ p.s, p.v, fisher) for p in (plain, by_rows)]
+    sides, elements = torch.rand(20, 1).pow(4) * torch.rand(12).pow(4), torch.rand(20, 12).pow(4)
+    fisher = {"even": torch.ones(20, 12), "sides": sides, "elements": elements}[kind]
+    plain, by_sides = factor(weight, rank), factor(weight, rank, fisher)
+    errors = [weighted_error(weight, p.u @ p.s, p.v, fisher) for p in (plain, by_sides)]
     ours = weighted_error(weight, *factor_elements(weight, rank, fisher), fisher)
     assert ours <= min(errors) * (1 + 1e-5)
     if kind == "elements":
         assert ours < 0.9 * min(errors)
-    else:  # rows alone matter: their weighting is best already
+    else:  # rows and columns alone matter: their weighting is best already
         assert errors[1] <= errors[0] * (1 + 1e-5)
         assert ours == pytest.approx(errors[1], rel=1e-3)
     assert (spread(fisher) > 0.5) == (kind == "elements")

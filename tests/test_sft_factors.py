@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from merak_like.split.element_weights import factor_by_elements
 from merak_like.split.low_rank import factor, fisher_information
 from merak_like.split.sft import Narrow, sft
 
@@ -31,20 +32,37 @@ def test_factors_are_the_best_of_their_rank(shape: tuple[int, int], dtype: torch
     assert u.dtype == dtype
 
 
-def test_fisher_weighs_rows():
-    weight = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
-    fisher = torch.rand(40, 16, generator=torch.Generator().manual_seed(1)) ** 4
+@pytest.mark.parametrize("shape", [(40, 16), (16, 40)])
+def test_fisher_weighs_both_sides(shape: tuple[int, int]):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    fisher = torch.rand(shape, generator=torch.Generator().manual_seed(1)) ** 4
     fisher[7] = 0  # a row that never mattered
+    sides = fisher.sum(1, keepdim=True) * fisher.sum(0)
 
     def objective(guess: Tensor) -> float:
-        return (fisher.sum(1, keepdim=True) * (weight - guess).square()).sum().item()
+        return (sides * (weight - guess).square()).sum().item()
 
     for rank in (1, 4, 8):
-        assert objective(product(weight, rank, fisher)) < objective(product(weight, rank))
+        best = torch.linalg.svdvals(sides.sqrt() * weight)[rank:].square().sum().item()
+        assert objective(product(weight, rank, fisher)) == pytest.approx(best, rel=1e-4)
+        assert best < objective(product(weight, rank))
     even = product(weight, 4, torch.full_like(weight, 0.3))
     torch.testing.assert_close(even, product(weight, 4), atol=1e-5, rtol=1e-4)
     assert product(weight, 4, fisher).isfinite().all()
     assert product(weight, 4, torch.zeros_like(weight)).isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12])
+def test_weighted_factors_are_of_the_size_of_plain_ones(scale: float):
+    """Information is as small as squared gradients. It was left in s, which then learnt nothing that lasted a step."""
+    weight = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    fisher = scale * torch.rand(40, 16, generator=torch.Generator().manual_seed(1)) ** 4
+    for u, s, v in (factor(weight, 4, fisher), factor_by_elements(weight, 4, fisher)):
+        assert torch.equal(s, s.diag().diag())
+        assert bool((s.diagonal().diff() <= 0).all())
+        assert 1 / 3 < float(s[0, 0] / torch.linalg.matrix_norm(weight, 2)) < 3
+        for one in (u.T @ u, v @ v.T):
+            torch.testing.assert_close(one, torch.eye(4), atol=1e-5, rtol=0)
 
 
 def test_fisher_information_is_the_mean_squared_gradient():
@@ -182,19 +200,20 @@ def test_a_pass_that_takes_another_way_is_an_error():
 
 def test_fisher_weighs_the_factors_of_a_model():
     torch.manual_seed(0)
-    models = {how: Model("plain") for how in ("plain", "rows", "elements")}
+    models = {how: Model("plain") for how in ("plain", "sides", "elements")}
     for model in models.values():
         model.load_state_dict(models["plain"].state_dict())
     batches = [{"x": torch.randn(1, 3, 8)} for _ in range(20)]
-    fisher = fisher_information(models["rows"], ["block.fc1.weight"], batches, lambda m, b: m(**b)["loss"])
+    fisher = fisher_information(models["sides"], ["block.fc1.weight"], batches, lambda m, b: m(**b)["loss"])
     weight, weights = models["plain"].block.fc1.weight.detach(), fisher["block.fc1.weight"]
     sft(models["plain"], EXAMPLE, "block", 2)
-    for how in ("rows", "elements"):
+    for how in ("sides", "elements"):
         sft(models[how], EXAMPLE, "block", 2, fisher=fisher, weigh=how)
     off = {how: (weight - m.block.fc1.weight.detach()).square() for how, m in models.items()}
-    rows = {how: float((weights.sum(1, keepdim=True) * each).sum()) for how, each in off.items()}
+    whole = weights.sum(1, keepdim=True) * weights.sum(0)
+    sides = {how: float((whole * each).sum()) for how, each in off.items()}
     elements = {how: float((weights * each).sum()) for how, each in off.items()}
-    assert rows["rows"] < min(rows["plain"], rows["elements"])
-    assert elements["elements"] < min(elements["plain"], elements["rows"])
-    with pytest.raises(ValueError, match="weigh must be one of rows, elements, found 'columns'"):
+    assert sides["sides"] < min(sides["plain"], sides["elements"])
+    assert elements["elements"] < elements["sides"] < elements["plain"]
+    with pytest.raises(ValueError, match="weigh must be one of sides, elements, found 'columns'"):
         sft(Model("plain"), EXAMPLE, "block", 2, weigh="columns")

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from merak_like.split.adasplit import AdaSplit, Settings
 from merak_like.split.connection import Waits
 from merak_like.split.contrasted import PROJECTOR
+from merak_like.split.crew import Crew
 from merak_like.split.edge import Edge
 from merak_like.split.groups import GroupText, group_of
 from merak_like.split.half import Source
@@ -82,22 +83,26 @@ def in_one_process(steps: int) -> AdaSplit:
 class Ward:
     """A host with the group, and the edges."""
 
-    def __init__(self, folder: Path, certificates: Path, group: GroupText) -> None:
+    def __init__(
+        self, folder: Path, certificates: Path, group: GroupText, task: Task = TASK, crew: Crew | None = None,
+        build: Callable[[], nn.Module] = build,
+    ) -> None:  # fmt: skip
         self.folder, self.certificates, self.group, self.port = folder, certificates, group, 0
+        self.task, self.crew, self.source = task, crew, Source(build)
         self.serve()
         self.edges = {name: self.edge(name) for name in NAMES}
 
     def serve(self) -> None:
         self.host = Host(
-            Source(build), "edge", listen=f"127.0.0.1:{self.port}", folder=self.folder / "host",
-            keys=Keys(self.certificates, "host"), groups={"ward": self.group},
+            self.source, "edge", listen=f"127.0.0.1:{self.port}", folder=self.folder / "host",
+            keys=Keys(self.certificates, "host"), groups={"ward": self.group}, crew=self.crew,
             limits=Limits(waits=Waits(hello=20, idle=30, step=60, drain=20)),
         ).start()  # fmt: skip
         self.port = self.host.port
 
-    def edge(self, name: str, task: Task = TASK, folder: str = "") -> Edge:
+    def edge(self, name: str, task: Task | None = None, folder: str = "") -> Edge:
         return Edge(
-            Source(build), task, batch(name, 0), connect=f"127.0.0.1:{self.port}", patience=30,
+            self.source, task or self.task, batch(name, 0), connect=f"127.0.0.1:{self.port}", patience=30,
             folder=self.folder / (folder or name), keys=Keys(self.certificates, name),
         )  # fmt: skip
 

@@ -86,6 +86,8 @@ def results(request: pytest.FixtureRequest) -> Callable[[Call], list[Any]]:
                 differences("steady", CUTS["calm"], 3, 1, 2, 2),
                 differences("steady", CUTS["calm"], 3, 2, 1, 2, micro_batches=2),
                 differences("bert", "bert.encoder.layer.0", 3, 2, 2, 1, micro_batches=6),
+                differences("steady", CUTS["calm"], 3, 1, 1, 2, binary_edge=True),
+                differences("steady", CUTS["calm"], 3, 1, 2, 1, binary_edge=True),
             )
         ),
     ],
@@ -112,6 +114,22 @@ def test_ranks_compute_what_one_does(call: Call, results: Callable[[Call], list[
     ids=lambda call: call.name,
 )
 def test_a_group_learns_what_it_does_in_one_process(call: Call, results: Callable[[Call], list[Any]]):
+    found, *others = results(call)
+    assert not any(others)
+    assert found < 1e-10
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "call",
+    [Call(f"hearing {name}", "tests.split_crew:hearing", mesh) for name, mesh in MESHES.items()],
+    ids=lambda call: call.name,
+)
+def test_a_group_that_chooses_whom_it_hears_learns_what_it_does_on_one_rank(
+    call: Call, results: Callable[[Call], list[Any]]
+):
     found, *others = results(call)
     assert not any(others)
     assert found < 1e-10

@@ -68,7 +68,7 @@ def test_a_side_factors_by_the_information_of_its_source(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weigh", ["elements", "rows"])
+@pytest.mark.parametrize("weigh", ["elements", "sides"])
 def test_both_sides_factor_by_the_same_information(weigh: Any, tmp_path: Path):
     found = fisher_of(Source(model), Cut.parse(CUT), [tiny_batch(n) for n in range(4)])
     assert list(found) == [FIRST]
@@ -116,12 +116,12 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
         Edge(source, task, tiny_batch(0), connect="127.0.0.1:1", folder=tmp_path)
 
     with pytest.raises(ValueError, match="needs the layer's Fisher information on both sides"):
-        begin(Task(cut=CUT, weigh="rows"), Source(model))
+        begin(Task(cut=CUT, weigh="sides"), Source(model))
     with pytest.raises(ValueError, match=r"the cut layers\.0:layers\.3 changes none"):
-        begin(Task(cut="layers.0:layers.3", weigh="rows"), Source(model))
+        begin(Task(cut="layers.0:layers.3", weigh="sides"), Source(model))
     (tmp_path / "none").write_text("no")
     with pytest.raises(ValueError, match="is no file of `merak edge fisher`"):
-        begin(Task(cut=CUT, weigh="rows"), Source(model, fisher=tmp_path / "none"))
+        begin(Task(cut=CUT, weigh="sides"), Source(model, fisher=tmp_path / "none"))
 
 
 def test_an_edge_half_is_written_as_powers_and_read_again(tmp_path: Path):
@@ -145,7 +145,7 @@ def test_files_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "give it with --out" in refused(capsys, "edge", "train", str(file), "--powers")
     assert "say where the Fisher information goes" in refused(capsys, "edge", "fisher", str(file))
     told = run(capsys, "edge", "fisher", str(file), "--out", str(out))
-    assert told.startswith(f"{FIRST}: spread within rows")
+    assert told.startswith(f"{FIRST}: spread ")
     assert load_file(out)[FIRST].shape == (32, 16)
     file.write_text(f"{text}weigh: elements\nfisher: fisher.safetensors\nlow_rank: {{rank: 2, every: 3}}\n")
     found = load(file)

@@ -5,14 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from merak_like.runtime.initialize import World
 from merak_like.split.groups import Place, after, chosen, due, expected, group_of, read_groups, saves
 from merak_like.split.host import Host
+from merak_like.split.tls import Keys
 from tests import split_groups as groups
 from tests.commands import refused
 from tests.split_groups import Ward
@@ -189,6 +194,16 @@ def test_a_group_is_refused_where_it_cannot_be(tmp_path: Path):
     ):
         with pytest.raises(ValueError, match=said):
             group_of(entry, "groups.yaml: ward")
+
+
+def test_phi_is_refused_on_ranks_that_do_one_step_at_a_time(certificates: Path, tmp_path: Path):
+    crew: Any = SimpleNamespace(world=World(0, 2, torch.device("cpu"), timedelta(seconds=5)))
+    text = groups.text("parallel", "ann", "bob", phi=0.5)
+    with pytest.raises(ValueError, match="phi needs the steps of all its clients at once, a host of 2 ranks does one"):
+        Host(
+            groups.Source(groups.model), groups.CUT, listen="127.0.0.1:0", folder=tmp_path, crew=crew,
+            keys=Keys(certificates, "host"), groups={"ward": text},
+        )  # fmt: skip
 
 
 def test_mistakes_in_groups_yaml_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -17,6 +17,7 @@ from merak_like.partitioner.tensor_parallel import OUTSIDE, Axis, Derived, Deriv
 from merak_like.partitioner.tensor_parallel.layout import is_sharded
 from merak_like.partitioner.tensor_parallel.probe import probe
 from merak_like.partitioner.tracer.fine import fine_trace, steps
+from merak_like.runtime.tensor_parallel.forms import CrossEntropy, Embedding
 from tests.tensor_parallel_models import named_case, sharded
 from tests.zoo.hugging_face import CASES
 
@@ -176,3 +177,15 @@ def test_the_probe_finds_what_is_forgotten(name: str, part: str) -> None:
     *blocks, outside = made.derived.blocks
     wrong = replace(made.derived, blocks=(*map(without(part), blocks), outside))
     assert probe(made.model, made.trace, wrong, made.batch).worst > 1e-3
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+@pytest.mark.parametrize("index", [6, -1])
+def test_an_index_that_no_rank_has_is_refused_as_on_one(index: int) -> None:
+    """Each rank has some rows or classes; one that lies beyond all of them was a zero, silently."""
+    wrong = torch.tensor([1, index])
+    with pytest.raises(IndexError):
+        Embedding(0, 3, 6)(wrong, torch.zeros(3, 2))
+    loss = CrossEntropy(None, "loss", 3, 6, 6)  # type: ignore[arg-type]  # before anything is asked of other ranks
+    with pytest.raises(IndexError):
+        loss(torch.zeros(2, 3), wrong)

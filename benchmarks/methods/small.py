@@ -96,7 +96,7 @@ def low_rank() -> Lines:
 
 
 def element_weights() -> Lines:
-    """The first hidden layer's weighted error by plain, row-weighted and element-weighted factors."""
+    """The first hidden layer's weighted error by plain, side-weighted and element-weighted factors."""
     import torch.nn.functional as F
 
     from merak_like.split.element_weights import factor_elements, spread, weighted_error
@@ -123,9 +123,9 @@ def element_weights() -> Lines:
         where = f"digits, first layer, rank {rank}, {SEEDS} seeds"
         found = " ".join(f"{e / errors[0]:.2f}" for e in errors)
         lines += [
-            [where, "weighted error to plain: plain, rows, elements", "falling", found],
-            [where, "accuracy without tuning: plain, rows, elements", "", " ".join(f"{s:.3f}" for s in scores)],
-            [where, "spread of the information within rows", "", f"{spread(fisher):.1f}"],
+            [where, "weighted error to plain: plain, sides, elements", "falling", found],
+            [where, "accuracy without tuning: plain, sides, elements", "", " ".join(f"{s:.3f}" for s in scores)],
+            [where, "spread of the information", "", f"{spread(fisher):.1f}"],
         ]
     return lines
 

@@ -184,11 +184,11 @@ def _fisher(setting: Setting, options: Options) -> None:
     _write(found, options.out)
     for name, information in found.items():
         unequal = spread(information)
-        typer.echo(f"{name}: spread within rows {unequal:.2f}, {'elements' if unequal > EVEN else 'rows'} fits")
+        typer.echo(f"{name}: spread {unequal:.2f}, {'elements' if unequal > EVEN else 'sides'} fits")
 
 
 EVEN = 0.25
-"""Spread below which rows weighted as wholes are nearly as good as elements."""
+"""Spread below which rows and columns weighted as wholes are nearly as good as elements."""
 
 
 def _source(setting: Setting) -> Source:

@@ -94,7 +94,7 @@ class Setting(BaseModel):
     """Project the weights of the edge's layers to a rank now and then."""
     skip: str = "none"
     weigh: str = "plain"
-    """How a changed layer is factored; ``rows`` and ``elements`` need ``fisher``."""
+    """How a changed layer is factored; ``sides`` and ``elements`` need ``fisher``."""
     fisher: Path | None = None
     """A file of ``merak edge fisher``; the host needs the same."""
     group: str | None = None

@@ -71,6 +71,14 @@ class Packing:
 
 
 @dataclass(frozen=True, slots=True)
+class Plain:
+    """What a call keeps for the backward where nothing is packed or goes elsewhere, as where it is computed again."""
+
+    saved_bytes: int
+    keeps: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Op:
     """One traced call.
 
@@ -111,6 +119,8 @@ class Op:
     copied_seconds: float = 0.0
     """Of copying what it keeps to another memory, beside the forward, and back, beside the backward."""
     packing: Packing | None = None
+    plain: Plain | None = None
+    """None: what it keeps as it is."""
 
 
 @dataclass(frozen=True, slots=True)

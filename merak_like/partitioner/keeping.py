@@ -14,11 +14,12 @@ for up to ``ALL`` combinations each is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import permutations, product
 from math import comb, prod
 
-from merak_like.partitioner.graph import Call, ProxyGraph
+from merak_like.partitioner.graph import Call, Plain, ProxyGraph
 
 ALL = 50
 Ways = tuple[frozenset[str], ...]
@@ -37,6 +38,18 @@ def blocks(graph: ProxyGraph) -> list[Call]:
         if member and not any(one.first <= call.first and call.stop <= one.stop for one in found):
             found.append(call)
     return found
+
+
+def as_computed_again(graph: ProxyGraph, first: int, stop: int) -> ProxyGraph:
+    """The graph where the ops of a range are computed again: what they keep does not wait, so it is as it is."""
+    ops = list(graph.ops)
+    for index, op in enumerate(ops[first:stop], first):
+        if op.plain is not None or op.packing is not None:
+            plain = op.plain or Plain(op.saved_bytes, op.keeps)
+            ops[index] = replace(
+                op, saved_bytes=plain.saved_bytes, keeps=plain.keeps, plain=None, packing=None, copied_seconds=0.0
+            )
+    return graph if all(a is b for a, b in zip(ops, graph.ops, strict=True)) else replace(graph, ops=tuple(ops))
 
 
 def by_stage(graph: ProxyGraph, starts: Sequence[int]) -> list[list[str]]:

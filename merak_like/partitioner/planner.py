@@ -15,13 +15,14 @@ import numpy as np
 from merak_like.partitioner.assemble import Setting, assemble
 from merak_like.partitioner.basis import remembered
 from merak_like.partitioner.batches import divide, traced_samples
-from merak_like.partitioner.blocks import repeated, units
+from merak_like.partitioner.blocks import Piece, repeated, units
 from merak_like.partitioner.candidates import candidates
 from merak_like.partitioner.cost import CostTable, Hardware, hardware_named, op_costs
 from merak_like.partitioner.cuts import find_cuts
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.infeasible import too_little_memory
 from merak_like.partitioner.job import RECOMPUTE, Job
+from merak_like.partitioner.keeping import as_computed_again
 from merak_like.partitioner.memory import MemoryModel
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.notes import notes
@@ -176,6 +177,9 @@ class Asked:
         costs = op_costs(graph, self.hardware, scale=scale)
         cuts = find_cuts(graph)
         pieces = units(graph, costs, job.stages, cuts)
+        if (again := _as_asked(graph, job, pieces)) is not graph:
+            graph, costs = again, op_costs(again, self.hardware, scale=scale)
+            pieces = units(graph, costs, job.stages, cuts)
         tried = candidates(graph, costs, cuts, pieces) if job.stages > 1 else np.zeros(0, np.int64)
         if job.stages > len(tried) + 1:
             each = job.stages // mesh.pp
@@ -204,6 +208,15 @@ class Asked:
         if "schedule" in changes:
             changes["chunks"] = stages_per_rank(changes["schedule"], None)
         return replace(self, **changes).setting(m).problem
+
+
+def _as_asked(graph: ProxyGraph, job: Job, pieces: Sequence[Piece]) -> ProxyGraph:
+    """The graph as it runs where all stages compute again what the caller's own word says: that is not packed."""
+    if job.recompute not in ("full", "blocks") or len(job.recomputes) < job.stages:
+        return graph
+    blocks: list[int] = repeated(graph, pieces).tolist() if job.recompute == "blocks" else []
+    first, stop = (blocks[0], blocks[-1]) if blocks else (0, len(graph.ops))
+    return as_computed_again(graph, first, stop)
 
 
 def _fewer(stages: int, each: int) -> str:

@@ -7,55 +7,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from merak_like.partitioner.mesh import Coord
 from merak_like.partitioner.plan import Plan
-from merak_like.runtime import exchange
-from merak_like.runtime.groups import Group, Groups
+from merak_like.runtime.groups import Groups
 from merak_like.runtime.initialize import World
 from merak_like.runtime.tensor_parallel.shards import Shards
 from merak_like.runtime.watch import Watch
 
 
 def state_dict(
-    model: nn.Module, plan: Plan, shards: Shards, groups: Groups, world: World, watch: Watch
+    own: Mapping[str, Tensor], plan: Plan, shards: Shards, groups: Groups, world: World, watch: Watch
 ) -> dict[str, Tensor]:
-    """Every entry of the model's state_dict, full, on rank 0; {} elsewhere."""
-    replicas = groups.replicas or groups.sums.get(((), ()))
-    own = {name: whole(tensor, name, replicas, watch) for name, tensor in model.state_dict(keep_vars=True).items()}
+    """Every entry of the model's state_dict, full, on rank 0; {} elsewhere. ``own`` are a rank's, and its own parts."""
     first = {alias: names[0] for names in plan.ties for alias in names}
     entries = {first.get(name, name): tensor for name, tensor in own.items()}
     rank_of = {name: rank for name, rank in holders(plan).items() if name in entries}
     gathered = _gather(entries, rank_of, shards, groups, world, watch)
     return {name: gathered[first.get(name, name)] for name in own} if world.rank == 0 else {}
-
-
-def whole(tensor: Any, name: str, replicas: Group, watch: Watch) -> Tensor:
-    """A tensor whose rows replicas share, gathered on the CPU of the first; every replica asks.
-
-    Not by ``full_tensor``: torch finds the group of an equal mesh of before by its name, which may be closed.
-    """
-    if not isinstance(tensor, DTensor):
-        return tensor
-    own, _, each = share(tensor, replicas)
-    count = dist.get_world_size(replicas)
-    padded = own.new_zeros((each, *tensor.shape[1:]))
-    padded[: own.shape[0]] = own
-    found = own.new_empty((each * count, *tensor.shape[1:]))
-    watch.wait(exchange.all_gather(found, padded, replicas), name, "with the replicas")
-    # nobody reads what others than the first have, and all of a model may be too much for them
-    return found[: tensor.shape[0]].cpu() if dist.get_rank(replicas) == 0 else torch.empty(0, dtype=tensor.dtype)
-
-
-def share(tensor: DTensor, replicas: Group) -> tuple[Tensor, slice, int]:
-    """The rows of a shared tensor that this rank has, which of all they are, and how many every rank but the last ones
-    has."""
-    assert replicas is not None, "rows are shared among replicas"
-    own, each = tensor.to_local().detach(), -(-tensor.shape[0] // dist.get_world_size(replicas))
-    start = min(dist.get_rank(replicas) * each, tensor.shape[0])
-    return own, slice(start, start + own.shape[0]), each
 
 
 def gradients(

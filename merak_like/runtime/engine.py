@@ -20,7 +20,6 @@ from merak_like.partitioner.schedules.action import Action, Edges, Kind
 from merak_like.runtime import collect, rng
 from merak_like.runtime.batches import LossWeight, filled, weighed
 from merak_like.runtime.checkpoint.contents import Contents
-from merak_like.runtime.checkpoint.saver import Checkpoints
 from merak_like.runtime.data_parallel import Gradients
 from merak_like.runtime.finite import Witness, report
 from merak_like.runtime.groups import Groups
@@ -49,7 +48,7 @@ class Engine(Lasting, Speaking):
     ) -> None:  # fmt: skip
         """``mine`` are the step's micro-batches that this replica runs; None: those after the replicas' before it."""
         contents = Contents(model, plan, groups, update, seed, frozenset(parameters), shards)
-        super().__init__(Checkpoints(contents, world, watch), watch, count)
+        super().__init__(contents, world, watch, count)
         self.plan, self.model, self.optimizer = plan, model, update.optimizer
         self.world, self.groups = world, groups
         self._parameters, self._update = parameters, update
@@ -267,7 +266,8 @@ class Engine(Lasting, Speaking):
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer by its name in the user's model, as CPU tensors: on rank 0, else {}."""
         self._open()
-        return collect.state_dict(self.model, self.plan, self._shards, self.groups, self.world, self._watch)
+        own = self._update.entries(self.model)
+        return collect.state_dict(own, self.plan, self._shards, self.groups, self.world, self._watch)
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The last step's gradients by name, as CPU tensors: on rank 0, else {}. Parameters without one are absent."""

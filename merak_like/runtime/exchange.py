@@ -20,18 +20,15 @@ from torch import Tensor
 from merak_like.runtime.groups import Group
 from merak_like.runtime.pair import MOST, pair_of
 
-# torch 2.13 renamed them and warns of the names before it
-_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
-_COMBINE: dict[Any, Callable[..., Tensor]] = {SUM: torch.add, MAX: torch.maximum}
+SUM, MAX = "SUM", "MAX"
+"""As torch.distributed names them."""
+_COMBINE: dict[str, Callable[..., Tensor]] = {SUM: torch.add, MAX: torch.maximum}
 
 
-def all_reduce(tensor: Tensor, group: Group, op: Any = SUM) -> Any:
+def all_reduce(tensor: Tensor, group: Group, op: str = SUM) -> Any:
     """Start to reduce a contiguous tensor in place, on all ranks; ``op`` is SUM or MAX."""
     if not _swaps(tensor, group):
-        return dist.all_reduce(tensor, op, group=group, async_op=True)
+        return dist.all_reduce(tensor, getattr(dist.ReduceOp, op), group=group, async_op=True)
     theirs, combine, peer = torch.empty_like(tensor), _COMBINE[op], 1 - dist.get_rank(group)
     return Messages(_transfer(theirs, peer, tensor, peer, group), lambda: combine(tensor, theirs, out=tensor))
 
@@ -39,7 +36,7 @@ def all_reduce(tensor: Tensor, group: Group, op: Any = SUM) -> Any:
 def all_gather(flat: Tensor, own: Tensor, group: Group) -> Any:
     """Start to bring every rank's run of ``flat`` to all. ``own`` may be a run of ``flat``."""
     if not _swaps(flat, group):
-        return _gather(flat, own, group=group, async_op=True)
+        return _by("all_gather_single", "all_gather_into_tensor")(flat, own, group=group, async_op=True)
     runs, own, mine = flat.view(2, -1), own.view(-1), dist.get_rank(group)
     if own.data_ptr() != runs[mine].data_ptr():
         runs[mine].copy_(own)
@@ -52,7 +49,7 @@ def reduce_scatter(own: Tensor, flat: Tensor, group: Group) -> Any:
     ``own`` may be that run of ``flat`` itself.
     """
     if flat.device.type != "cpu":
-        return _scatter(own, flat, group=group, async_op=True)
+        return _by("reduce_scatter_single", "reduce_scatter_tensor")(own, flat, group=group, async_op=True)
     ranks, mine = dist.get_world_size(group), dist.get_rank(group)
     runs = flat.view(ranks, -1)
     others = torch.empty((ranks - 1, own.numel()), dtype=flat.dtype)
@@ -68,6 +65,11 @@ def reduce_scatter(own: Tensor, flat: Tensor, group: Group) -> Any:
             own.add_(other)
 
     return Messages(works, add)
+
+
+def _by(name: str, before: str) -> Callable[..., Any]:
+    """Torch's function under its name or, in torch before 2.13, which warns of the other, the one before."""
+    return getattr(dist, name, None) or getattr(dist, before)
 
 
 def _swaps(tensor: Tensor, group: Group) -> bool:

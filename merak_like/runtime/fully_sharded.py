@@ -28,12 +28,12 @@ from merak_like.partitioner.planned import schedule_of
 from merak_like.partitioner.schedules.action import Kind
 from merak_like.partitioner.tracer import LossFn, Trace, trace
 from merak_like.partitioner.tracer.example import arguments, find_loss, leaves, name_of
-from merak_like.runtime import collect
 from merak_like.runtime.batches import to_device
 from merak_like.runtime.exchange import all_gather, reduce_scatter
 from merak_like.runtime.groups import Group, Groups
 from merak_like.runtime.optimizer import Slot
 from merak_like.runtime.prepared import Prepared, Ranges, StageLike
+from merak_like.runtime.shared_rows import whole
 from merak_like.runtime.tensor_parallel.blueprint import on_meta
 from merak_like.runtime.tensor_parallel.sharding import Prepare, Unsharded
 from merak_like.runtime.watch import Watch
@@ -216,10 +216,14 @@ class FullySharded:
     def gradients(self) -> dict[str, Tensor | None]:
         """The last step's gradients by name, whole on the first replica and empty on the others; every rank asks."""
         return {
-            name: collect.whole(parameter.grad, name, self._group, self._watch)
+            name: self.whole(name, parameter.grad)
             for name, parameter in self.parameters.items()
             if parameter.grad is not None
         }
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the model, whole on the first replica; every rank asks."""
+        return whole(tensor, name, self._group, self._watch)
 
     def close(self) -> None:
         """Let go of the gradients; the model stays sharded."""

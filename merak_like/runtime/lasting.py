@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merak_like.runtime.checkpoint.saver import Checkpoints, Restored
+from merak_like.runtime.checkpoint.contents import Contents, Restored
+from merak_like.runtime.checkpoint.saver import Checkpoints
+from merak_like.runtime.initialize import World
 from merak_like.runtime.signals import Signals
 from merak_like.runtime.watch import Watch
 
@@ -22,12 +24,12 @@ class Count:
 class Lasting:
     """The part of an engine that saves and takes up. Every rank makes the same calls."""
 
-    def __init__(self, checkpoints: Checkpoints, watch: Watch, count: Count | None = None) -> None:
+    def __init__(self, contents: Contents, world: World, watch: Watch, count: Count | None = None) -> None:
         """``count`` is shared with what must know the step too."""
         self._count = Count() if count is None else count
         self.stopping = False
         """Whether a rank was sent one of the signals of ``stop_at``: true on all ranks after the same step."""
-        self._checkpoints, self._watch = checkpoints, watch
+        self._checkpoints, self._watch = Checkpoints(contents, world, watch), watch
         self._signals = Signals()
 
     @property

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from merak_like.runtime.data_parallel import Gradients, Reducer
 from merak_like.runtime.deepspeed_zero import DeepSpeedReducer
 from merak_like.runtime.fully_sharded import FullySharded, Whole
 from merak_like.runtime.groups import Group, Groups
-from merak_like.runtime.optimizer import Slot, Store
+from merak_like.runtime.optimizer import OptimizerFactory, Slot, Store, as_it_is
 from merak_like.runtime.precision import Precision
 from merak_like.runtime.spreading import Spreading
 from merak_like.runtime.tensor_parallel.sharding import Sharding
 from merak_like.runtime.watch import Watch
 from merak_like.runtime.zero import FlatReducer, refuse_unsuited, retarget
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class Learning:
     slots: list[Slot]
     optimizer: torch.optim.Optimizer | None
     store: Store | None = None
+    whole: Callable[[str, Tensor], Tensor] = as_it_is
+    """A named tensor of the model, whole on the first replica; every replica asks."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def learning(
         rows = FullySharded(model, trained, watch, dp, device, precise.compute, called)
         if optimizer is not None:
             retarget(optimizer, trained, rows.slots)
-        return Learning(rows.parameters, rows, rows.slots, optimizer, rows)
+        return Learning(rows.parameters, rows, rows.slots, optimizer, rows, rows.whole)
     if spread.zero or precise.compute is not None:
         flat = FlatReducer(
             trained, held.groups, watch, held.readers, held.pending, zero=spread.zero, dtypes=precise.dtypes,

@@ -14,6 +14,8 @@ from merak_like.runtime.finite import Guard
 from merak_like.runtime.initialize import World
 from merak_like.runtime.watch import Watch
 
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -56,6 +58,11 @@ class Store(Protocol):
         ...
 
 
+def as_it_is(name: str, tensor: Tensor) -> Tensor:
+    """For a rank whose tensors are the model's."""
+    return tensor
+
+
 def everything(name: str, gradient: Tensor) -> Iterable[Tensor]:
     """For a rank that has its weights whole."""
     return (gradient,)
@@ -67,16 +74,17 @@ class Update:
     def __init__(
         self, slots: Sequence[Slot], optimizer: torch.optim.Optimizer | None, *, max_grad_norm: float | None,
         guard: Guard, store: Store | None = None, answers: Callable[[str, Tensor], Iterable[Tensor]] = everything,
-        rate: Callable[[int, float], float] | None = None,
+        rate: Callable[[int, float], float] | None = None, whole: Callable[[str, Tensor], Tensor] = as_it_is,
     ) -> None:  # fmt: skip
         """``store`` is where the targets lie that are not the model's parameters themselves.
 
         ``rate`` is a learning-rate schedule: from a step and a group's own rate to the rate it learns at.
-        ``answers`` gives the parts of a named gradient that this one of several tensor-parallel ranks counts.
+        ``answers`` gives the parts of a named gradient that this one of several tensor-parallel ranks counts;
+        ``whole`` gives a named tensor of the model, whole on the first of the replicas that share its rows.
         """
         self.slots, self.optimizer, self.guard = slots, optimizer, guard
         self.max_grad_norm = max_grad_norm
-        self._store, self._rate = store, rate
+        self._store, self._rate, self._whole = store, rate, whole
         self._own = [group["lr"] for group in optimizer.param_groups] if optimizer and rate else []
         self._counted = {slot.name: _counted(slot, answers) for slot in slots if slot.counted}
 
@@ -111,6 +119,10 @@ class Update:
             else:
                 self._store.step(self.optimizer)
         return result
+
+    def entries(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's ``state_dict`` with its parameters themselves; every rank asks."""
+        return {name: self._whole(name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
 
     @torch.no_grad()
     def adopt(self, parameters: Mapping[str, Tensor]) -> None:

@@ -26,7 +26,9 @@ from merak_like.split.wire import CHUNK, HEADER
 
 SERVICE, METHOD = "merak.Split", "Talk"
 LINGER = 1.0
-"""Seconds that an edge which has said its last waits for the host to end the call."""
+"""Seconds that who has said its last waits for the other end: an edge for the host to end the call, and a host, before
+it does, for the edge to say its last too. An end while the edge still sends is a reset, which may overtake all before
+it."""
 STRANGER = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification")
 """In the words of gRPC's TLS for a host without a certificate of the authority, or with another's name."""
 PATIENT = 1e6
@@ -86,7 +88,7 @@ class Calls:
 
         async def talk(_: Any, context: aio.ServicerContext[bytes, bytes]) -> None:
             await context.send_initial_metadata(())  # the edge waits for it: only now is it connected
-            call = _Call(context.read, context.write, _nothing, _who(context))
+            call = _Call(context.read, context.write, None, _who(context))
             work = asyncio.ensure_future(accept(call.reader, call.writer))
             try:
                 await asyncio.shield(work)
@@ -134,24 +136,22 @@ def _who(context: aio.ServicerContext[bytes, bytes]) -> dict[str, Any]:
     return {"peername": (peer[0].strip("[]"), peer[2]), **shown}
 
 
-async def _nothing() -> None:
-    pass
-
-
 class _Call(asyncio.Transport):
     """A call under asyncio's streams: what a socket's transport is to them.
 
     Two tasks carry messages. A writer is held back until gRPC has taken what it wrote, which gRPC does as the other end
-    has room; reading stops while ``HELD`` bytes wait for the reader.
+    has room; reading stops while ``HELD`` bytes wait for the reader. Who reads gets all that came before the end,
+    whatever that was; what comes after ``close`` nobody reads.
     """
 
     def __init__(
         self, read: Callable[[], Awaitable[Any]], write: Callable[[bytes], Awaitable[None]],
-        end: Callable[[], Awaitable[None]], extra: dict[str, Any],
+        end: Callable[[], Awaitable[None]] | None, extra: dict[str, Any],
     ) -> None:  # fmt: skip
+        """``end`` ends the call when all is sent; None: it ends when the other end has said its last."""
         super().__init__(extra)
         loop = asyncio.get_running_loop()
-        self._read, self._write, self._finish = read, write, end
+        self._read, self._write, self._finish = read, write, end or self._heard
         self.reader = asyncio.StreamReader(HELD, loop)
         self._protocol = asyncio.StreamReaderProtocol(self.reader, loop=loop)
         self.writer = asyncio.StreamWriter(self, self._protocol, self.reader, loop)
@@ -184,12 +184,14 @@ class _Call(asyncio.Transport):
         """Once all is sent."""
         self._closing = True
         self._more.set()
+        self._room.set()
 
     def abort(self) -> None:
-        self._lost(ConnectionAbortedError("the call was cancelled"))
+        self._lost()
 
     def pause_reading(self) -> None:
-        self._room.clear()
+        if not self._closing:
+            self._room.clear()
 
     def resume_reading(self) -> None:
         self._room.set()
@@ -197,7 +199,6 @@ class _Call(asyncio.Transport):
     # --- the tasks ----------------------------------------------------------------------------------------------------
 
     async def _send(self) -> None:
-        error: Exception | None = None
         try:
             while not (self._closing and not self._waiting):
                 await self._more.wait()
@@ -207,13 +208,15 @@ class _Call(asyncio.Transport):
                 if self._held and not self._closing:
                     self._held = False
                     self._protocol.resume_writing()
-        except Exception as broken:  # gRPC has a dozen words for a call that is over
-            told, _ = await asyncio.wait(self._tasks[1:], timeout=LINGER)  # why it is over may be the last to be read
-            error = None if told else ConnectionResetError(_told(broken))
+        except Exception:  # gRPC has a dozen words for a call that is over
+            await self._heard()  # why it is over may be the last to be read
         finally:
             with suppress(Exception):
                 await self._finish()
-            self._lost(error)
+            self._lost()
+
+    async def _heard(self) -> None:
+        await asyncio.wait(self._tasks[1:], timeout=LINGER)
 
     async def _receive(self) -> None:
         try:
@@ -223,17 +226,18 @@ class _Call(asyncio.Transport):
                 if data is aio.EOF:  # pyright: ignore[reportAttributeAccessIssue] (its stubs lack it)
                     self._protocol.eof_received()
                     return
-                self._protocol.data_received(data)
-        except Exception as broken:
-            self._lost(ConnectionResetError(_told(broken)))
+                if not self._closing:
+                    self._protocol.data_received(data)
+        except Exception:
+            self._lost()
 
-    def _lost(self, error: Exception | None) -> None:
-        """The call is over, whoever ended it."""
+    def _lost(self) -> None:
+        """The call is over, whoever ended it. An error would reach the reader before what it has not read yet."""
         if not self.over.is_set():
             self.over.set()
             self._closing = True
             self._waiting.clear()
-            self._protocol.connection_lost(error)
+            self._protocol.connection_lost(None)
             for task in self._tasks:
                 if task is not asyncio.current_task():
                     task.cancel()

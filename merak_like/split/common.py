@@ -88,13 +88,16 @@ class Common:
 
     def state(self) -> State:
         """Everything of it that training changes; on rank 0, and every rank is asked."""
+        return self._crew.gather(self._mine(), partial(whole, self._shards))
+
+    def _mine(self) -> State:
+        """What this rank has of it."""
         optimizer = checkpoint.optimizer_state(self.optimizer, self.trained)
         tensors = {
             **checkpoint.under("weights/", {name: self.weights[name].detach() for name in self.trained}),
             **checkpoint.under("buffers/", self.buffers), **checkpoint.under("optimizer/", optimizer.tensors),
         }  # fmt: skip
-        mine = State(tensors, {"optimizer": dict(optimizer.facts)})
-        return self._crew.gather(mine, partial(whole, self._shards))
+        return State(tensors, {"optimizer": dict(optimizer.facts)})
 
     def restore(self, state: State | None) -> None:
         """Go back, or on, to a state that rank 0 has; every rank is told.
@@ -102,12 +105,14 @@ class Common:
         Raises ValueError, before anything is changed, where it is of another model.
         """
         shared = self._crew.share(state)
-        self._crew.each(partial(self._restore, shared))
+        self._crew.each(lambda: self._restore(self._part(shared)))
+
+    def _part(self, shared: State) -> State:
+        return State({name: part(self._shards, name, t) for name, t in shared.tensors.items()}, shared.facts)
 
     @torch.no_grad()
-    def _restore(self, shared: State) -> None:
-        cut = {name: part(self._shards, name, tensor) for name, tensor in shared.tensors.items()}
-        state = State(cut, shared.facts)
+    def _restore(self, state: State) -> None:
+        """Go to this rank's part of a state."""
         mine = {
             **checkpoint.under("weights/", {name: self.weights[name] for name in self.trained}),
             **checkpoint.under("buffers/", self.buffers),

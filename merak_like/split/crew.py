@@ -228,6 +228,6 @@ def _head(state: State) -> list[tuple[Any, ...]]:
 
 def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Facts of two ranks: mappings are joined, of all else the first that says something counts."""
-    found = dict(other) | {k: v for k, v in one.items() if v not in (None, [], {})}
+    found = {**one, **other} | {k: v for k, v in one.items() if v not in (None, [], {})}
     both = [k for k in one.keys() & other.keys() if isinstance(one[k], Mapping) and isinstance(other[k], Mapping)]
     return found | {k: _merged(one[k], other[k]) for k in both}

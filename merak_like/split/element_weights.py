@@ -2,11 +2,11 @@
 
     minimise  sum_ij  fisher_ij (weight - left right)_ij ^ 2
 
-There is no closed form. The start is the better of the plain and the row-weighted decomposition (low_rank.py); then
+There is no closed form. The start is the better of the plain and the side-weighted decomposition (low_rank.py); then
 each row of ``left`` and each column of ``right`` in turn is solved exactly, a small least-squares problem each, so the
 error never rises (alternating least squares, Srebro and Jaakkola 2003; the paper goes by gradients). So the error is at
-most that of either start. Which start is better depends on the weight: rows weighted by their sums are best only if the
-weights within each row are equal, which ``spread`` measures.
+most that of either start. Weights of rows and columns are best already if the information is their product, from which
+``spread`` measures how far it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merak_like.split.low_rank import Factors, factor
+from merak_like.split.low_rank import Factors, factor, orthogonal
 
 RIDGE = 1e-8
 """Of the mean weight: a row without any information leaves its problem without a unique answer."""
@@ -48,10 +48,7 @@ def factor_elements(weight: Tensor, rank: int, fisher: Tensor, rounds: int = 30)
 
 def factor_by_elements(weight: Tensor, rank: int, fisher: Tensor) -> Factors:
     """``factor_elements`` as ``factor`` gives them: u and v orthonormal, s diagonal and falling."""
-    left, right = factor_elements(weight.detach().double(), rank, fisher)
-    basis, rest = torch.linalg.qr(left)
-    u, s, v = torch.linalg.svd(rest @ right, full_matrices=False)
-    return Factors(*(part.to(weight.dtype).contiguous() for part in (basis @ u, s.diag(), v)))
+    return orthogonal(*factor_elements(weight.detach().double(), rank, fisher), weight.dtype)
 
 
 def _solve(w: Tensor, right: Tensor, f: Tensor) -> Tensor:
@@ -63,11 +60,12 @@ def _solve(w: Tensor, right: Tensor, f: Tensor) -> Tensor:
 
 
 def spread(fisher: Tensor) -> float:
-    """How unequal the information is within rows: the mean over rows of the variation (deviation over mean).
+    """How far the information is from a product of rows and columns: the deviation of their ratio, weighted by it.
 
-    At 0 the row-weighted decomposition is already best; the larger, the more weighting by elements can gain.
+    At 0 weights of rows and columns are best already; the larger, the more weighting by elements can gain.
     """
     f = fisher.double()
-    mean = f.mean(1)
-    rows = mean > 0
-    return float((f.std(1, correction=0)[rows] / mean[rows]).mean()) if bool(rows.any()) else 0.0
+    even = f.sum(1, keepdim=True) * f.sum(0) / f.sum().clamp(min=torch.finfo(f.dtype).tiny)
+    there = even > 0
+    off = ((f - even).square()[there] / even[there]).sum() / even.sum().clamp(min=torch.finfo(f.dtype).tiny)
+    return float(off.sqrt())

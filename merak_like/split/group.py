@@ -181,7 +181,7 @@ class Group:
 
     def _apply(self, parts: tuple[Part, ...], at: Place) -> None:
         assert self.common is not None
-        who = [(part.session, part.items) for part in parts]
+        who = [(part.session, part.items, part.member) for part in parts]
         with self.commons.crew.together("learn", group=self.name, who=who, update=at.updates):
             self.common.learn(parts, at.updates)
 

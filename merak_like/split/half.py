@@ -23,11 +23,10 @@ from merak_like.runtime.engine import Engine
 from merak_like.runtime.finite import Guard
 from merak_like.runtime.initialising import Initialiser
 from merak_like.runtime.initialize import World
-from merak_like.runtime.learning import OptimizerFactory
 from merak_like.runtime.links import DistLinks, Links
 from merak_like.runtime.materialize import fill
 from merak_like.runtime.methods.method import Method, Place
-from merak_like.runtime.optimizer import Slot, Update
+from merak_like.runtime.optimizer import OptimizerFactory, Slot, Update
 from merak_like.runtime.tensor_parallel.sharding import Proof, Sharding, sharding
 from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 from merak_like.runtime.watch import Watch

@@ -38,8 +38,8 @@ class Helper:
         self.source, self.crew, self.device = source, crew, device
         self.halves: dict[str, Training] = {}
         self.trunk, self.commons = Trunk(source, crew, device), Commons(source, crew, device)
-        self.group_of: dict[str, str] = {}
-        """Groups by session."""
+        self.member_of: dict[str, tuple[str, str]] = {}
+        """Group and member by session."""
         self._do: dict[str, Callable[..., None]] = {
             "live": lambda: None, "open": self._open, "step": self._step, "save": self._save,
             "restore": self._restore, "close": self._close, "learn": self._learn, "keep": self._keep,
@@ -58,7 +58,9 @@ class Helper:
                 # else rank 0 knows, and tells the edge
         self.crew.close()
 
-    def _open(self, session: str, task: dict[str, Any], example: Any, group: dict[str, Any] | None) -> None:
+    def _open(
+        self, session: str, task: dict[str, Any], example: Any, group: dict[str, Any] | None, member: str
+    ) -> None:  # fmt: skip
         agreed = Task.model_validate(task, strict=False)
         exchange = door(self.crew, agreed, self.device)
         build: Callable[..., Made] = self.trunk.build if agreed.lora is not None else self._own
@@ -70,7 +72,7 @@ class Helper:
         )  # nothing is written here: the folder only names the session
         self.halves[session] = training
         if agreed.group is not None:
-            self.group_of[session] = agreed.group
+            self.member_of[session] = agreed.group, member
 
     def _own(self, task: Task, example: Any, exchange: Exchange) -> Made:
         return own_half(self.source, task, example, exchange, self.device, self.crew)
@@ -78,8 +80,10 @@ class Helper:
     def _step(self, session: str, begin: dict[str, Any], at: int) -> None:
         training = self.halves[session]
         training.engine.steps = at
-        if session in self.group_of:
-            training.put_buffers(self.commons.known[self.group_of[session]].buffers)
+        if session in self.member_of:
+            group, member = self.member_of[session]
+            training.put_buffers(self.commons.known[group].buffers)
+            self.commons.known[group].show(member, training.made.model)
         told = Begin.model_validate(begin, strict=False)
         do = training.run if told.training else training.evaluate
         do(batch_of(told))
@@ -91,11 +95,12 @@ class Helper:
         self.halves[session].restore(None)
 
     def _close(self, session: str) -> None:
-        self.group_of.pop(session, None)
+        self.member_of.pop(session, None)
         self.halves.pop(session).close()
 
-    def _learn(self, group: str, who: list[tuple[str, int]], update: int) -> None:
-        self.commons.known[group].learn([brought(self.halves[session], items) for session, items in who], update)
+    def _learn(self, group: str, who: list[tuple[str, int, str]], update: int) -> None:
+        parts = [brought(self.halves[session], items, session, member) for session, items, member in who]
+        self.commons.known[group].learn(parts, update)
 
     def _keep(self, group: str) -> None:
         self.commons.known[group].state()

@@ -1,4 +1,4 @@
-"""A weight as three factors of low rank, plain or weighted by how much each row matters."""
+"""A weight as three factors of low rank, plain or weighted by how much its rows and columns matter."""
 
 from __future__ import annotations
 
@@ -18,31 +18,44 @@ class Factors(NamedTuple):
 
 
 def factor(weight: Tensor, rank: int, fisher: Tensor | None = None) -> Factors:
-    """The best factors of this rank, in the weight's dtype; s is diagonal, v has orthonormal rows.
+    """Factors of this rank, in the weight's dtype: u and v orthonormal, s diagonal and falling.
 
-    Without ``fisher`` it is the truncated singular value decomposition, which errs least in the sum of squares (Eckart
-    and Young 1936). With the weight's Fisher information (mean squared gradients, of the weight's shape) it errs least
-    where row i counts with the sum of its information: the decomposition of diag(a) @ weight with
-    a_i = sqrt(sum_j fisher_ij), and a divided out of u again (FWSVD: Hsu et al. 2022, "Language model compression with
-    weighted low-rank factorization" (ICLR), sec. 3).
+    Without ``fisher`` they are the truncated singular value decomposition, which errs least in the sum of squares
+    (Eckart and Young 1936). With the weight's Fisher information (mean squared gradients, of the weight's shape) they
+    err least where element ij counts with r_i c_j, the information's sums over row i and column j: the decomposition
+    of diag(r)^(1/2) weight diag(c)^(1/2), and both divided out again. FWSVD (Hsu et al. 2022, "Language model
+    compression with weighted low-rank factorization" (ICLR), sec. 3) is this with one of the two sides, r alone.
+    Scaled up again the factors would learn badly: what is so weighed is as small as gradients are, and its inverse as
+    large.
 
     Raises ValueError for a rank that is not 1 to min(out, in), or a Fisher information of another shape.
     """
     most = min(weight.shape)
     if not 1 <= rank <= most:
         raise ValueError(f"a {tuple(weight.shape)} weight has ranks 1 to {most}, asked for {rank}")
-    work = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    rows = None
-    if fisher is not None:
-        if fisher.shape != weight.shape:
-            raise ValueError(f"the Fisher information is {tuple(fisher.shape)}, its weight {tuple(weight.shape)}")
-        rows = fisher.to(work).sum(1).sqrt()
-        # A row that never had a gradient would divide zero by zero; it may as well be a little exact.
-        rows = rows.clamp(min=1e-6 * rows.max().clamp(min=1e-30)).unsqueeze(1)
-        work = work * rows
-    u, s, v = torch.linalg.svd(work, full_matrices=False)
-    u = u[:, :rank] if rows is None else u[:, :rank] / rows
-    return Factors(*(part.to(weight.dtype).contiguous() for part in (u, s[:rank].diag(), v[:rank])))
+    if fisher is None:
+        work = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        u, s, v = torch.linalg.svd(work, full_matrices=False)
+        return Factors(*(part.to(weight.dtype).contiguous() for part in (u[:, :rank], s[:rank].diag(), v[:rank])))
+    if fisher.shape != weight.shape:
+        raise ValueError(f"the Fisher information is {tuple(fisher.shape)}, its weight {tuple(weight.shape)}")
+    work, information = weight.detach().double(), fisher.double()
+    rows, columns = _root(information.sum(1)).unsqueeze(1), _root(information.sum(0))
+    u, s, v = torch.linalg.svd(rows * work * columns, full_matrices=False)
+    return orthogonal(u[:, :rank] * s[:rank] / rows, v[:rank] / columns, weight.dtype)
+
+
+def orthogonal(left: Tensor, right: Tensor, dtype: torch.dtype) -> Factors:
+    """left @ right with u and v orthonormal, s diagonal and falling."""
+    basis, rest = torch.linalg.qr(left)
+    u, s, v = torch.linalg.svd(rest @ right, full_matrices=False)
+    return Factors(*(part.to(dtype).contiguous() for part in (basis @ u, s.diag(), v)))
+
+
+def _root(sums: Tensor) -> Tensor:
+    """One that never had a gradient would divide zero by zero; it may as well be a little exact."""
+    root = sums.sqrt()
+    return root.clamp(min=1e-6 * root.max().clamp(min=1e-30))
 
 
 def fisher_information(

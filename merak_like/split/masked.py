@@ -4,7 +4,8 @@
     weights           learn from g * mask_i; those that i does not see stay
     mask_i            learns from g * weights + strength (of its L1 term); what reaches zero stays there until of use
 
-Whose turn is next, a ``Chooser`` decides at the end of each round, by the losses of those that were heard.
+Whose turn is next, a ``Chooser`` decides at the end of each round, by the losses of those that were heard. On several
+ranks each has the masks of its part of the weights, and the one that talks to the edges decides.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Masked(Common):
             member: {name: torch.ones_like(self.weights[name], requires_grad=True) for name in self.trained}
             for member in text.members
         }
-        self._learners = {m: torch.optim.Adam(mask.values(), text.mask_rate) for m, mask in self.masks.items()}
+        self._learners = {
+            m: torch.optim.Adam(mask.values(), text.mask_rate) if mask else None for m, mask in self.masks.items()
+        }
         self._chooser = Chooser(len(text.members), text.decay)
         self._losses: dict[str, float] = {}
 
@@ -63,7 +66,8 @@ class Masked(Common):
                 group["lr"] = rate(self.text.optimizer, update)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self._learners[part.member].step()
+        if (learner := self._learners[part.member]) is not None:
+            learner.step()
         with torch.no_grad():
             for name in self.trained:
                 mask[name].clamp_(min=0.0)
@@ -83,28 +87,30 @@ class Masked(Common):
         mask = self.masks[member].values()
         return sum(int((m > 0).sum()) for m in mask) / max(1, sum(m.numel() for m in mask))
 
-    def state(self) -> State:
-        """With masks, what their optimizers remember, and whom the chooser has heard."""
-        common = super().state()
+    def _mine(self) -> State:
+        """With masks and what their optimizers remember; and on the rank that chooses, whom it has heard."""
+        common = super()._mine()
         tensors, facts = dict(common.tensors), dict(common.facts)
         learners = {m: checkpoint.optimizer_state(one, self.trained) for m, one in self._learners.items()}
         for member, mask in self.masks.items():
             tensors |= checkpoint.under(f"mask/{member}/", {name: m.detach() for name, m in mask.items()})
             tensors |= checkpoint.under(f"learner/{member}/", learners[member].tensors)
         facts["learners"] = {m: dict(state.facts) for m, state in learners.items()}
-        facts["chooser"], facts["losses"] = self._chooser.state(), dict(self._losses)
+        if not self._crew.world.rank:
+            facts["chooser"], facts["losses"] = self._chooser.state(), dict(self._losses)
         return State(tensors, facts)
 
     @torch.no_grad()
-    def _restore(self, shared: State) -> None:
+    def _restore(self, state: State) -> None:
         """Go back, or on; members that are new keep masks of ones."""
-        super()._restore(shared)
+        super()._restore(state)
         for member, mask in self.masks.items():
-            for name, tensor in checkpoint.of(f"mask/{member}/", shared.tensors).items():
-                mask[name].copy_(tensor)
-            facts = shared.facts["learners"].get(member, {})
+            for name, tensor in checkpoint.of(f"mask/{member}/", state.tensors).items():
+                if name in mask:
+                    mask[name].copy_(tensor)
+            facts = state.facts["learners"].get(member, {})
             if "groups" in facts:
-                found = State(checkpoint.of(f"learner/{member}/", shared.tensors), facts)
+                found = State(checkpoint.of(f"learner/{member}/", state.tensors), facts)
                 checkpoint.load_optimizer(self._learners[member], self.trained, found)
-        self._chooser.load(shared.facts["chooser"])
-        self._losses = dict(shared.facts["losses"])
+        self._chooser.load(state.facts["chooser"])
+        self._losses = dict(state.facts["losses"])

@@ -27,11 +27,6 @@ def require_fitting(task: Task, owner: str, group: Group) -> None:
             if text.mode == "chosen"
             else f"group {name} is {text.mode}, and an edge that learns at home needs one whose mode is chosen"
         )
-    if text.mode == "chosen" and (ranks := group.commons.crew.world.size) > 1:
-        raise Refused(
-            f"group {name} chooses whom it hears, which a host of one rank can, and this one has {ranks}: serve it "
-            "without torchrun, or say mode: parallel"
-        )
     others = {session.task.micro_batches for session in group.live.values() if session.owner != owner}
     if text.phi and others - {task.micro_batches}:
         raise Refused(

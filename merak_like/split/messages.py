@@ -80,7 +80,7 @@ class Task(Message):
     binary_edge: bool = False
     """Whether the Linear layers of the edge's head have weights of signs (see ``binarised``)."""
     skip: Literal["none", "surrogate"] = "none"
-    weigh: Literal["plain", "rows", "elements"] = "plain"
+    weigh: Literal["plain", "sides", "elements"] = "plain"
     """How a changed layer is factored: plainly, or by the Fisher information that both sides have (see ``sft``)."""
     group: Word | None = None
     """The group whose cloud half is trained together; None: a half of one's own. There the host's operator says how the

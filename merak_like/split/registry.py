@@ -179,7 +179,8 @@ class Registry:
                 task.frozen_edge,
             )  # fmt: skip
             text = None if group is None else group.text.model_dump(mode="json")
-            order = {"session": id_, "task": task.model_dump(mode="json"), "example": hello.example, "group": text}
+            order = {"session": id_, "task": task.model_dump(mode="json"), "example": hello.example}
+            order |= {"group": text, "member": owner}
             with self.turn.held(), self.crew.together("open", **order):
                 if task.lora is not None:
                     build = partial(self.trunk.build, task, example, exchange)

@@ -36,8 +36,8 @@ from merak_like.split.low_rank import factor
 
 SKIPS = ("none", "surrogate")
 PLAIN = "plain"
-WEIGHINGS = {"rows": factor, "elements": factor_by_elements}
-"""How the Fisher information of a weight weighs its factors: FWSVD and TFWSVD."""
+WEIGHINGS = {"sides": factor, "elements": factor_by_elements}
+"""How the Fisher information of a weight weighs its factors: as FWSVD, on both sides, and as TFWSVD."""
 
 
 def sft(
@@ -48,17 +48,18 @@ def sft(
     *,
     skip: str = "none",
     fisher: Mapping[str, Tensor] | None = None,
-    weigh: str = "rows",
+    weigh: str = "sides",
     loss_fn: LossFn | None = None,
 ) -> FeedForward:
     """Change the model in place: layer (a module path) sends ``rank`` numbers a token past the middle of its
     feed-forward.
 
     ``example`` is a batch as training will see it, as for ``trace``. ``fisher`` holds the Fisher information of the
-    first matrices' weights by parameter name and weighs the factors, by ``weigh`` either whole rows or each element for
-    itself; see ``fisher_information``, and ``element_weights.spread`` for which. A model on the meta device keeps its
-    factors there, to be loaded later. Returns what was found; the new parameters are ``{layer}.wire.v.weight`` and
-    ``.s.weight``, ``{first}.u.weight`` and ``.u.bias``, and for a surrogate ``{layer}.wire.skip.weight``.
+    first matrices' weights by parameter name and weighs the factors, by ``weigh`` either whole rows and columns or each
+    element for itself; see ``fisher_information``, and ``element_weights.spread`` for which. A model on the meta device
+    keeps its factors there, to be loaded later. Returns what was found; the new parameters are
+    ``{layer}.wire.v.weight`` and ``.s.weight``, ``{first}.u.weight`` and ``.u.bias``, and for a surrogate
+    ``{layer}.wire.skip.weight``.
 
     Raises ValueError where the layer has no feed-forward with one residual link, or for a rank it cannot have; the
     model is then as it was.

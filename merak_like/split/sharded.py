@@ -84,10 +84,13 @@ def fitting(
 
 
 def _weight(shards: Shards, name: str, shape: torch.Size, *, whole: bool) -> str | None:
-    """The weight that a tensor lies like: ``model/NAME`` is one; ``optimizer/NAME/KEY`` may be like one."""
+    """The weight that a tensor lies like: ``model/NAME`` and ``mask/MEMBER/NAME`` do; ``optimizer/NAME/KEY`` and
+    ``learner/MEMBER/NAME/KEY`` may."""
     kind, _, rest = name.partition("/")
-    weight = rest.rpartition("/")[0] if kind == "optimizer" else rest
-    layout = shards.layouts.get(weight) if kind in ("model", "weights", "buffers", "optimizer") else None
+    rest = rest.partition("/")[2] if kind in ("mask", "learner") else rest
+    weight = rest.rpartition("/")[0] if kind in ("optimizer", "learner") else rest
+    kinds = ("model", "weights", "buffers", "optimizer", "mask", "learner")
+    layout = shards.layouts.get(weight) if kind in kinds else None
     if layout is None or len(layout) != len(shape):
         return None
     local = shards.shape(weight, ())

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from merak_like.runtime import collect
 from merak_like.runtime.checkpoint import folder as files
-from merak_like.runtime.checkpoint.saver import Restored
+from merak_like.runtime.checkpoint.contents import Restored
 from merak_like.runtime.engine import Engine
 from merak_like.trainer.settings import Checkpoints
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from merak_like.runtime import collect
 from merak_like.runtime.engine import Engine
+from merak_like.runtime.shared_rows import share
 
 
 def save_weights(engine: Engine, folder: Path, extras: Sequence[Any] = ()) -> None:
@@ -59,7 +59,7 @@ def load_weights(engine: Engine, folder: Path) -> None:
                 into = wanted[aliases[0]]
                 divided = next((alias for alias in aliases if alias in engine._shards.layouts), None)
                 if isinstance(into, DTensor):
-                    own, rows, _ = collect.share(into, replicas)
+                    own, rows, _ = share(into, replicas)
                     own.copy_(file.get_slice(name)[rows])
                 elif divided is None:
                     into.copy_(file.get_tensor(name))

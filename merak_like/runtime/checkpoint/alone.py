@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from merak_like.runtime.checkpoint.boxes import parts, whole
+from merak_like.runtime.checkpoint.boxes import Held, parts, whole
 from merak_like.runtime.checkpoint.folder import CheckpointError, Manifest, problem
-from merak_like.runtime.checkpoint.planners import Held, Saved
+from merak_like.runtime.checkpoint.planners import Saved
 
 
 def weights_alone(path: Path, model: nn.Module, compute: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -42,6 +42,15 @@ class Part(NamedTuple):
     tensor: Tensor
 
 
+class Held(NamedTuple):
+    """An entry of a checkpoint, as far as this rank holds it."""
+
+    key: str
+    shape: Sizes
+    """Of the whole tensor."""
+    parts: tuple[Part, ...]
+
+
 def whole(shape: Sizes) -> Placement:
     """For a tensor that is all there."""
     start = (0,) * len(shape)

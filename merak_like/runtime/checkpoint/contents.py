@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from merak_like.partitioner.plan import Plan
-from merak_like.runtime.checkpoint.boxes import Box, Part, Placement, Sizes, parts, whole
+from merak_like.runtime.checkpoint.boxes import Box, Held, Part, Placement, Sizes, parts, whole
 from merak_like.runtime.checkpoint.packing import Pack, distinct, pack, pack_once, pack_state, random_states
-from merak_like.runtime.checkpoint.planners import Held
 from merak_like.runtime.collect import holders
 from merak_like.runtime.groups import Groups
 from merak_like.runtime.optimizer import Slot, Update
@@ -28,6 +28,19 @@ from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 
 VALUE = "value"
 """Marks what an optimizer keeps that is no tensor."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a job goes on from."""
+
+    path: Path
+    step: int
+    """Steps that were done."""
+    state: Mapping[str, Any]
+    """What was given to ``save`` as ``state``: values, and the states of objects."""
+    damaged: tuple[str, ...] = ()
+    """What is wrong with newer checkpoints that could not be used."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,16 +35,7 @@ from torch.distributed.checkpoint.planner import (
 )  # fmt: skip
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from merak_like.runtime.checkpoint.boxes import Part, Sizes
-
-
-class Held(NamedTuple):
-    """An entry of a checkpoint, as far as this rank holds it."""
-
-    key: str
-    shape: Sizes
-    """Of the whole tensor."""
-    parts: tuple[Part, ...]
+from merak_like.runtime.checkpoint.boxes import Held, Sizes
 
 
 class Writing(SavePlanner):

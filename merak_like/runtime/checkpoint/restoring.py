@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from merak_like.runtime.checkpoint.boxes import Part
+from merak_like.runtime.checkpoint.boxes import Held, Part
 from merak_like.runtime.checkpoint.contents import VALUE, Contents
 from merak_like.runtime.checkpoint.packing import set_random_states, unpack
-from merak_like.runtime.checkpoint.planners import Held, Saved
+from merak_like.runtime.checkpoint.planners import Saved
 from merak_like.runtime.optimizer import Slot
 
 

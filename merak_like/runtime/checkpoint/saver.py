@@ -1,25 +1,26 @@
-"""Saving and loading: what the ranks do together so that a checkpoint is whole or not there."""
+"""Saving and loading: what the ranks do together so that a checkpoint is whole or not there.
+
+Torch's format is imported when something is written or read: it needs ``torch.distributed``, which torch may have been
+built without, and an engine of one process does not.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from merak_like import __version__
 from merak_like.runtime.checkpoint import folder as files
-from merak_like.runtime.checkpoint.contents import Contents
+from merak_like.runtime.checkpoint.boxes import Held
+from merak_like.runtime.checkpoint.contents import Contents, Restored
 from merak_like.runtime.checkpoint.folder import CheckpointError, Manifest
 from merak_like.runtime.checkpoint.packing import give_back, pack, refuse_missing, unpack
-from merak_like.runtime.checkpoint.planners import Held, Saved, Writing
-from merak_like.runtime.checkpoint.restoring import Restoring
 from merak_like.runtime.groups import Group, files_group
 from merak_like.runtime.initialize import World
 from merak_like.runtime.signals import give_way
@@ -27,19 +28,6 @@ from merak_like.runtime.watch import Watch
 
 Join = Callable[[list[Any]], list[Any]]
 """What all ranks told, by rank, to what each shall get."""
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What a job goes on from."""
-
-    path: Path
-    step: int
-    """Steps that were done."""
-    state: Mapping[str, Any]
-    """What was given to ``save`` as ``state``: values, and the states of objects."""
-    damaged: tuple[str, ...] = ()
-    """What is wrong with newer checkpoints that could not be used."""
 
 
 class Checkpoints:
@@ -136,6 +124,10 @@ class Checkpoints:
     def _write(
         self, folder: Path, step: int, held: list[Held], facts: Any, keep: int | None, spare: Collection[int]
     ) -> Path:  # fmt: skip
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+        from merak_like.runtime.checkpoint.planners import Writing
+
         planner = Writing(held)
         about = {"model": self._contents.plan.model, "mesh": str(self._contents.plan.mesh),
                  "merak_like": __version__, "torch": torch.__version__}  # fmt: skip
@@ -206,6 +198,9 @@ class Checkpoints:
         return [next(filter(None, told), "")] * len(told)
 
     def _take_up(self, path: Path, state: Mapping[str, Any], damaged: tuple[str, ...]) -> Restored:
+        from merak_like.runtime.checkpoint.planners import Saved
+        from merak_like.runtime.checkpoint.restoring import Restoring
+
         job, saved = unpack((path / files.JOB).read_bytes()), Saved(path)
         found = {key: unpack(data) for key, data in job["state"].items()}
 

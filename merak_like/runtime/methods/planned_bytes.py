@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import log2
 
-from merak_like.partitioner.graph import Op, Packing, ProxyGraph, Value
+from merak_like.partitioner.graph import Op, Packing, Plain, ProxyGraph, Value
 from merak_like.runtime.methods.quantiser import SLICE
 
 
@@ -64,7 +64,7 @@ def with_packed_inputs(
         work = Packing(
             coder.pack * value.numel, coder.unpack * value.numel, PACK_KERNELS * slices, UNPACK_KERNELS * slices
         )
-        ops[first] = replace(ops[first], saved_bytes=ops[first].saved_bytes - less)
+        ops[first] = replace(ops[first], saved_bytes=ops[first].saved_bytes - less, plain=_plain(ops[first]))
         ops[index] = replace(ops[index], packing=work)
     return replace(graph, ops=tuple(ops))
 
@@ -75,12 +75,16 @@ def with_kept_elsewhere(
     """The graph where what ops of these modules (None: all) keep goes to another memory, over a link of so many bytes a
     second; ops that keep fewer than ``smallest`` bytes do not."""
     ops = tuple(
-        replace(op, saved_bytes=0, keeps=(), copied_seconds=op.saved_bytes / bandwidth)
+        replace(op, saved_bytes=0, keeps=(), copied_seconds=op.saved_bytes / bandwidth, plain=_plain(op))
         if op.saved_bytes >= smallest and _within(op, inside)
         else op
         for op in graph.ops
     )
     return replace(graph, ops=ops)
+
+
+def _plain(op: Op) -> Plain:
+    return op.plain or Plain(op.saved_bytes, op.keeps)
 
 
 def _within(op: Op, inside: tuple[str, ...] | None) -> bool:

@@ -30,12 +30,12 @@ class TensorGroup:
     degree: int
     watch: Watch
 
-    def begin(self, tensor: Tensor, what: str, op: Any = SUM) -> Any:
+    def begin(self, tensor: Tensor, what: str, op: str = SUM) -> Any:
         """Start to reduce a contiguous tensor in place."""
         with self.watch.waiting("the start of", what):
             return all_reduce(tensor, self.group, op)
 
-    def reduce(self, tensor: Tensor, what: str, op: Any = SUM) -> Tensor:
+    def reduce(self, tensor: Tensor, what: str, op: str = SUM) -> Tensor:
         """Reduce a contiguous tensor in place."""
         self.watch.wait(self.begin(tensor, what, op), what, PEER)
         return tensor

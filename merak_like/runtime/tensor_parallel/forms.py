@@ -23,6 +23,11 @@ class Mean(Target):
         return self.mean(*args, **kwargs) / self.degree
 
 
+def require_within(ids: Tensor, count: int) -> None:
+    """Let torch refuse an index that no rank has, on all of them and as it would on one: IndexError on a CPU."""
+    ids.new_empty(1).expand(count).index_select(0, ids.reshape(-1))
+
+
 class Embedding(Target):
     """Rows ``start <= i < stop`` of a table; other rows are zeros, to be summed over ranks."""
 
@@ -36,6 +41,7 @@ class Embedding(Target):
         norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
     ) -> Tensor:  # fmt: skip
         assert max_norm is None, "the rule keeps such a table whole"
+        require_within(input, self.rows)
         elsewhere = (input < self.start) | (input >= self.stop)
         ids = (input - self.start).masked_fill(elsewhere, 0)
         rows = F.embedding(ids, weight, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
@@ -47,14 +53,16 @@ class Embedding(Target):
 class CrossEntropy(Target):
     """Classes ``start <= i < stop`` of all: the logits are never gathered (Shoeybi et al., section 3)."""
 
-    def __init__(self, group: TensorGroup, what: str, start: int, stop: int) -> None:
+    def __init__(self, group: TensorGroup, what: str, start: int, stop: int, classes: int) -> None:
+        """``classes`` of all ranks."""
         super().__init__("cross_entropy_part")
-        self.group, self.what, self.start, self.stop = group, what, start, stop
+        self.group, self.what, self.start, self.stop, self.classes = group, what, start, stop, classes
 
     def __call__(
         self, input: Tensor, target: Tensor, weight: None = None, size_average: Any = None, ignore_index: int = -100,
         reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
     ) -> Tensor:  # fmt: skip
+        require_within(target.masked_fill(target == ignore_index, 0), self.classes)
         losses = _CrossEntropy.apply(input, target, ignore_index, self)
         if reduction == "none":
             return losses  # type: ignore[return-value]

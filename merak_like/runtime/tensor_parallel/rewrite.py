@@ -138,7 +138,7 @@ class _Writer:
             self.call(step, node, Embedding(*self.piece(rows), whole_size(rows)))
         elif form == "cross_entropy":
             classes = block.values[step.args[0].name][1]
-            self.call(step, node, CrossEntropy(ranks, step.name, *self.piece(classes)))
+            self.call(step, node, CrossEntropy(ranks, step.name, *self.piece(classes), whole_size(classes)))
         else:
             self.call(step, node, Norm(ranks, step.name, centred=form == "layer_norm"))
 
