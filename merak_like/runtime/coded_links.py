@@ -5,7 +5,9 @@
 
 How many bytes a value takes follows from its shape, so a receive is posted beforehand as ever, and no header travels:
 a transfer is the codec's body and side, to the byte. Coded are activations that a gradient comes back for, and these
-gradients. All else (token ids, masks, positions, random states) goes as it is.
+gradients. All else (token ids, masks, positions, random states) goes as it is. So does everything where nothing is
+learnt: what is evaluated and asked for text is the model that will be saved. A scale over a channel would also let
+samples feel who is beside them, and tokens which ones follow.
 
 Tensor-parallel ranks each code what they have: of what all have they have the same afterwards, since the same is drawn
 on all of them. Stages of one rank hand values on as they are.
@@ -125,13 +127,15 @@ class CodedLinks:
         digest = hashlib.sha256(f"{self._seed}/{source}/{target}/{place}".encode()).digest()
         return Context(
             self._steps(), self._mine[action.micro_batch], "forward" if action.kind in FORWARD else "backward",
-            training=torch.is_grad_enabled(), seed=int.from_bytes(digest[:7], "big"),
+            seed=int.from_bytes(digest[:7], "big"),
             limit=max(1, *spec.shape, Layout(spec.shape, spec.dtype).numel), device=self._device,
         )  # fmt: skip
 
 
 def coded(action: Action, specs: Sequence[Spec]) -> Iterator[tuple[Spec, int]]:
     """The values of a transfer that go through the codec, each with its place among those that have gradients."""
+    if not torch.is_grad_enabled():
+        return iter(())
     learnt = [spec for spec in specs if spec.requires_grad or action.kind not in FORWARD]
     return ((spec, place) for place, spec in enumerate(learnt) if spec.dtype.is_floating_point)
 

@@ -46,8 +46,9 @@ def assembled(
         max_grad_norm=learns["max_grad_norm"], weights=weights, plan=Plan.load(asked.plan) if asked.plan else None,
         hardware=asked.hardware, memory_limit=_limit(asked), device=asked.device, timeout=asked.timeout,
         seed=args.training.seed, zero=learns["zero"], zero_backend=learns["zero_backend"],
-        sequence_parallel=asked.sequence_parallel, tp_shares=asked.tp_shares, fuse=asked.fuse,
-        skip_not_finite=args.training.skip_bad_steps, precision=learns["precision"], methods=methods_of(args.methods),
+        sequence_parallel=asked.sequence_parallel, tp_shares=asked.tp_shares, codec=asked.codec,
+        fuse=asked.fuse, skip_not_finite=args.training.skip_bad_steps, precision=learns["precision"],
+        methods=methods_of(args.methods),
     )  # fmt: skip
 
 
