@@ -27,7 +27,7 @@ from merak_like.partitioner.this_machine import this_machine
 from merak_like.partitioner.tracer import LossFn
 from merak_like.runtime import collect
 from merak_like.runtime.batches import LossWeight, rows
-from merak_like.runtime.coded_links import CodedLinks, link_codec
+from merak_like.runtime.coded_links import CodedLinks, coding_of, link_codec
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.fully_sharded import Whole
 from merak_like.runtime.groups import make_groups
@@ -129,6 +129,7 @@ def auto_parallel(
         if plan is None and hardware is None:  # one measurement for all, or each rank would plan for itself
             measure = partial(this_machine, device=world.device.type) if world.rank == 0 else None
             hardware = collect.from_first(measure, world, watch)
+        coding = coding_of(wire, model)
         if chosen and plan is not None:
             mesh, level = plan.mesh, plan.zero if level is None else level
             form = plan.sequence_parallel if form is None else form
@@ -136,7 +137,7 @@ def auto_parallel(
             wanted = Wanted(
                 world.size, rows(example), **degrees, micro_batches=micro_batches, schedule=schedule, chunks=chunks,
                 recompute=None if recompute == "auto" else recompute, zero=level, sequence_parallel=form,
-                memory_limit=memory_limit, executable=ENGINE,
+                memory_limit=memory_limit, executable=ENGINE, coding=coding,
             )  # fmt: skip
             layout = best_layout(model, example, loss_fn, wanted, hardware, precise.states())
             mesh, micro_batches, recompute = layout.mesh, layout.micro_batches, layout.recompute
@@ -151,7 +152,7 @@ def auto_parallel(
             methods, told = settled(
                 methods, model, loss_fn, example, mesh, micro_batches, spread, precise, schedule=schedule,
                 chunks=chunks, recompute=recompute, hardware=hardware or "a100-80gb", memory_limit=memory_limit,
-                fuse=fuse, on_cpu=world.device.type == "cpu",
+                fuse=fuse, on_cpu=world.device.type == "cpu", coding=coding,
             )  # fmt: skip
         plugged = Methods(
             methods,
@@ -172,7 +173,7 @@ def auto_parallel(
             plan, rough, micro = cut(
                 parts, rough, micro, example, mesh, micro_batches, proof, methods, schedule=schedule, chunks=chunks,
                 recompute=recompute, hardware=hardware or "a100-80gb", memory_limit=memory_limit, zero=spread.zero,
-                sequence_parallel=sequence_parallel,
+                sequence_parallel=sequence_parallel, coding=coding,
                 states=precise.states(elsewhere=spread.offload and world.device.type != "cpu"),
             )  # fmt: skip
             plan = plan.with_notes(told)

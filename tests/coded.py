@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ from merak_like import Engine
 from merak_like.runtime.batches import rows, split
 from merak_like.runtime.codecs import Context, codec
 from merak_like.runtime.codecs.loopback import Loopback
-from merak_like.runtime.watch import PeerError
 from tests.scenarios import PARTS, SAMPLES, agree, leads, plain_loss
 from tests.training import SEED, Step, Subject, Trained, engine, plainly, subject, worst
 
@@ -161,12 +159,3 @@ def real(name: str, dp: int, pp: int, codec: str) -> float:
     assert losses[-1] < losses[0]
     assert all(other == said for other in told)
     return losses[0]
-
-
-def mask_is_refused(dp: int, pp: int) -> str:
-    """What training T5 ends with: its decoder's bias has the mask added, beside which int8 would lose the bias."""
-    one = subject("t5", dropout=False, dtype=torch.float32)
-    ours = engine(one, one.batch(4), dp, pp, 2, codec="int8")
-    with pytest.raises((ValueError, PeerError)) as caught:
-        ours.step(one.batch(4))
-    return str(caught.value)

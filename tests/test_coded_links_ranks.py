@@ -49,7 +49,6 @@ ALIKE = cells(
     slow=True,
 )
 REAL = cells(call("real", 1, 2, name="gpt2", codec="int8|int4"), slow=True)
-REFUSED = cells(call("mask_is_refused", 1, 4), slow=True)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +75,3 @@ def test_identity_is_no_codec_bit_for_bit(case: Call, results: Callable[[Call], 
 @pytest.mark.parametrize("case", REAL)
 def test_a_transformer_learns_and_writes(case: Call, results: Callable[[Call], list[Any]]) -> None:
     assert len(set(results(case))) == 1
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_value_with_a_mask_in_it_is_refused(case: Call, results: Callable[[Call], list[Any]]) -> None:
-    assert any("codec='int(8)' would leave nothing of" in said for said in results(case))

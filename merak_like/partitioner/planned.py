@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from merak_like.partitioner.coding import coded
 from merak_like.partitioner.hardware import PRESETS, Hardware
 from merak_like.partitioner.placement import hop
 from merak_like.partitioner.plan import Plan
@@ -48,10 +49,12 @@ def costs_of(plan: Plan) -> Costs:
         for target in crossing.targets:
             nbytes[crossing.source, target] = nbytes.get((crossing.source, target), 0) + crossing.nbytes
     hardware, mesh, rank = hardware_of(plan), plan.mesh, plan.stage_rank
+    coding = plan.basis.options.get("coding") if plan.basis is not None else None
     hops: dict[tuple[int, int], float] = {}
     for (source, target), size in nbytes.items():
         if hardware is not None and rank[source] != rank[target]:
-            hops[source, target] = hop(mesh, hardware, rank[source], rank[target]).seconds(size)
+            link = hop(mesh, hardware, rank[source], rank[target])
+            hops[source, target] = coded(link, coding, hardware).seconds(size)
     return Costs(stages, hops)
 
 

@@ -19,14 +19,18 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from merak_like.partitioner.coding import Coding
 from merak_like.partitioner.schedules.action import Action, Kind
 from merak_like.runtime.codecs import CODECS, Codec, Context, codec
+from merak_like.runtime.codecs.codec import DIRECTIONS
 from merak_like.runtime.codecs.wire import Layout, as_bytes, from_bytes, to_bytes
 from merak_like.runtime.links import Links, Spec
 
 FORWARD = (Kind.SEND_F, Kind.RECV_F)
+TYPICAL = (4, 256, 1024)
+"""Samples, positions and channels of a value by which a planner takes a codec's share of bytes."""
 
 
 def link_codec(text: str | None, pp: int | None) -> str | None:
@@ -48,6 +52,17 @@ def link_codec(text: str | None, pp: int | None) -> str | None:
     if pp == 1:
         raise ValueError(f"codec={text!r} is for what pipeline stages send each other: use pp=2 or more, or leave it")
     return made.text
+
+
+def coding_of(text: str | None, model: nn.Module) -> Coding | None:
+    """What a planner must know of a codec, for values in the model's dtype; None for none."""
+    if text is None:
+        return None
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    made, typical = codec(text), Layout(TYPICAL, dtype)
+    sizes = (made.packed(typical, Context(direction=direction)) for direction in DIRECTIONS)
+    each = [(body.nbytes + side) / typical.nbytes for body, side in sizes]
+    return Coding(made.text, sum(each) / len(each))
 
 
 class CodedLinks:
@@ -144,7 +159,7 @@ def coded(action: Action, specs: Sequence[Spec]) -> Iterator[tuple[Spec, int]]:
 def _refuse_a_mask(text: str, spec: Spec, x: Tensor, context: Context) -> None:
     """Raise ValueError where a value has a mask's huge numbers among others, and nothing would be left of these.
 
-    T5's position bias comes with its mask added, and a scale for the one loses the other.
+    A position bias may come with its mask added, and a scale for the one loses the other.
     """
     others = x.abs() < torch.finfo(x.dtype).max / 4
     if bool(others.all()) or not bool(others.any()):

@@ -75,7 +75,7 @@ def planned(model: nn.Module, args: Settings, example: Any, loss_fn: Any, steps:
             recompute=asked.recompute, micro_batches=learns["micro_batches"], tp_shares=asked.tp_shares,
             sequence_parallel=asked.sequence_parallel, fuse=asked.fuse, zero=learns["zero"],
             zero_backend=learns["zero_backend"], precision=learns["precision"], methods=methods_of(args.methods),
-            hardware=asked.hardware, memory_limit=_limit(asked),
+            hardware=asked.hardware, memory_limit=_limit(asked), codec=asked.codec,
         )  # fmt: skip
 
 
