@@ -23,6 +23,7 @@ from merak_like.partitioner.hardware import Hardware
 from merak_like.partitioner.layouts import Wanted
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
+from merak_like.partitioner.planned import coding_in
 from merak_like.partitioner.this_machine import this_machine
 from merak_like.partitioner.tracer import LossFn
 from merak_like.runtime import collect
@@ -146,6 +147,11 @@ def auto_parallel(
         if plan is not None and plan.mesh != mesh:
             raise ValueError(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
+            )
+        if plan is not None and (counted := coding_in(plan)) is not None and counted.text != wire:
+            raise ValueError(
+                f"the plan counts on codec={counted.text!r} between stages, asked for {codec!r}: pass it too, or make "
+                "the plan again"
             )
         micro, told = micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1), ()
         if plan is None:

@@ -132,13 +132,13 @@ def bytes_sent(text: str, dp: int, pp: int, each: list[int]) -> None:
     assert found["bytes"] == PARTS * each[ours.groups.coord.pp]
 
 
-def as_without(name: str, dp: int, pp: int, schedule: str) -> None:
+def as_without(name: str, dp: int, pp: int, tp: int = 1, schedule: str = "1f1b", **more: Any) -> None:
     """``identity`` is bit for bit no codec: masks, skips, random states and dropout included."""
     one = subject(name, dtype=torch.float32)
     batch = one.batch(4)
     found = []
     for text in (None, "identity"):
-        ours = engine(one, batch, dp, pp, 2, schedule=schedule, codec=text)
+        ours = engine(one, batch, dp, pp, 2, tp=tp, schedule=schedule, codec=text, **more)
         found.append(([ours.step(batch).loss for _ in range(2)], ours.full_state_dict()))
         ours.close()
     (losses, weights), (others, theirs) = found

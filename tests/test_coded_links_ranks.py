@@ -46,6 +46,7 @@ ALIKE = cells(
     call("as_without", 1, 2, name="unet", schedule="1f1b"),
     call("as_without", 1, 2, name="t5", schedule="interleaved"),
     call("as_without", 1, 2, name="gpt2", schedule="zb-h1"),
+    call("as_without", 1, 2, 2, name="gpt2", sequence_parallel=True),
     slow=True,
 )
 REAL = cells(call("real", 1, 2, name="gpt2", codec="int8|int4"), slow=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from merak_like import Mesh, Plan
+from merak_like import Mesh, Plan, auto_parallel
+from merak_like.deciding import alone
 from merak_like.partitioner.coding import PASSES, Coding
 from merak_like.partitioner.degrees import choose
 from merak_like.partitioner.executable import ENGINE
@@ -21,6 +23,9 @@ from merak_like.partitioner.planned import costs_of
 from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.software import TORCH
 from merak_like.runtime.coded_links import coding_of
+from merak_like.trainer import assembly
+from merak_like.trainer.deepspeed import engine_arguments
+from merak_like.trainer.settings import Settings
 from tests.commands import refused, run
 from tests.graphs import gpt
 
@@ -90,6 +95,26 @@ def test_the_search_for_degrees_counts_it():
     estimated = [min(row.step_seconds for row in rows if row.plan is None) for rows in ranked]
     assert ranked[1][0].step_seconds < 0.7 * ranked[0][0].step_seconds  # the rest is latency
     assert estimated[1] < 0.7 * estimated[0]
+
+
+def test_a_plan_that_counts_on_a_codec_is_obeyed_with_it_only():
+    model, batch = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), {"input": torch.ones(4, 8)}
+    plan = alone(model, Mesh(1, 2), batch, loss_fn=lambda out, _: out.mean(), hardware="a100-80gb", codec="int8")
+    assert any("go through int(8)" in note for note in plan.notes)
+    counted = replace(plan, mesh=Mesh())  # of one rank, so that this process can be it
+    with pytest.raises(ValueError, match=r"counts on codec='int\(8\)' between stages, asked for None: pass it too"):
+        auto_parallel(model, "auto", "auto", "auto", example=batch, loss_fn=lambda out, _: out.mean(), plan=counted)
+
+
+def test_a_runs_file_says_it(monkeypatch: pytest.MonkeyPatch):
+    passed = dict[str, Any]()
+    monkeypatch.setattr(assembly, "auto_parallel", lambda *_, **named: passed.update(named))
+    settings = Settings.model_validate({"training": {"steps": 1}, "parallelism": {"pp": 2, "codec": "int4|int8"}})
+    model, batch = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), {"input": torch.ones(4, 8)}
+    assembly.assembled(model, settings, batch, None, None, engine_arguments(settings, 1), None)
+    assert passed["codec"] == "int4|int8"
+    plan = assembly.planned(model, settings, batch, lambda out, _: out.mean(), 1)
+    assert any("go through int(4)|int(8)" in note for note in plan.notes)
 
 
 def test_merak_plan_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

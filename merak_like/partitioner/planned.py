@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from merak_like.partitioner.coding import coded
+from merak_like.partitioner.coding import Coding, coded
 from merak_like.partitioner.hardware import PRESETS, Hardware
 from merak_like.partitioner.placement import hop
 from merak_like.partitioner.plan import Plan
@@ -49,18 +49,22 @@ def costs_of(plan: Plan) -> Costs:
         for target in crossing.targets:
             nbytes[crossing.source, target] = nbytes.get((crossing.source, target), 0) + crossing.nbytes
     hardware, mesh, rank = hardware_of(plan), plan.mesh, plan.stage_rank
-    coding = plan.basis.options.get("coding") if plan.basis is not None else None
     hops: dict[tuple[int, int], float] = {}
     for (source, target), size in nbytes.items():
         if hardware is not None and rank[source] != rank[target]:
             link = hop(mesh, hardware, rank[source], rank[target])
-            hops[source, target] = coded(link, coding, hardware).seconds(size)
+            hops[source, target] = coded(link, coding_in(plan), hardware).seconds(size)
     return Costs(stages, hops)
 
 
 def hardware_of(plan: Plan) -> Hardware | None:
     """The hardware that a plan was made for, by what it holds or by its name; None for one that is not known."""
     return plan.basis.hardware if plan.basis is not None else PRESETS.get(plan.hardware)
+
+
+def coding_in(plan: Plan) -> Coding | None:
+    """The codec between stages that a plan counts on, where it holds what it was made from."""
+    return plan.basis.options.get("coding") if plan.basis is not None else None
 
 
 def edges_of(plan: Plan) -> Edges:
