@@ -101,6 +101,8 @@ def test_a_plan_that_counts_on_a_codec_is_obeyed_with_it_only():
     model, batch = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), {"input": torch.ones(4, 8)}
     plan = alone(model, Mesh(1, 2), batch, loss_fn=lambda out, _: out.mean(), hardware="a100-80gb", codec="int8")
     assert any("go through int(8)" in note for note in plan.notes)
+    alone_on_it = make_plan(gpt(2), Mesh(), hardware=SLOW, batch=8, micro_batches=4, coding=QUARTER)
+    assert any("int(8) has nothing to do" in note for note in alone_on_it.notes)
     counted = replace(plan, mesh=Mesh())  # of one rank, so that this process can be it
     with pytest.raises(ValueError, match=r"counts on codec='int\(8\)' between stages, asked for None: pass it too"):
         auto_parallel(model, "auto", "auto", "auto", example=batch, loss_fn=lambda out, _: out.mean(), plan=counted)
