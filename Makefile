@@ -59,6 +59,7 @@ bench: $(READY)
 bench-long: export OMP_NUM_THREADS = 1
 bench-long: $(READY)
 	$(BIN)/torchrun --nproc-per-node 2 benchmarks/pipeline/main.py --layers 12 --hidden 512 --out benchmarks/pipeline/deep.json
+	$(BIN)/python benchmarks/pipeline/slow.py
 	$(BIN)/python benchmarks/paced/main.py
 	$(BIN)/python benchmarks/tensor_parallel/main.py
 	$(BIN)/python benchmarks/scaling/main.py

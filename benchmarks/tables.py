@@ -96,6 +96,18 @@ def paced() -> str:
     return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
+def slow() -> str:
+    """Steps over two stages whose link is slow, by codec."""
+    data = json.loads((ROOT / "benchmarks/pipeline/slow.json").read_text())
+    links = data["links"]
+    heads = " | ".join(f"{link}: step, ms | to none" for link in links)
+    lines = [f"| codec | kB a step | {heads} |", "|---|" + "---:|" * (1 + 2 * len(links))]
+    for name, row in next(iter(links.values())).items():
+        cells = [f"{found[name]['milliseconds']:.0f} | {found[name]['to none']:.2f}" for found in links.values()]
+        lines.append(f"| {name} | {row['kilobytes']:.0f} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", setting_of(data["setting"])])
+
+
 def tensor_parallel() -> str:
     """A pass beside peers, and steps on a link that is shaped and one that is not."""
     data = json.loads((ROOT / "benchmarks/tensor_parallel/results.json").read_text())
@@ -284,7 +296,7 @@ def line() -> str:
 TABLES = {
     "tensor_parallel": tensor_parallel, "zero": zero, "alone": alone, "scaling": scaling,
     "whole": whole, "whole_short": whole_short,
-    "pipeline": pipeline, "pipeline_deep": pipeline_deep, "overhead": overhead, "paced": paced,
+    "pipeline": pipeline, "pipeline_deep": pipeline_deep, "overhead": overhead, "paced": paced, "slow": slow,
     "learning": learning, "groups": groups, "line": line, "published": published, "chosen": chosen, "every": every,
     "here": here,
 }  # fmt: skip

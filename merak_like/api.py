@@ -23,17 +23,19 @@ from merak_like.partitioner.hardware import Hardware
 from merak_like.partitioner.layouts import Wanted
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
+from merak_like.partitioner.planned import coding_in
 from merak_like.partitioner.this_machine import this_machine
 from merak_like.partitioner.tracer import LossFn
 from merak_like.runtime import collect
 from merak_like.runtime.batches import LossWeight, rows
+from merak_like.runtime.coded_links import CodedLinks, coding_of, link_codec
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.fully_sharded import Whole
 from merak_like.runtime.groups import make_groups
 from merak_like.runtime.initialize import join, world_size
 from merak_like.runtime.lasting import Count
 from merak_like.runtime.learning import Held, learning
-from merak_like.runtime.links import DistLinks, NoLinks
+from merak_like.runtime.links import DistLinks, Links, NoLinks
 from merak_like.runtime.materialize import materialize
 from merak_like.runtime.methods.method import Job, Method, Methods
 from merak_like.runtime.optimizer import OptimizerFactory, Update
@@ -73,6 +75,7 @@ def auto_parallel(
     hardware: Hardware | str | None = None,
     memory_limit: int | None = None,
     tp_shares: int = 1,
+    codec: str | None = None,
     fuse: bool = True,
     device: torch.device | str | None = None,
     timeout: float = 600.0,
@@ -97,8 +100,9 @@ def auto_parallel(
     ``sequence_parallel`` may be ``"auto"`` too. ``rate`` gives each step's learning rate from step and a group's own.
     ``ds_config`` is a DeepSpeed configuration; what it says is honoured, or refused by name. ``methods`` of
     ``merak_like.runtime.methods`` change how stages run or gradients are treated. ``fuse`` runs activations that the
-    model spells out as the one kernel of torch that computes the same up to rounding. ``plan`` obeys a plan made
-    before. ``timeout`` in seconds limits every wait for another rank.
+    model spells out as the one kernel of torch that computes the same up to rounding. ``codec`` is what values go
+    through between stages, such as "int8", or "int4|int8" for activations and gradients (docs/codecs.md). ``plan``
+    obeys a plan made before. ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
     traced or cut, memory that does not suffice, and ranks that do not agree.
@@ -108,6 +112,7 @@ def auto_parallel(
         given = (optimizer, rate, micro_batches, max_grad_norm, precision, zero, zero_backend)
         told = arguments(ds_config, degrees, rows(example), dict(zip(ARGUMENTS, given, strict=True)))
         optimizer, rate, micro_batches, max_grad_norm, precision, zero, zero_backend = told.values()
+    wire = link_codec(codec, degrees["pp"])
     level, form = level_of(zero, zero_backend, optimizer is not None), form_of(sequence_parallel)
     chosen = None in (*degrees.values(), level, form)
     mesh = Mesh(world_size()) if chosen else Mesh(*(degree or 1 for degree in degrees.values()))
@@ -125,6 +130,7 @@ def auto_parallel(
         if plan is None and hardware is None:  # one measurement for all, or each rank would plan for itself
             measure = partial(this_machine, device=world.device.type) if world.rank == 0 else None
             hardware = collect.from_first(measure, world, watch)
+        coding = coding_of(wire, model)
         if chosen and plan is not None:
             mesh, level = plan.mesh, plan.zero if level is None else level
             form = plan.sequence_parallel if form is None else form
@@ -132,7 +138,7 @@ def auto_parallel(
             wanted = Wanted(
                 world.size, rows(example), **degrees, micro_batches=micro_batches, schedule=schedule, chunks=chunks,
                 recompute=None if recompute == "auto" else recompute, zero=level, sequence_parallel=form,
-                memory_limit=memory_limit, executable=ENGINE,
+                memory_limit=memory_limit, executable=ENGINE, coding=coding,
             )  # fmt: skip
             layout = best_layout(model, example, loss_fn, wanted, hardware, precise.states())
             mesh, micro_batches, recompute = layout.mesh, layout.micro_batches, layout.recompute
@@ -142,12 +148,17 @@ def auto_parallel(
             raise ValueError(
                 f"the plan is for {plan.mesh}, asked for {mesh}: make the plan again or change the degrees"
             )
+        if plan is not None and (counted := coding_in(plan)) is not None and counted.text != wire:
+            raise ValueError(
+                f"the plan counts on codec={counted.text!r} between stages, asked for {codec!r}: pass it too, or make "
+                "the plan again"
+            )
         micro, told = micro_batch(example, mesh, plan.micro_batches if plan else micro_batches or 1), ()
         if plan is None:
             methods, told = settled(
                 methods, model, loss_fn, example, mesh, micro_batches, spread, precise, schedule=schedule,
                 chunks=chunks, recompute=recompute, hardware=hardware or "a100-80gb", memory_limit=memory_limit,
-                fuse=fuse, on_cpu=world.device.type == "cpu",
+                fuse=fuse, on_cpu=world.device.type == "cpu", coding=coding,
             )  # fmt: skip
         plugged = Methods(
             methods,
@@ -168,7 +179,7 @@ def auto_parallel(
             plan, rough, micro = cut(
                 parts, rough, micro, example, mesh, micro_batches, proof, methods, schedule=schedule, chunks=chunks,
                 recompute=recompute, hardware=hardware or "a100-80gb", memory_limit=memory_limit, zero=spread.zero,
-                sequence_parallel=sequence_parallel,
+                sequence_parallel=sequence_parallel, coding=coding,
                 states=precise.states(elsewhere=spread.offload and world.device.type != "cpu"),
             )  # fmt: skip
             plan = plan.with_notes(told)
@@ -176,6 +187,7 @@ def auto_parallel(
         choices = {
             "seed": seed, "max_grad_norm": max_grad_norm, "precision": precise, "zero": spread,
             "sequence_parallel": sequence_parallel, "tp_shares": tp_shares, "fuse": fuse, "methods": tuple(methods),
+            "codec": wire,
         }  # fmt: skip
         collect.agree(facts | {name: str(choice) for name, choice in choices.items()}, world, watch)
         if world.device.type != "cpu":
@@ -212,6 +224,12 @@ def auto_parallel(
         shared = {name for name in trainable if sums[name] != ((), ())}
         paths = {call.path for call in rough.calls}
         count = Count()
+        mine = range(*(plan.micro_batches * (groups.coord.dp + i) for i in (0, 1)))
+        links: Links = DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks()
+        if wire is not None:
+            links = CodedLinks(
+                links, wire, steps=lambda: count.done, mine=mine, seed=seed, device=world.device
+            )  # fmt: skip
         learns = learning(model, held, optimizer, spread, precise, parts, groups, watch, world.device, paths)
         return Engine(
             plan=plan,
@@ -220,7 +238,8 @@ def auto_parallel(
             programs=Programs(
                 model, plan, rough, micro, groups.coord.pp, world.device, parts, parts.prepare(groups, watch), pending
             ),
-            links=DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks(),
+            links=links,
+            mine=mine,
             reducer=plugged.gradients(
                 learns.reducer, model, trainable, shared, learns.optimizer, groups, world, watch, lambda: count.done
             ),

@@ -24,6 +24,7 @@ from merak_like.partitioner.this_machine import this_machine
 from merak_like.partitioner.tracer import LossFn, Trace
 from merak_like.runtime import four_bit
 from merak_like.runtime.batches import rows, signature, split, to_device
+from merak_like.runtime.coded_links import coding_of, link_codec
 from merak_like.runtime.fully_sharded import Whole
 from merak_like.runtime.methods.by_blocks import AUTO, ByBlocks
 from merak_like.runtime.methods.method import Job, Method, Methods
@@ -127,20 +128,21 @@ def alone(
     chunks: int | None = None, recompute: str = "auto", micro_batches: int | None = None,
     sequence_parallel: bool | str = False, tp_shares: int = 1, fuse: bool = True, zero: int | str = 0,
     zero_backend: str | None = None, precision: str | Precision | None = None, methods: Sequence[Method] = (),
-    hardware: Any = None, memory_limit: int | None = None,
+    hardware: Any = None, memory_limit: int | None = None, codec: str | None = None,
 ) -> Plan:  # fmt: skip
     """The plan that ``auto_parallel`` makes with these arguments and an optimizer, decided in this process."""
     precise, device = precision_of(precision), hardware or this_machine()
     level, form = level_of(zero, zero_backend, True), form_of(sequence_parallel)
+    wire = link_codec(codec, mesh.pp)
     if not model.training:
         model.train()
     with precise.applied(model):
-        example = precise.inputs(example)
+        example, coding = precise.inputs(example), coding_of(wire, model)
         if level is None or form is None:
             wanted = Wanted(
                 mesh.size, rows(example), mesh.dp, mesh.pp, mesh.tp, micro_batches=micro_batches, schedule=schedule,
                 chunks=chunks, recompute=None if recompute == "auto" else recompute, zero=level,
-                sequence_parallel=form, memory_limit=memory_limit, executable=ENGINE,
+                sequence_parallel=form, memory_limit=memory_limit, executable=ENGINE, coding=coding,
             )  # fmt: skip
             layout = best_layout(model, example, loss_fn, wanted, device, precise.states())
             micro_batches, recompute = layout.micro_batches, layout.recompute
@@ -149,7 +151,7 @@ def alone(
         methods, told = settled(
             methods, model, loss_fn, example, mesh, micro_batches, spread, precise, schedule=schedule, chunks=chunks,
             recompute=recompute, hardware=device, memory_limit=memory_limit, fuse=fuse,
-            on_cpu=(device if isinstance(device, str) else device.name).startswith("cpu"),
+            coding=coding, on_cpu=(device if isinstance(device, str) else device.name).startswith("cpu"),
         )  # fmt: skip
         job = Job(schedule, mesh.tp, tp_shares, spread.zero, precise.compute is not None)
         parts, recompute = divided(
@@ -163,7 +165,7 @@ def alone(
         return cut(
             parts, rough, micro, example, mesh, micro_batches, proof, methods, schedule=schedule, chunks=chunks,
             recompute=recompute, hardware=device, memory_limit=memory_limit, zero=spread.zero,
-            sequence_parallel=form, states=precise.states(elsewhere=spread.offload),
+            sequence_parallel=form, states=precise.states(elsewhere=spread.offload), coding=coding,
         )[0].with_notes(told)  # fmt: skip
 
 

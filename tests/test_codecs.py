@@ -67,6 +67,10 @@ def test_length_of_a_frame_is_known_before_the_tensor(text: str):
                 assert length <= told if "deflate" in text else length == told, (shape, dtype, context)
 
 
+def test_codecs_say_whether_their_length_is_exact():
+    assert [text for text in TEXTS if codec(text).fixed] == FIXED
+
+
 @pytest.mark.parametrize("text", FIXED)
 @given(shape=st.lists(st.integers(0, 9), max_size=4), seed=st.integers(0, 99))
 @settings(max_examples=25)

@@ -22,6 +22,7 @@ from merak_like.partitioner.states import STATES, StateBytes
 
 if TYPE_CHECKING:
     from merak_like.cli.models import Loaded
+    from merak_like.partitioner.coding import Coding
 
 STEP = 4
 """Samples of a step for each pipeline rank, when nobody says."""
@@ -51,6 +52,7 @@ class Question:
     attention: str = "flash"
     optimizer: str | None = None
     memory_limit: int | None = None
+    codec: str | None = None
 
     def __post_init__(self) -> None:
         if self.recompute is not None:
@@ -84,6 +86,14 @@ class Question:
         """What the optimizer keeps."""
         name = self.optimizer or ("adamw-megatron" if self.kernels == "fused" else "adamw")
         return STATES[known(name, "optimizer", STATES)]
+
+    def coding(self, loaded: Loaded) -> Coding | None:
+        """What transfers between stages shrink to. Raises ValueError for a codec that pipelines cannot use."""
+        if self.codec is None:
+            return None
+        from merak_like.runtime.coded_links import coding_of, link_codec
+
+        return coding_of(link_codec(self.codec, self.pp), loaded.model)
 
     @property
     def decided(self) -> bool:
@@ -163,7 +173,7 @@ def _planned(asked: Question, mesh: Mesh, batch: int, samples: int) -> Plan:
         micro_batch=asked.micro_batch, schedule=asked.schedule or "1f1b", chunks=asked.chunks, recompute=asked.again,
         memory_limit=ROOM if shown else asked.memory_limit, states=asked.states, zero=asked.zero or 0,
         sequence_parallel=bool(asked.sequence_parallel), sources=sources, software=asked.software,
-        sharding=_sharding(loaded, mesh.tp), signature=_signature(loaded.example),
+        sharding=_sharding(loaded, mesh.tp), signature=_signature(loaded.example), coding=asked.coding(loaded),
     )  # fmt: skip
     return _with_room(replace(made, memory_limit=asked.hardware.memory_limit)) if shown else made
 
@@ -184,7 +194,7 @@ def _searched(asked: Question, loaded: Loaded, sources: Sources) -> tuple[Plan, 
         asked.world, asked.batch or STEP * asked.world, asked.dp, asked.pp, asked.tp, asked.micro_batch,
         asked.micro_batches, asked.schedule, asked.chunks,
         None if asked.recompute in (None, "auto") else "selective" if asked.scores_again else asked.again,
-        asked.zero, asked.sequence_parallel, asked.memory_limit,
+        asked.zero, asked.sequence_parallel, asked.memory_limit, coding=asked.coding(loaded),
     )  # fmt: skip
     software = replace(asked.software, selective=False)
     ranked = choose(sources, wanted, asked.hardware, software, states=asked.states)
@@ -220,7 +230,7 @@ def _as_written(asked: Question, mesh: Mesh) -> Plan:
             micro_batches=micro_batches, micro_batch=micro_batch, schedule=asked.schedule or "1f1b",
             chunks=asked.chunks, recompute=asked.again, memory_limit=asked.memory_limit, states=asked.states,
             zero=asked.zero or 0, sequence_parallel=bool(asked.sequence_parallel), software=asked.software,
-            signature=_signature(loaded.example),
+            signature=_signature(loaded.example), coding=asked.coding(loaded),
         )  # fmt: skip
 
     made = plan(size, asked.micro_batches, asked.micro_batch)

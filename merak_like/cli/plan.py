@@ -64,6 +64,9 @@ def run(
     optimizer: Annotated[
         str | None, typer.Option(help="adamw, adamw-mixed, adamw-megatron, momentum, sgd: the state kept.")
     ] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="What values go through between pipeline ranks, such as int8 or int4|int8.")
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="Of one rank, such as 40GB; default: the hardware's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan itself; a file only with -o.")] = False,
     check: Annotated[
@@ -85,7 +88,7 @@ def run(
         source(model, seq=seq, task=task, dtype=dtype), device, world, batch=batch, micro_batches=micro_batches,
         micro_batch=micro_batch, schedule=schedule, chunks=chunks, recompute=recompute, zero=zero,
         sequence_parallel=sequence_parallel, kernels=device.kernels, attention=device.attention, optimizer=optimizer,
-        memory_limit=limit, **degrees,
+        memory_limit=limit, codec=codec, **degrees,
     )  # fmt: skip
     made, ranked = decide(question)
     made = remembering(made, question, ranked)

@@ -46,7 +46,8 @@ def choose(
     limit = hardware.memory_limit if wanted.memory_limit is None else wanted.memory_limit
     tables = Tables(sources, hardware, software)
     found = [
-        Ranked(layout, *estimate(layout, tables, hardware, states)) for layout in layouts(sources, wanted, hardware)
+        Ranked(layout, *estimate(layout, tables, hardware, states, wanted.coding))
+        for layout in layouts(sources, wanted, hardware)
     ]
     if not found:
         raise ValueError(_nothing(sources, wanted))
@@ -88,6 +89,7 @@ def _plan(
             recompute="none" if selective else layout.recompute, memory_limit=wanted.memory_limit, states=states,
             zero=layout.zero, sequence_parallel=layout.sequence_parallel, sources=sources,
             software=replace(software, selective=selective), thorough=thorough,
+            coding=wanted.coding,
         )  # fmt: skip
     except ValueError:  # it does not fit after all, or cannot be cut as finely
         return None

@@ -19,6 +19,7 @@ from merak_like.partitioner.after import after_seconds
 from merak_like.partitioner.balance import Floats, Ints
 from merak_like.partitioner.batches import traced_samples
 from merak_like.partitioner.blocks import repeated, units
+from merak_like.partitioner.coding import Coding, coded
 from merak_like.partitioner.cost import op_cost, op_costs
 from merak_like.partitioner.cuts import find_cuts
 from merak_like.partitioner.graph import ProxyGraph
@@ -191,7 +192,9 @@ def _cut(work: Floats, stages: int) -> Ints:
             starts = starts or [0, end]
 
 
-def estimate(layout: Layout, tables: Tables, hardware: Hardware, states: StateBytes) -> tuple[float, int]:
+def estimate(
+    layout: Layout, tables: Tables, hardware: Hardware, states: StateBytes, coding: Coding | None = None
+) -> tuple[float, int]:
     """Seconds of the step, and bytes of the fullest rank."""
     shares, mesh, m = tables.shares(layout), layout.mesh, layout.micro_batches
     if shares is None:
@@ -199,7 +202,8 @@ def estimate(layout: Layout, tables: Tables, hardware: Hardware, states: StateBy
     table, stages = tables.of(layout), mesh.pp * layout.chunks
     blocks = layout.recompute in ("blocks", "full", "auto")
     slowest = shares.slowest if layout.chunks > 1 else shares.work.max()
-    between = hop(mesh, hardware, 0, 1).seconds(table.entering) if mesh.pp > 1 else 0.0
+    link = coded(hop(mesh, hardware, 0, 1), coding, hardware) if mesh.pp > 1 else None
+    between = link.seconds(table.entering) if link is not None else 0.0
     pipeline = (m - 1) * slowest + shares.work.sum() / layout.chunks + 2 * between * (stages - 1)
     if layout.chunks > 1:
         pipeline = m * slowest + (mesh.pp - 1) * slowest / layout.chunks + 2 * between * (stages - 1)

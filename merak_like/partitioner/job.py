@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 
+from merak_like.partitioner.coding import Coding, coded
 from merak_like.partitioner.hardware import Hardware, Link
 from merak_like.partitioner.held import Held, held
 from merak_like.partitioner.mesh import Mesh
@@ -34,6 +35,8 @@ class Job:
     chunks: int = 1
     """Stages per rank of an interleaved schedule."""
     recompute: str = "auto"
+    coding: Coding | None = None
+    """What values between ranks go through."""
 
     @cached_property
     def order(self) -> Schedule:
@@ -84,7 +87,9 @@ class Job:
         return cache(self._slowest)
 
     def _slowest(self, *ends: int) -> Link | None:
-        return None if ends[0] == ends[1] else hop(self.mesh, self.hardware, *ends)
+        if ends[0] == ends[1]:
+            return None
+        return coded(hop(self.mesh, self.hardware, *ends), self.coding, self.hardware)
 
     @cached_property
     def links(self) -> tuple[Link | None, ...]:

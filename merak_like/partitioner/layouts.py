@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from merak_like.partitioner.batches import divisors
+from merak_like.partitioner.coding import Coding
 from merak_like.partitioner.executable import ANYTHING, Executable
 from merak_like.partitioner.hardware import Hardware
 from merak_like.partitioner.mesh import Mesh
@@ -50,6 +51,7 @@ class Wanted:
     sequence_parallel: bool | None = None
     memory_limit: int | None = None
     executable: Executable = ANYTHING
+    coding: Coding | None = None
 
 
 def layouts(sources: Sources, wanted: Wanted, hardware: Hardware) -> Iterator[Layout]:

@@ -50,6 +50,13 @@ def _assumed(graph: ProxyGraph, setting: Setting) -> list[str]:
         f"costs are estimated from flops and bytes for {hardware.name} ({hardware.source or 'figures given'}), "
         f"no op was timed; kernels: {setting.software}"
     ]
+    if (coding := setting.problem.job.coding) is not None:
+        told.append(
+            f"values between ranks go through {coding.text}: {coding.share:.3g} of their bytes travel, and what coding "
+            "takes is counted to the transfer"
+            if setting.problem.job.mesh.pp > 1
+            else f"one pipeline rank sends nothing to another: {coding.text} has nothing to do"
+        )
     if scale != 1:
         told.append(
             f"a micro-batch is {scale:.4g} times the traced example: costs are scaled, shapes are those of the example"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from merak_like.partitioner.coding import Coding, coded
 from merak_like.partitioner.hardware import PRESETS, Hardware
 from merak_like.partitioner.placement import hop
 from merak_like.partitioner.plan import Plan
@@ -51,13 +52,19 @@ def costs_of(plan: Plan) -> Costs:
     hops: dict[tuple[int, int], float] = {}
     for (source, target), size in nbytes.items():
         if hardware is not None and rank[source] != rank[target]:
-            hops[source, target] = hop(mesh, hardware, rank[source], rank[target]).seconds(size)
+            link = hop(mesh, hardware, rank[source], rank[target])
+            hops[source, target] = coded(link, coding_in(plan), hardware).seconds(size)
     return Costs(stages, hops)
 
 
 def hardware_of(plan: Plan) -> Hardware | None:
     """The hardware that a plan was made for, by what it holds or by its name; None for one that is not known."""
     return plan.basis.hardware if plan.basis is not None else PRESETS.get(plan.hardware)
+
+
+def coding_in(plan: Plan) -> Coding | None:
+    """The codec between stages that a plan counts on, where it holds what it was made from."""
+    return plan.basis.options.get("coding") if plan.basis is not None else None
 
 
 def edges_of(plan: Plan) -> Edges:

@@ -17,6 +17,7 @@ from merak_like.partitioner.basis import remembered
 from merak_like.partitioner.batches import divide, traced_samples
 from merak_like.partitioner.blocks import Piece, repeated, units
 from merak_like.partitioner.candidates import candidates
+from merak_like.partitioner.coding import Coding
 from merak_like.partitioner.cost import CostTable, Hardware, hardware_named, op_costs
 from merak_like.partitioner.cuts import find_cuts
 from merak_like.partitioner.graph import ProxyGraph
@@ -63,6 +64,7 @@ def make_plan(
     thorough: bool = True,
     signature: Mapping[str, str] | None = None,
     sharding: Sequence[ShardedBlock] = (),
+    coding: Coding | None = None,
 ) -> Plan:
     """Decide how to train a graph on a mesh, ``batch`` samples a step.
 
@@ -78,7 +80,8 @@ def make_plan(
     For ``tp`` above 1 the graph is that of one rank, or ``sources`` has the trace that it is made of, and ``sharding``
     says how; ``software`` other than torch's own kernels needs ``sources``, too. Unless ``thorough``, the partition is
     the best of few seeds.
-    ``zero`` is the ZeRO level; ``sequence_parallel`` divides along the sequence what tp ranks would all have.
+    ``zero`` is the ZeRO level; ``sequence_parallel`` divides along the sequence what tp ranks would all have;
+    ``coding`` says what transfers between stages shrink to.
 
     Raises ValueError, with what was asked, what was found and the nearest thing that works, for a mesh, batch or
     schedule that cannot be, for more stages than the graph can be cut into, and for stages that do not fit the memory.
@@ -86,7 +89,7 @@ def make_plan(
     asked = ask(
         graph, mesh, hardware=hardware, batch=batch, schedule=schedule, chunks=chunks, recompute=recompute,
         memory_limit=memory_limit, states=states, zero=zero, sequence_parallel=sequence_parallel, sources=sources,
-        software=software,
+        software=software, coding=coding,
     )  # fmt: skip
     tried = [asked.setting(m) for m in divide(batch, mesh.dp, mesh.pp, micro_batches, micro_batch)]
     quickest = [quick(setting.problem) for setting in tried] if len(tried) > 1 else [None]
@@ -109,6 +112,7 @@ def ask(
     graph: ProxyGraph, mesh: Mesh, *, hardware: Hardware | str, batch: int, schedule: str = "1f1b",
     chunks: int | None = None, recompute: str = "auto", memory_limit: int | None = None, states: StateBytes = ADAMW,
     zero: int = 0, sequence_parallel: bool = False, sources: Sources | None = None, software: Software | None = None,
+    coding: Coding | None = None,
 ) -> Asked:  # fmt: skip
     """The arguments of ``make_plan``, checked."""
     if not graph.ops:
@@ -127,7 +131,7 @@ def ask(
     return Asked(
         graph, of_rank, mesh, replace(device, kernels=software.kernels), batch, schedule,
         stages_per_rank(schedule, chunks), known(recompute, "recompute", RECOMPUTE), memory_limit, states, zero,
-        sequence_parallel, software,
+        sequence_parallel, software, coding,
     )  # fmt: skip
 
 
@@ -164,6 +168,7 @@ class Asked:
     zero: int
     sequence_parallel: bool
     software: Software
+    coding: Coding | None = None
 
     def setting(self, micro_batches: int) -> Setting:
         """What follows from a number of micro-batches.
@@ -172,7 +177,7 @@ class Asked:
         """
         graph, mesh = self.of_rank, self.mesh
         limit = self.hardware.memory_limit if self.memory_limit is None else self.memory_limit
-        job = Job(mesh, self.hardware, self.schedule, micro_batches, limit, self.chunks, self.recompute)
+        job = Job(mesh, self.hardware, self.schedule, micro_batches, limit, self.chunks, self.recompute, self.coding)
         scale = self.batch / mesh.dp / micro_batches / traced_samples(graph)
         costs = op_costs(graph, self.hardware, scale=scale)
         cuts = find_cuts(graph)

@@ -183,9 +183,8 @@ class Engine(Lasting, Speaking):
         self._running[action.micro_batch].stages[action.stage].weight(action.micro_batch)
 
     def _send_forward(self, action: Action) -> None:
-        made = self._made[action.micro_batch, action.stage]
         specs = self._running[action.micro_batch].forward.get((action.stage, action.peer), ())
-        self._links.send(action, {spec.name: made[spec.name] for spec in specs})
+        self._links.send(action, specs, self._made[action.micro_batch, action.stage])
 
     def _post_forward(self, action: Action) -> None:
         specs = self._running[action.micro_batch].forward.get((action.peer, action.stage), ())
@@ -196,7 +195,8 @@ class Engine(Lasting, Speaking):
         specs = self._running[action.micro_batch].backward((action.peer, action.stage))
         unread = [spec for spec in specs if spec.name not in gradients]  # had no part in the loss
         zeros = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=self.world.device) for s in unread}
-        self._links.send(action, {s.name: zeros[s.name] if s in unread else gradients.pop(s.name) for s in specs})
+        own = {s.name: zeros[s.name] if s in unread else gradients.pop(s.name) for s in specs}
+        self._links.send(action, specs, own)
 
     def _post_backward(self, action: Action) -> None:
         specs = self._running[action.micro_batch].backward((action.stage, action.peer))

@@ -38,8 +38,8 @@ class Links(Protocol):
         """Wait for a posted receive; its values by name."""
         ...
 
-    def send(self, action: Action, values: Mapping[str, Tensor]) -> None:
-        """Start sending what ``action`` (a SEND) names."""
+    def send(self, action: Action, specs: Sequence[Spec], values: Mapping[str, Tensor]) -> None:
+        """Start sending what ``action`` (a SEND) names: of the values those in ``specs``, in that order."""
         ...
 
     def flush(self) -> None:
@@ -71,12 +71,12 @@ class DistLinks:
             found[spec.name] = buffer.requires_grad_() if spec.requires_grad else buffer
         return found
 
-    def send(self, action: Action, values: Mapping[str, Tensor]) -> None:
+    def send(self, action: Action, specs: Sequence[Spec], values: Mapping[str, Tensor]) -> None:
         self._sending = [item for item in self._sending if not item[2].is_completed()]
         peer = self.groups.rank_of(action.peer)
         group = self.groups.towards(action.peer)
-        for value in values.values():
-            tensor = value.detach().contiguous()
+        for spec in specs:
+            tensor = values[spec.name].detach().contiguous()
             self._sending.append((action, tensor, self._start(dist.isend, tensor, peer, group, action)))
 
     def flush(self) -> None:
@@ -99,7 +99,7 @@ class NoLinks:
     def take(self, action: Action) -> dict[str, Tensor]:
         raise AssertionError(f"{action} on a pipeline of one rank")
 
-    def send(self, action: Action, values: Mapping[str, Tensor]) -> None:
+    def send(self, action: Action, specs: Sequence[Spec], values: Mapping[str, Tensor]) -> None:
         raise AssertionError(f"{action} on a pipeline of one rank")
 
     def flush(self) -> None:

@@ -112,9 +112,9 @@ class Together:
         """As the links."""
         return self.links.take(action)
 
-    def send(self, action: Action, values: Mapping[str, Tensor]) -> None:
+    def send(self, action: Action, specs: Sequence[Spec], values: Mapping[str, Tensor]) -> None:
         """As the links."""
-        self.links.send(action, values)
+        self.links.send(action, specs, values)
 
     def flush(self) -> None:
         """As the links; then raises on every rank what broke on one."""

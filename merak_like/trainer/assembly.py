@@ -46,8 +46,9 @@ def assembled(
         max_grad_norm=learns["max_grad_norm"], weights=weights, plan=Plan.load(asked.plan) if asked.plan else None,
         hardware=asked.hardware, memory_limit=_limit(asked), device=asked.device, timeout=asked.timeout,
         seed=args.training.seed, zero=learns["zero"], zero_backend=learns["zero_backend"],
-        sequence_parallel=asked.sequence_parallel, tp_shares=asked.tp_shares, fuse=asked.fuse,
-        skip_not_finite=args.training.skip_bad_steps, precision=learns["precision"], methods=methods_of(args.methods),
+        sequence_parallel=asked.sequence_parallel, tp_shares=asked.tp_shares, codec=asked.codec,
+        fuse=asked.fuse, skip_not_finite=args.training.skip_bad_steps, precision=learns["precision"],
+        methods=methods_of(args.methods),
     )  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def planned(model: nn.Module, args: Settings, example: Any, loss_fn: Any, steps:
             recompute=asked.recompute, micro_batches=learns["micro_batches"], tp_shares=asked.tp_shares,
             sequence_parallel=asked.sequence_parallel, fuse=asked.fuse, zero=learns["zero"],
             zero_backend=learns["zero_backend"], precision=learns["precision"], methods=methods_of(args.methods),
-            hardware=asked.hardware, memory_limit=_limit(asked),
+            hardware=asked.hardware, memory_limit=_limit(asked), codec=asked.codec,
         )  # fmt: skip
 
 

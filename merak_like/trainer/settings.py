@@ -41,6 +41,8 @@ class Parallelism(Section):
     """Divide activations outside of sharded weights among tensor-parallel ranks too; ``auto``: chosen."""
     tp_shares: Count = 1
     """Parts of a micro-batch, the tensor-parallel sums of one under the compute of another."""
+    codec: str | None = None
+    """What values go through between pipeline stages, such as ``int8`` or ``int4|int8`` (forward, backward)."""
     schedule: str = "1f1b"
     chunks: Count | None = None
     recompute: Literal["auto", "none", "full"] = "auto"

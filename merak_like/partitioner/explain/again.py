@@ -24,6 +24,9 @@ from merak_like.partitioner.problem import Problem
 from merak_like.partitioner.search import Found, quick
 from merak_like.partitioner.traffic import Traffic
 
+KEPT = ("recompute", "states", "zero", "sequence_parallel", "coding")
+"""Options of ``make_plan`` that a plan itself does not say."""
+
 
 def basis_of(plan: Plan) -> Basis:
     """What a plan was made from. Raises ValueError where the file does not say."""
@@ -65,7 +68,7 @@ class Again:
     def of(cls, plan: Plan) -> Again:
         """State it again. Raises ValueError where the plan does not hold what it was made from."""
         basis = basis_of(plan)
-        options = {n: o for n, o in basis.options.items() if n in ("recompute", "states", "zero", "sequence_parallel")}
+        options = {n: o for n, o in basis.options.items() if n in KEPT}
         asked = ask(
             basis.graph, plan.mesh, hardware=basis.hardware, schedule=plan.schedule,
             batch=plan.mesh.dp * plan.micro_batches * plan.micro_batch, memory_limit=plan.memory_limit,

@@ -57,6 +57,10 @@ class AqSgd(Codec):
     def remembers(self) -> bool:
         return True
 
+    @property
+    def fixed(self) -> bool:
+        return False
+
     def __post_init__(self) -> None:
         if self.store not in STORES:
             raise ValueError(f"{self.text}: store must be one of {', '.join(STORES)}, found {self.store!r}")

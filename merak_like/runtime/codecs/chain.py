@@ -37,6 +37,10 @@ class Chain(Codec):
     def remembers(self) -> bool:
         return any(codec.remembers for codec in self.codecs)
 
+    @property
+    def fixed(self) -> bool:
+        return all(codec.fixed for codec in self.codecs)
+
     def pack(self, x: Tensor, context: Context) -> tuple[Tensor, bytes]:
         sides = b""
         for codec in self.codecs:
@@ -96,6 +100,10 @@ class Duplex(Codec):
     @property
     def remembers(self) -> bool:
         return self.forward.remembers or self.backward.remembers
+
+    @property
+    def fixed(self) -> bool:
+        return self.forward.fixed and self.backward.fixed
 
     def pack(self, x: Tensor, context: Context) -> tuple[Tensor, bytes]:
         return self._of(context).pack(x, replace(context, paired=False))

@@ -87,6 +87,12 @@ class Codec(ABC):
         """Whether it keeps something of each sample, by the ids in the context."""
         return False
 
+    @property
+    def fixed(self) -> bool:
+        """Whether ``packed`` is exact whatever the tensor holds and was sent before, so that a receiver can count on
+        it."""
+        return True
+
     @abstractmethod
     def pack(self, x: Tensor, context: Context) -> tuple[Tensor, bytes]:
         """The body, on x's device, and the side."""

@@ -31,6 +31,10 @@ class Deflate(Codec):
         if self.level not in range(1, 10):
             raise ValueError(f"{self.text}: the level must be 1 (fast) to 9 (small), found {self.level}")
 
+    @property
+    def fixed(self) -> bool:
+        return False
+
     def pack(self, x: Tensor, context: Context) -> tuple[Tensor, bytes]:
         plain = as_bytes(x)
         data = zlib.compress(plain.view(-1, x.itemsize).T.contiguous().cpu().numpy().tobytes(), self.level)
