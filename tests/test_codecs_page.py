@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +23,19 @@ BLOCKS = re.findall(r"(?<!ranks -->\n)```python\n(.*?)```", PAGE, re.DOTALL)
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_code_of_the_page_for_one_process_runs(block: str):
     exec(block, {})
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_code_of_the_page_for_two_ranks_runs(tmp_path: Path):
+    (block,) = re.findall(r"<!-- run with 2 ranks -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "two.py").write_text(block)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, str(tmp_path / "two.py")], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("name", CODECS)
