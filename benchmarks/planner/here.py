@@ -40,7 +40,7 @@ from merak_like.partitioner.this_machine import this_machine
 
 OUT = Path(__file__).with_name("here.json")
 ROUNDS, STEPS = 2, 5
-TOGETHER, JOB = 4, 120.0
+TOGETHER, JOB = 8, 240.0
 """Rows that share a job, and the seconds it may take."""
 
 
@@ -158,11 +158,11 @@ def profile(held: dict[str, Any], asked: Sequence[Row]) -> dict[str, Hardware]:
         save()
 
     @cache
-    def found(ranks: int, *of: Row) -> Hardware:
+    def fitted(ranks: int, *of: Row) -> Hardware:
         return calibrated(of, profiles, joined(rough, known, ranks, cores), cores)
 
-    sending = found(2, PIPE).message_seconds
-    return {row.name: replace(found(row.ranks, *shortened(row)), message_seconds=sending) for row in asked}
+    sending = fitted(2, PIPE).message_seconds
+    return {row.name: replace(fitted(row.ranks, *shortened(row)), message_seconds=sending) for row in asked}
 
 
 def main() -> None:

@@ -51,7 +51,8 @@ def profile_of(engine: Engine, batch: Mapping[str, torch.Tensor]) -> dict[str, A
     if recorded is None:
         return {}
     quick = sorted(range(STEPS), key=lambda i: recorded.step(i).seconds)[:KEPT][::-1]  # the first one is left out
-    kept = Recorded(recorded.plan, *(tuple(every[i] for i in quick) for every in (recorded.steps, recorded.tails)))
+    steps, tails = (tuple(recorded.steps[i] for i in quick), tuple(recorded.tails[i] for i in quick))
+    kept = Recorded(recorded.plan, steps, tails)
     return {"plan": json.loads(engine.plan.to_json()), "profile": json.loads(kept.to_json())}
 
 
