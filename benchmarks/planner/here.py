@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.planner.profiled import PIPE, calibrated, joined, lines, profile_of, shortened
+from benchmarks.planner.profiled import PIPE, calibrated, company, joined, lines, profile_of, shortened
 from benchmarks.planner.random_rows import MODELS, ROWS, SEQ, Row, rows
 from benchmarks.planner.sharing import makespan
 from merak_like import Engine, Plan, auto_parallel
@@ -83,15 +84,18 @@ def predicted(plan: Plan) -> float:
 def run(ranks: int, given: dict[str, Any]) -> dict[str, Any]:
     """A job of this script: what its rank 0 answered before the job ended or, which is told too, failed.
 
-    No ranks: a process on each core, that know nothing of each other. One answers, the others keep it company.
+    No ranks: a process on each core, each its own job. The first answers, the others keep it company.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     command = [sys.executable, *torchrun, "-m", "benchmarks.planner.here", "--task"]
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder) / str(i) for i in range(1 if ranks else len(os.sched_getaffinity(0)))]
-        for place in places:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        for index, place in enumerate(places):
             place.mkdir()
-            (place / "task.json").write_text(json.dumps(given), encoding="utf-8")
+            beside = {} if ranks else {"company": [port, index, len(places)]}
+            (place / "task.json").write_text(json.dumps(given | beside), encoding="utf-8")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         started = [subprocess.Popen([*command, str(place / "task.json")], env=environment) for place in places]
         failed, until = "", time.monotonic() + JOB
@@ -121,9 +125,10 @@ def answer(task: Path) -> None:
         dist.init_process_group("gloo")
         say("lines", lines())
         dist.destroy_process_group()
+    meet = company(*asked["company"]) if "company" in asked else lambda: None
     for one in asked.get("profiled", ()):
         row = Row(**one)
-        say(row.name, profile_of(*built(row, Hardware.from_json(asked["hardware"]))))
+        say(row.name, profile_of(*built(row, Hardware.from_json(asked["hardware"])), meet))
     for one, text in asked.get("rows", ()):
         row = Row(**one)
         say(row.name, step_of(row, Hardware.from_json(text)))

@@ -4,7 +4,8 @@ A row's *shortened* rows have two of its blocks, whatever the row has, in one st
 with the row's. ``calibrate`` is fed with their profiles, so its constants are those of the row's blocks on this
 machine. Nothing is known here of how long a row takes.
 
-Processes that share a core are profiled as many at once as the row has, and their seconds told as if each had its own.
+Cores that are all busy share caches and memory, so as many processes as there are cores step together in the first; in
+the second as many as the row has, and if they share cores their seconds are told as if each had its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from math import ceil, log2
 from statistics import median
 from typing import Any
@@ -40,11 +42,12 @@ def shortened(row: Row) -> list[Row]:
     return [alone, replace(alone, dp=row.ranks // row.tp, tp=row.tp)] if row.tp > 1 else [alone]
 
 
-def profile_of(engine: Engine, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The engine's plan and its profile; nothing but on rank 0."""
+def profile_of(engine: Engine, batch: Mapping[str, torch.Tensor], meet: Callable[[], None]) -> dict[str, Any]:
+    """The engine's plan and its profile; nothing but on rank 0. ``meet`` waits for who steps beside it."""
     engine.step(batch)
     with engine.profile() as profile:
         for _ in range(STEPS):
+            meet()
             engine.step(batch)
     engine.close()
     recorded = profile.recorded
@@ -54,6 +57,20 @@ def profile_of(engine: Engine, batch: Mapping[str, torch.Tensor]) -> dict[str, A
     steps, tails = (tuple(recorded.steps[i] for i in quick), tuple(recorded.tails[i] for i in quick))
     kept = Recorded(recorded.plan, steps, tails)
     return {"plan": json.loads(engine.plan.to_json()), "profile": json.loads(kept.to_json())}
+
+
+def company(port: int, index: int, processes: int) -> Callable[[], None]:
+    """What lets processes of a machine that are no job begin something together."""
+    store: Any = dist.TCPStore("127.0.0.1", port, processes, index == 0)  # pyright: ignore[reportPrivateImportUsage]
+    turns = count()
+
+    def meet() -> None:
+        key = str(next(turns))
+        store.add(key, 1)
+        while store.add(key, 0) < processes:
+            time.sleep(1e-4)
+
+    return meet
 
 
 def lines() -> dict[str, list[float]]:
@@ -81,14 +98,18 @@ def _timed(run: Callable[[torch.Tensor], object]) -> list[float]:
 
 
 def joined(rough: Hardware, known: Mapping[str, Mapping[str, list[float]]], ranks: int, cores: int) -> Hardware:
-    """The machine with what was timed: latencies are those of the smallest, bandwidths come from the largest."""
+    """The machine with what was timed: latencies are those of the smallest, bandwidths come from the largest.
+
+    A step has one sum of few numbers over all ranks, and is timed between two barriers, which are another.
+    """
     messages, sums = known["2"]["messages"], known[str(max(ranks, 2))]["sums"]
     ranks = max(ranks, 2)
     line = Link(_slope(messages), messages[0])
     own = min(cores / ranks, 1.0)
     share = 2 * (ranks - 1) / ranks * _slope(sums) / own / line.bandwidth
     call = max(own * sums[0] - 2 * ceil(log2(ranks)) * line.latency, 0.0)
-    return replace(rough, intra=line, intra_efficiency=share, collective_seconds=call)
+    each = 2 * own * sums[0]
+    return replace(rough, intra=line, intra_efficiency=share, collective_seconds=call, step_seconds=each)
 
 
 def _slope(times: list[float]) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import exp, log
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -172,9 +172,8 @@ def _read(pairs: Sequence[tuple[Plan, Recorded]]) -> dict[str, float]:
             step = recorded.step(index)
             for rank, (share, records) in enumerate(zip(shares(step), step.records, strict=True)):
                 seen["micro_batch_seconds"].append(share.other / plan.micro_batches)
-                calls = sum(record.action.peer >= 0 for record in records)
-                if calls:
-                    seen["message_seconds"].append(share.transfer / calls)
+                calls = [record.end - record.start for record in records if record.action.peer >= 0]
+                seen["message_seconds"] += [fmean(calls)] if calls else []
                 own = [s.memory for s in plan.stages if s.rank == plan.mesh.coord(rank).pp]
                 if alone and share.after > 0:
                     stepped = sum(stepped_bytes(plan.mesh, held, plan.zero) for held in own)
