@@ -37,8 +37,10 @@ SIZES = (2**10, 2**16, 2**20, 2**23)
 
 
 def shortened(row: Row) -> list[Row]:
-    """What is profiled for a row. Gradients of a second micro-batch are added up, of the first one not."""
-    alone = replace(row, layers=DEPTH, dp=1, pp=1, tp=1, schedule="1f1b", micro_batches=min(row.micro_batches, 3))
+    """What is profiled for a row. Gradients of a second micro-batch are added up, of the first one not; a backward that
+    is split runs other code."""
+    split = "zb-h1" if row.schedule.startswith("zb-") else "1f1b"
+    alone = replace(row, layers=DEPTH, dp=1, pp=1, tp=1, schedule=split, micro_batches=min(row.micro_batches, 3))
     return [alone, replace(alone, dp=row.ranks // row.tp, tp=row.tp)] if row.tp > 1 else [alone]
 
 
