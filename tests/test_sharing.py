@@ -38,11 +38,12 @@ def test_a_step_on_few_cores_lies_between_the_simulated_one_and_all_work_on_them
     )
 
 
-def test_a_row_is_profiled_by_two_of_its_blocks_on_one_stage():
+def test_a_row_is_profiled_by_few_of_its_blocks_on_one_stage():
     every = rows()
     assert len({row.name for row in every}) == ROWS
     for row in every:
-        alone, *parted = shortened(row)
-        assert (alone.layers, alone.ranks, alone.width, alone.micro_batch) == (2, 1, row.width, row.micro_batch)
-        assert [(p.pp, p.tp, p.ranks) for p in parted] == [(1, row.tp, row.ranks)] * (row.tp > 1)
+        one, three, *parted = shortened(row)
+        assert (one.layers, one.ranks, one.width, one.micro_batch) == (1, 1, row.width, row.micro_batch)
+        assert three == replace(one, layers=3)
+        assert [(p.layers, p.pp, p.tp, p.ranks) for p in parted] == [(2, 1, row.tp, row.ranks)] * (row.tp > 1)
     assert PIPE not in every

@@ -3,10 +3,10 @@
     python -m benchmarks.planner.here            profile, then every row that is missing, for at most --minutes
     python -m benchmarks.planner.here --again    forget what was measured before
 
-The machine is profiled first, as a user would (``profiled.py``); cores that are all busy share caches and memory, so
-they are all busy then. A row is predicted with that and measured in rounds that go over all rows, so that a busy minute
-falls on all alike; the fastest round counts. What stands in ``here.json`` is kept; a job that fails is told, noted
-under its rows, and tried again in the next round.
+A round profiles the machine, as a user would (``profiled.py``), predicts every row with that, and measures all rows. A
+machine is slower in some minutes than in others, whatever else it does, so of the rounds the fastest prediction and the
+fastest measurement count, each by itself. What stands in ``here.json`` is kept; a job that fails is told, noted under
+its rows, and tried again in the next round.
 
 Processes stand in for devices, but share the cores where there are fewer of these (``sharing.py``).
 """
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.planner.profiled import PIPE, calibrated, company, joined, lines, profile_of, shortened
+from benchmarks.planner.profiled import PIPE, calibrated, company, constants, joined, lines, profile_of, shortened
 from benchmarks.planner.random_rows import MODELS, ROWS, SEQ, Row, rows
 from benchmarks.planner.sharing import makespan
 from merak_like import Engine, Plan, auto_parallel
@@ -135,7 +135,7 @@ def answer(task: Path) -> None:
 
 
 def profile(held: dict[str, Any], asked: Sequence[Row]) -> dict[str, Hardware]:
-    """This machine's hardware for each row, calibrated. What is missing in ``held`` is run."""
+    """This machine's hardware for each row, calibrated by a profile of its own."""
     cores, save = len(os.sched_getaffinity(0)), partial(_save, held)
     if "rough" not in held:
         torch.set_num_threads(1)
@@ -149,18 +149,15 @@ def profile(held: dict[str, Any], asked: Sequence[Row]) -> dict[str, Hardware]:
                 raise RuntimeError(f"messages between {ranks} processes were not measured: {found['failed']}")
             known[str(ranks)] = found["lines"]
             save()
-    rough, profiles = Hardware.from_json(json.dumps(held["rough"])), held.setdefault("profiles", {})
+    rough, profiles = Hardware.from_json(json.dumps(held["rough"])), dict[str, Any]()
     shorts = {row.name: row for one in asked for row in shortened(one)} | {PIPE.name: PIPE}
     for ranks in sorted({row.ranks for row in shorts.values()}):
-        own = [row for row in shorts.values() if row.ranks == ranks and row.name not in profiles]
-        if not own:
-            continue
+        own = [row for row in shorts.values() if row.ranks == ranks]
         with_lines = joined(rough, known, ranks, cores).to_json()
         found = run(ranks if ranks > 1 else 0, {"profiled": list(map(asdict, own)), "hardware": with_lines})
         if any(row.name not in found for row in own):
             raise RuntimeError(f"the models were not profiled: {found['failed']}")
         profiles |= {row.name: found[row.name] for row in own}
-        save()
 
     @cache
     def fitted(ranks: int, *of: Row) -> Hardware:
@@ -171,7 +168,7 @@ def profile(held: dict[str, Any], asked: Sequence[Row]) -> dict[str, Hardware]:
 
 
 def main() -> None:
-    """Profile once, then measure in rounds until the minutes are over."""
+    """Profile and measure in rounds until the minutes are over."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--again", action="store_true")
@@ -184,17 +181,19 @@ def main() -> None:
     until = time.monotonic() + 60 * args.minutes
     held: dict[str, Any] = {} if args.again or not OUT.exists() else json.loads(OUT.read_text(encoding="utf-8"))
     every = [row for i, row in enumerate(rows()) if args.only is None or i in args.only]
-    hardware = profile(held, every)
     held.setdefault("rows", {})
     for turn in range(ROUNDS):
-        for asked in _jobs([row for row in every if len(held["rows"].get(row.name, {}).get("rounds", ())) <= turn]):
+        missing = [row for row in every if len(held["rows"].get(row.name, {}).get("rounds", ())) <= turn]
+        hardware = profile(held, missing) if missing and time.monotonic() < until else {}
+        for asked in _jobs(missing):
             while asked and time.monotonic() < until:
                 load = os.getloadavg()[0]
                 given = [(asdict(row), hardware[row.name].to_json()) for row in asked]
                 found = run(asked[0].ranks, {"rows": given})
                 while asked and asked[0].name in found:
                     row = asked.pop(0)
-                    _note(held["rows"].setdefault(row.name, {"rounds": []}), found[row.name], row, load)
+                    own = held["rows"].setdefault(row.name, {"rounds": []})
+                    _note(own, found[row.name] | {"constants": constants(hardware[row.name])}, row, load)
                 if asked:
                     row = asked.pop(0)
                     held["rows"].setdefault(row.name, {"rounds": []})["failed"] = found["failed"]
@@ -214,12 +213,12 @@ def _jobs(asked: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def _note(known: dict[str, Any], measured: dict[str, Any], row: Row, load: float) -> None:
-    """A round of a row: its fastest step."""
+    """A round of a row: its profile's prediction and its fastest step."""
     known.pop("failed", None)
-    known["rounds"].append({"seconds": measured["measured"], "load": round(load, 1)})
-    known["predicted"] = measured["predicted"]
-    known["measured"] = min(each["seconds"] for each in known["rounds"])
-    print(f"{row.name}: {known['predicted']:.3f} s predicted, {known['measured']:.3f} s measured", flush=True)
+    known["rounds"].append(measured | {"load": round(load, 1)})
+    for what in ("predicted", "measured"):
+        known[what] = min(each[what] for each in known["rounds"])
+    print(f"{row.name}: {measured['predicted']:.3f} s predicted, {measured['measured']:.3f} s measured", flush=True)
 
 
 def _save(held: dict[str, Any]) -> None:

@@ -1,11 +1,11 @@
 """The machine of ``here.py`` as a short profile finds it: of each row's blocks, and of messages between processes.
 
-A row's *shortened* rows have two of its blocks, whatever the row has, in one stage: without tensor parallelism, and
-with the row's. ``calibrate`` is fed with their profiles, so its constants are those of the row's blocks on this
-machine. Nothing is known here of how long a row takes.
+A row's *shortened* rows have few of its blocks, whatever the row has, in one stage: one and three without tensor
+parallelism, so that a block is told from the rest, and two with the row's. ``calibrate`` is fed with their profiles, so
+its constants are those of the row's blocks on this machine. Nothing is known here of how long a row takes.
 
-Cores that are all busy share caches and memory, so as many processes as there are cores step together in the first; in
-the second as many as the row has, and if they share cores their seconds are told as if each had its own.
+Cores that are all busy share caches and memory, so as many processes as there are cores step together in the first two;
+in the other as many as the row has, and if they share cores their seconds are told as if each had its own.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ import torch.distributed as dist
 
 from benchmarks.planner.random_rows import Row
 from merak_like import Engine, Plan
-from merak_like.partitioner.explain.calibration import calibrate
+from merak_like.partitioner.explain.calibration import FITTED, READ, SUMS, calibrate
 from merak_like.partitioner.hardware import Hardware, Link
 from merak_like.partitioner.recorded import Record, Recorded
 
-DEPTH, STEPS, KEPT = 2, 8, 4
-"""Blocks of a shortened model; steps that are profiled, and the quickest of them, which count, as of the rows."""
+ALONE, PARTED = (1, 3), 2
+"""Blocks of shortened models, without and with tensor parallelism."""
+STEPS, KEPT = 6, 3
+"""Steps that are profiled, and the quickest of them, which count, as of the rows."""
 PIPE = Row("gpt2", 4, 128, 1, 2, 1, "1f1b", 4, 1)
 """Tells what a message costs its sender and its receiver."""
 SIZES = (2**10, 2**16, 2**20, 2**23)
@@ -40,8 +42,10 @@ def shortened(row: Row) -> list[Row]:
     """What is profiled for a row. Gradients of a second micro-batch are added up, of the first one not; a backward that
     is split runs other code."""
     split = "zb-h1" if row.schedule.startswith("zb-") else "1f1b"
-    alone = replace(row, layers=DEPTH, dp=1, pp=1, tp=1, schedule=split, micro_batches=min(row.micro_batches, 3))
-    return [alone, replace(alone, dp=row.ranks // row.tp, tp=row.tp)] if row.tp > 1 else [alone]
+    short = replace(row, dp=1, pp=1, tp=1, schedule=split, micro_batches=min(row.micro_batches, 3))
+    alone = [replace(short, layers=depth) for depth in ALONE]
+    parted = replace(short, layers=PARTED, dp=row.ranks // row.tp, tp=row.tp)
+    return [*alone, parted] if row.tp > 1 else alone
 
 
 def profile_of(engine: Engine, batch: Mapping[str, torch.Tensor], meet: Callable[[], None]) -> dict[str, Any]:
@@ -125,6 +129,11 @@ def calibrated(shorts: Sequence[Row], profiles: Mapping[str, Any], machine: Hard
     before, after = found.error
     print(f"{shorts[-1].name}: off by {before:.1%} in the mean before, {after:.1%} calibrated", flush=True)
     return found.hardware
+
+
+def constants(machine: Hardware) -> dict[str, float]:
+    """What the profiles say, for the record."""
+    return {name: float(f"{getattr(machine, name):.4g}") for name in (*FITTED, *SUMS, *READ)}
 
 
 def _pair(told: Mapping[str, Any], machine: Hardware, own: float) -> tuple[Plan, Recorded]:
