@@ -263,8 +263,8 @@ def gathered(family: str, dp: int, pp: int) -> float:
     ours._clear_gradients()  # pyright: ignore[reportPrivateUsage]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         ours.step(batch)
-    assert watched.profiler is not None
-    events: Any = watched.profiler.kineto_results.events()
+    profiler: Any = watched.profiler
+    events = profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held = ours.plan.memory_bytes[0]
     ours.close()
