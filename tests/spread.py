@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from merak_like import auto_parallel
 from merak_like.runtime import flat
 from merak_like.runtime.batches import split
 from merak_like.runtime.precision import Precision
@@ -240,3 +242,31 @@ def skipping(dp: int, pp: int) -> list[str]:
     assert unchanged
     assert not fine.skipped
     return said
+
+
+def gathered(family: str, dp: int, pp: int) -> float:
+    """A second step of ZeRO-3, all that the allocator gives and takes: the plan's bytes to it.
+
+    Weights and the optimizer's state are there before, gradients are not.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    from benchmarks.planner.random_rows import MODELS, SEQ
+
+    ids = torch.randint(0, 2048, (8 * dp, SEQ), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    ours = auto_parallel(
+        MODELS[family](6, 256), dp, pp, example=batch, micro_batches=2, zero=3, optimizer=adamw, device="cpu",
+        timeout=100.0,
+    )  # fmt: skip
+    ours.step(batch)
+    ours._clear_gradients()  # pyright: ignore[reportPrivateUsage]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        ours.step(batch)
+    profiler: Any = watched.profiler
+    events = profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = ours.plan.memory_bytes[0]
+    ours.close()
+    before = held["weights"] + held["optimizer"]
+    return held["total"] / (before + max(accumulate(change for _, change in changes)))

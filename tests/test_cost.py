@@ -35,6 +35,14 @@ def test_backward_of_a_matmul_is_one_matmul_for_each_gradient(input_grad: int, t
     assert (cost.flops, cost.param_bytes, cost.saved_bytes) == (10**9, 64 * 64 * 4, 64 * 64 * 4)
 
 
+def test_a_measured_factor_is_the_backwards_alone():
+    op, made = linear(input_grad=True, trainable=True)
+    cost, plain = (op_cost(op, made.graph(), replace(TOY, backward_factor=factor)) for factor in (1.5, 1.0))
+    assert cost.forward_seconds == plain.forward_seconds
+    assert cost.backward_seconds == pytest.approx(1.5 * plain.backward_seconds)
+    assert cost.weight_seconds == pytest.approx(1.5 * plain.weight_seconds)
+
+
 def test_what_can_be_put_off():
     """Matrices and kernels of one product, and tables that are looked up; not norms, nor what is frozen."""
     made = GraphBuilder()

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merak_like.partitioner.cuts import live_values
+from merak_like.partitioner.gathering import gathered_bytes
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.memory import MemoryModel, Parts
 from merak_like.partitioner.states import ADAMW, STATES
@@ -129,3 +130,22 @@ def test_bands_equal_the_direct_sum(graph: ProxyGraph, data: st.DataObject, scal
 @pytest.mark.parametrize("width", [1, 4, None])
 def test_bands_of_models_equal_the_direct_sum(graph: ProxyGraph, width: int | None):
     check_bands(graph, (*range(0, len(graph.ops), 3), len(graph.ops)), 1.0, width)
+
+
+def test_what_replicas_gather_by_hand():
+    """Embedding, two blocks and a head in one stage, then as stages; tied, the embedding waits for its gradient."""
+    made = GraphBuilder()
+    x = made.op("x", params=(made.weight("e", 100),), shape=(1,))
+    x = made.op("one", x, params=(made.weight("a", 10),), shape=(1,), saved=7)
+    x = made.op("two", x, params=(made.weight("b", 20), made.weight("f", 30, trainable=False)), shape=(1,), saved=7)
+    made.op("head", x, params=(made.weight("h", 5),), shape=(1,), saved=30)
+    graph, names = made.graph(), (400, 40, 80, 20)
+    assert [p.nbytes for p in graph.parameters if p.trainable] == list(names)
+    rest = 400 + 20
+    assert gathered_bytes(graph, (1, 2, 3), ADAMW) == [
+        2 * rest, rest + 20 + 3 * 40 - 30, rest + 20 + 3 * 80 - 30, rest + 80
+    ], "the head's gradient waits, what it kept is gone"  # fmt: skip
+    assert gathered_bytes(graph, (1, 2, 3), ADAMW, stages=2)[1:3] == [3 * 40, 3 * 80]
+    assert gathered_bytes(graph, (), ADAMW) == [2 * sum(names)] * 4
+    most = MemoryModel(graph, ADAMW.sharded(3, 2), gathered=gathered_bytes(graph, (1, 2, 3), ADAMW))
+    assert most.parts(0, 4).workspace == MemoryModel(graph).parts(0, 4).workspace + 2 * rest

@@ -58,6 +58,12 @@ def test_a_sum_over_nodes_pays_few_latencies_between_them():
     assert between == pytest.approx(2 * (3 * FUSED.intra.latency + FUSED.inter.latency), rel=1e-3)
 
 
+def test_a_call_costs_its_host():
+    slow = replace(FUSED, collective_seconds=1e-3)
+    assert slow.all_reduce_seconds(10**6, 8) == pytest.approx(FUSED.all_reduce_seconds(10**6, 8) + 1e-3)
+    assert slow.all_reduce_seconds(10**6, 1) == 0
+
+
 def test_rings_of_several_devices_meet_on_adapters_that_devices_share():
     """One device's ring has its part of an adapter, and that of all devices has them all."""
     shared = replace(FUSED, devices_per_adapter=2)

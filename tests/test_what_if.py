@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from merak_like.partitioner.after import stepped_bytes
 from merak_like.partitioner.basis import Basis
 from merak_like.partitioner.explain.again import Again, basis_of, plan_again
 from merak_like.partitioner.explain.calibration import calibrate
@@ -17,14 +18,16 @@ from merak_like.partitioner.explain.losses import CAUSES, Played
 from merak_like.partitioner.hardware import Hardware
 from merak_like.partitioner.mesh import Mesh
 from merak_like.partitioner.plan import Plan
-from merak_like.partitioner.recorded import Recorded, Step
+from merak_like.partitioner.planned import costs_of
+from merak_like.partitioner.recorded import Record, Recorded, Step
 from merak_like.partitioner.report.text import change_text, parse_rate
+from merak_like.partitioner.schedules.action import Action
 from tests import golden
 from tests.commands import refused, run
 from tests.explained import explained
 from tests.graphs import TOY
 from tests.plans import make_plan
-from tests.profiles import profile
+from tests.profiles import as_run, profile
 
 # Differences.
 
@@ -196,6 +199,40 @@ def test_calibration_helps_a_plan_that_was_not_measured():
 
     assert step(fitted) == pytest.approx(step(TRUTH), rel=0.1)
     assert step(CLAIMED) != pytest.approx(step(TRUTH), rel=0.3)
+
+
+def test_what_the_host_and_the_optimizer_took_is_read():
+    """Before the first action, in calls that start transfers, and after the last action."""
+    plan = claimed(explained(pp=1))
+    found = calibrate([(plan, profile(plan, *2 * [as_run(plan, late=8e-4, after=2e-3)]))])
+    assert found.hardware.micro_batch_seconds == pytest.approx(8e-4 / plan.micro_batches)
+    assert found.hardware.message_seconds == 0, "there are none"
+    stepped = stepped_bytes(plan.mesh, plan.stages[0].memory, 0)
+    assert found.hardware.state_bandwidth == pytest.approx(stepped / 2e-3)
+    again = plan_again(plan, hardware=found.hardware)
+    assert again.after["optimizer"] == pytest.approx(2e-3)
+    assert again.after["host"] == pytest.approx(8e-4)
+
+
+def test_the_optimizer_is_not_told_from_a_sum_over_replicas():
+    plan = claimed(explained(pp=1, dp=2))
+    found = calibrate([(plan, profile(plan, *2 * [as_run(plan, after=2e-3)]))])
+    assert found.hardware.state_bandwidth == 0
+
+
+def test_a_message_costs_the_host_around_each_pass():
+    plan = claimed(explained())
+    slower = replace(plan, basis=basis_of(plan).remembering({}, hardware=replace(CLAIMED, message_seconds=1e-4)))
+    costs = [Again.of(p).judged.costs.stages for p in (plan, slower)]
+    assert [(b.forward - a.forward, b.backward - a.backward) for a, b in zip(*costs, strict=True)] == [
+        pytest.approx((each, each)) for each in (1e-4, 2e-4, 1e-4)
+    ], "the stage between has two edges"
+    told = [(c.forward, c.backward) for c in costs_of(slower).stages]
+    assert told == [pytest.approx((c.forward, c.backward)) for c in costs[1]], "the plan alone tells the same"
+    calls = [Record(Action.parse("SEND_F0.0>1"), 0.0, 3e-4, 0.0), Record(Action.parse("RECV_B0.0<1"), 3e-4, 4e-4, 0.0)]
+    step = as_run(plan, late=1e-3)
+    step = Step(((*calls, *step.records[0]), *step.records[1:]), step.tails)
+    assert calibrate([(plan, profile(plan, step))]).hardware.message_seconds == pytest.approx(2e-4)
 
 
 def test_recompute_inside_a_backward_is_not_taken_for_backward():

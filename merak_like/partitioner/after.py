@@ -39,12 +39,17 @@ def after_seconds(
         gradients = held.gradients * (dp if zero >= 2 else 1)
         moved = gradients if not zero else (gradients + weights) / 2 if zero < 3 else weights + gradients / 2
         reduction = max(reduction, times * hardware.all_reduce_seconds(moved, dp, stride))
-        share = dp if zero else 1
-        streamed = 2 * held.optimizer + (gradients + weights) / share
-        optimizer = max(optimizer, hardware.streaming_seconds(streamed))
+        optimizer = max(optimizer, hardware.stepping_seconds(stepped_bytes(mesh, held, zero)))
     return {
         "reduction": max(reduction - times * hidden * hardware.overlap, 0.0),
         "ties": hardware.all_reduce_seconds(tied_bytes, 2, mesh.tp),
         "optimizer": optimizer,
-        "host": hardware.step_seconds,
+        "host": hardware.step_seconds + micro_batches * hardware.micro_batch_seconds,
     }
+
+
+def stepped_bytes(mesh: Mesh, held: StageMemory, zero: int) -> float:
+    """What the optimizer of a rank streams in a step."""
+    weights = held.weights * (mesh.dp if zero >= 3 else 1) * bool(held.gradients)
+    gradients = held.gradients * (mesh.dp if zero >= 2 else 1)
+    return 2 * held.optimizer + (gradients + weights) / (mesh.dp if zero else 1)

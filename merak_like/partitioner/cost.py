@@ -4,6 +4,7 @@
 forward  max(flops / reached peak, moved bytes / memory bandwidth)                 + launch seconds per torch function
 backward matmul-like: max(gradients * flops / reached peak, twice the bytes / ..)  + the launches for each gradient
          others: the forward with twice the bytes                                  + the launches once
+         all of it times the hardware's factor, measured by ``merak calibrate``
 ======== ======================================================================== ====================================
 
 To both are added what the call's other kernels stream through memory (twice as much backward) and its sums over
@@ -81,7 +82,7 @@ def op_cost(op: Op, graph: ProxyGraph, hardware: Hardware, *, scale: float = 1.0
         most = min(2, inputs + any(p.trainable for p in read))
         gradients = most if compute_seconds else 1
         run = max(gradients * compute_seconds, 2 * memory_seconds) + 2 * streaming
-        backward = started(run, gradients * launch)
+        backward = started(run, gradients * launch) * hardware.backward_factor
         weight = backward / most if puts_off(op, graph) else 0.0
         backward += alone * op.replayed + reduced[True]
     if op.packing is not None:

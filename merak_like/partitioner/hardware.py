@@ -72,6 +72,15 @@ class Hardware:
     """Devices of a node that share a network adapter; ``inter`` is the part of each."""
     step_seconds: float = 0.0
     """What each step costs besides: reading the batch, the host, stragglers."""
+    micro_batch_seconds: float = 0.0
+    message_seconds: float = 0.0
+    collective_seconds: float = 0.0
+    """What the host spends on each micro-batch of a step before it runs, on starting or taking a transfer, and on a
+    sum over ranks; of the last, also waiting for the slowest of them."""
+    backward_factor: float = 1.0
+    """How many times its estimate a backward takes: autograd's own work, and gradients that are added up."""
+    state_bandwidth: float = 0.0
+    """Bytes per second of what an optimizer keeps, which is never in a cache, as it steps; 0: as of all memory."""
     queued: bool = False
     """Whether kernels are started while others run: then a call takes the longer of the two, not the sum."""
     kernels: str = "torch"
@@ -123,6 +132,10 @@ class Hardware:
         """Seconds to read or write so many bytes of the device's memory."""
         return nbytes / (self.memory_bandwidth * self.memory_efficiency)
 
+    def stepping_seconds(self, nbytes: float) -> float:
+        """Seconds to step through so many bytes of gradients, weights and the optimizer's state."""
+        return nbytes / self.state_bandwidth if self.state_bandwidth else self.streaming_seconds(nbytes)
+
     def group_link(self, ranks: int, stride: int = 1) -> Link:
         """What a ring over ``ranks`` ranks, ``stride`` apart, gets of the links: those of a node share its adapters.
 
@@ -160,7 +173,8 @@ class Hardware:
             return 0.0
         inside = min(max(self.devices_per_node // stride, 1), ranks)
         latency = ceil(log2(inside)) * self.intra.latency + ceil(log2(ranks / inside)) * self.inter.latency
-        return 2 * latency + 2 * (ranks - 1) / ranks * nbytes / self.group_link(ranks, stride).bandwidth
+        moved = 2 * (ranks - 1) / ranks * nbytes
+        return self.collective_seconds + 2 * latency + moved / self.group_link(ranks, stride).bandwidth
 
     @property
     def memory_limit(self) -> int:

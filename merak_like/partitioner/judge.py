@@ -12,6 +12,7 @@ import numpy as np
 from merak_like.partitioner.compiled import Compiled
 from merak_like.partitioner.memory import Parts
 from merak_like.partitioner.plan import StageMemory
+from merak_like.partitioner.planned import calling
 from merak_like.partitioner.problem import Problem
 from merak_like.partitioner.recompute import Front, Live, choose, front, peak
 from merak_like.partitioner.schedules.action import Edges, Schedule
@@ -64,13 +65,16 @@ class Stage:
         """Only the way that recomputes all blocks, one at a time."""
         return Front(np.array([self.by_block[0]]), np.array([self.block_seconds]), (tuple(range(*self.in_blocks)),))
 
-    def costs(self, recompute: float, kept: int) -> StageCosts:
-        """What the simulator needs to know. What is sent is there twice once the op that saves it was run again."""
+    def costs(self, recompute: float, kept: int, beside: float) -> StageCosts:
+        """What the simulator needs to know. What is sent is there twice once the op that saves it was run again.
+
+        ``beside`` are seconds that the host spends on transfers around each pass.
+        """
         shared = 0 if recompute or self.by_block[1] else self.parts.sent_saved
         full = self.live.full - shared
         return StageCosts(
-            forward=self.forward,
-            backward=max(self.backward - self.weight, 0.0),
+            forward=self.forward + beside,
+            backward=max(self.backward - self.weight, 0.0) + beside,
             recompute=recompute,
             weight=self.weight,
             activation_bytes=full,
@@ -155,10 +159,6 @@ class Judge:
                 return None
             for s, way in zip(held.stages, chosen, strict=True):
                 ways[s] = way
-        costs = [
-            stage.costs(float(ahead.seconds[way]), int(ahead.kept[way]))
-            for stage, ahead, way in zip(stages, fronts, ways, strict=True)
-        ]
         again = tuple(
             tuple((stage.borders[unit], stage.borders[unit + 1]) for unit in ahead.units[way])
             for stage, ahead, way in zip(stages, fronts, ways, strict=True)
@@ -166,6 +166,11 @@ class Judge:
         sent = self.problem.traffic.edges(starts)
         links = {ends: job.link(*ends) for ends in sent}
         transfer = {ends: link.seconds(sent[ends]) for ends, link in links.items() if link is not None}
+        calls = calling(transfer, len(stages), job.hardware.message_seconds)
+        costs = [
+            stage.costs(float(ahead.seconds[way]), int(ahead.kept[way]), beside)
+            for stage, ahead, way, beside in zip(stages, fronts, ways, calls, strict=True)
+        ]
         edges = frozenset(sent) | job.chain
         whole = Costs(tuple(costs), transfer)
         where = frozenset(s for s, units in enumerate(again) if units)

@@ -4,7 +4,8 @@ fixed, throughout a step
     weights       parameters and buffers that are read, each storage once; one that several stages read counts on each
     gradients     of the trainable ones                                                           (``StateBytes``)
     optimizer     of the trainable ones                                                           (``StateBytes``)
-    workspace     the largest outputs of one op with their gradients, and the gradients of one micro-batch's boundary
+    workspace     the largest outputs of one op with their gradients, and with weights that are gathered for it;
+                  the gradients of one micro-batch's boundary
 for each live micro-batch
     saved         what the ops keep for the backward
     boundary      values received and sent
@@ -76,9 +77,14 @@ class Parts:
 
 
 class MemoryModel:
-    """The bytes of any range of ops of one graph; ``scale`` is samples per micro-batch over samples traced."""
+    """The bytes of any range of ops of one graph; ``scale`` is samples per micro-batch over samples traced.
 
-    def __init__(self, graph: ProxyGraph, states: StateBytes = ADAMW, *, scale: float = 1.0) -> None:
+    ``gathered`` are bytes of weights that are there whole while an op runs (``gathering.py``).
+    """
+
+    def __init__(
+        self, graph: ProxyGraph, states: StateBytes = ADAMW, *, scale: float = 1.0, gathered: Sequence[int] = ()
+    ) -> None:
         size = len(graph.ops)
         self._needs = residents(graph)
         idle = set(unused(graph))
@@ -92,7 +98,7 @@ class MemoryModel:
         matrices = (i for i, op in enumerate(graph.ops) if any(len(graph.parameter(n).shape) > 1 for n in op.params))
         self._output = max(matrices, default=size) + 1
         largest = (sum(ceil(v.nbytes * scale) * (1 + v.requires_grad) for v in op.outputs) for op in graph.ops)
-        self._largest = np.fromiter(largest, np.int64, size)
+        self._largest = np.fromiter(largest, np.int64, size) + np.array(gathered or [0] * size, np.int64)
         values = graph.values
         saver = {name: index for index, op in enumerate(graph.ops) for name in op.keeps}
         self._values = [

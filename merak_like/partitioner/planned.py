@@ -39,11 +39,6 @@ def costs_of(plan: Plan) -> Costs:
 
     Where neither the plan nor a preset says how fast the links are, transfers take no time.
     """
-    stages = tuple(
-        StageCosts(s.forward_seconds, max(s.backward_seconds - s.weight_seconds, 0.0), s.recompute_seconds,
-                   s.weight_seconds)
-        for s in plan.stages
-    )  # fmt: skip
     nbytes: dict[tuple[int, int], int] = {}
     for crossing in plan.crossings:
         for target in crossing.targets:
@@ -54,7 +49,18 @@ def costs_of(plan: Plan) -> Costs:
         if hardware is not None and rank[source] != rank[target]:
             link = hop(mesh, hardware, rank[source], rank[target])
             hops[source, target] = coded(link, coding_in(plan), hardware).seconds(size)
+    beside = calling(hops, len(plan.stages), hardware.message_seconds if hardware is not None else 0.0)
+    stages = tuple(
+        StageCosts(s.forward_seconds + more, max(s.backward_seconds - s.weight_seconds, 0.0) + more,
+                   s.recompute_seconds, s.weight_seconds)
+        for s, more in zip(plan.stages, beside, strict=True)
+    )  # fmt: skip
     return Costs(stages, hops)
+
+
+def calling(hops: Collection[tuple[int, int]], stages: int, seconds: float) -> list[float]:
+    """What each stage's host spends around a pass on its transfers from or to other ranks, ``seconds`` on each."""
+    return [seconds * sum(stage in ends for ends in hops) for stage in range(stages)]
 
 
 def hardware_of(plan: Plan) -> Hardware | None:

@@ -20,6 +20,7 @@ from merak_like.partitioner.candidates import candidates
 from merak_like.partitioner.coding import Coding
 from merak_like.partitioner.cost import CostTable, Hardware, hardware_named, op_costs
 from merak_like.partitioner.cuts import find_cuts
+from merak_like.partitioner.gathering import gathered_bytes
 from merak_like.partitioner.graph import ProxyGraph
 from merak_like.partitioner.infeasible import too_little_memory
 from merak_like.partitioner.job import RECOMPUTE, Job
@@ -194,14 +195,17 @@ class Asked:
                 f"({len(graph.ops)} ops, {int(cuts.legal.sum())} legal cuts): {_fewer(len(tried) + 1, each)}"
             )
         positions = np.concatenate([[0], tried, [len(graph.ops)]]).astype(np.int64)
+        blocks = repeated(graph, pieces)
+        spread = self.zero >= 3 and mesh.dp > 1
+        whole = gathered_bytes(graph, blocks.tolist(), self.states, scale=scale, stages=job.stages) if spread else ()
         problem = Problem(
             job,
             positions,
             CostTable.of(costs),
-            MemoryModel(graph, self.states.sharded(self.zero, mesh.dp), scale=scale),
+            MemoryModel(graph, self.states.sharded(self.zero, mesh.dp), scale=scale, gathered=whole),
             Traffic(graph, positions, scale=scale),
             np.array([*(piece.first for piece in pieces), len(graph.ops)], np.int64),
-            repeated(graph, pieces),
+            blocks,
         )
         return Setting(problem, costs, pieces, scale, self.zero, self.sequence_parallel, self.software)
 

@@ -91,13 +91,13 @@ class Whole(Unsharded):
     """A model that will be called whole; what it looks like is asked of a copy without memory."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFn | None) -> None:
-        super().__init__(model, loss_fn)
+        super().__init__(model, loss_fn, fuse=False)  # no stage code, no kernels in it
         self.blueprint = on_meta(model)
 
     def trace(self, batch: Any, device: torch.device | str) -> Trace:
         for ours, theirs in zip(self.model.modules(), self.blueprint.modules(), strict=True):
             theirs.training = ours.training
-        return trace(self.blueprint, batch, self.loss_fn, device=device)
+        return trace(self.blueprint, batch, self.loss_fn, device=device, fuse=self.fuse)
 
     def check(self, plan: Plan) -> None:
         """Raise ValueError for a plan of more than one stage, or one that puts gradients of weights off."""

@@ -1,8 +1,13 @@
 """Constants of the hardware corrected by what an engine measured, so that the next plan's seconds are nearer the truth.
 
-What is fitted are the three constants that say how fast a device is beside its data sheet: the share of the peak that
-matmuls reach, the memory's bandwidth and the seconds of a launch. The error is that of the logarithm of each stage's
-forward and backward (least squares, Gauss-Newton); a constant that the profiles say nothing of stays where it was.
+What is fitted are the constants that say how fast a device is beside its data sheet: the share of the peak that
+matmuls reach, the memory's bandwidth, the seconds of a launch, how much longer than its estimate a backward takes, and,
+from profiles over tensor-parallel ranks, what a sum over them costs beside its bytes. The error is that of the
+logarithm of each stage's forward and backward (least squares, Gauss-Newton); a constant that the profiles say nothing
+of stays where it was.
+
+What stands in the profiles is read: the host's seconds for a micro-batch (between actions) and for a message (in the
+calls that start transfers), and the bandwidth at which the optimizer steps, from what follows a step's last action.
 """
 
 from __future__ import annotations
@@ -10,18 +15,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import exp, log
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 
+from merak_like.partitioner.after import stepped_bytes
+from merak_like.partitioner.cost import op_costs
 from merak_like.partitioner.explain.again import Again, basis_of
 from merak_like.partitioner.hardware import Hardware
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.recorded import Recorded, Shares, shares
 from merak_like.partitioner.schedules.action import Kind
 
-FITTED = ("efficiency", "memory_bandwidth", "launch_seconds")
+FITTED = ("efficiency", "memory_bandwidth", "launch_seconds", "backward_factor")
+SUMS = ("collective_seconds",)
+"""Fitted where a profile has sums over tensor-parallel ranks."""
+READ = ("micro_batch_seconds", "message_seconds", "state_bandwidth")
 HOLD = 0.03
 """How much a constant is held where it was: a factor of e away counts as an error of 3 % of one stage."""
 ROUNDS = 25
@@ -46,7 +56,7 @@ class Calibration:
 
     hardware: Hardware
     changed: Mapping[str, tuple[float, float]]
-    """Each fitted constant before and after."""
+    """Each constant that was fitted or read, before and after."""
     rows: tuple[Compared, ...]
 
     @property
@@ -78,9 +88,10 @@ def calibrate(pairs: Sequence[tuple[Plan, Recorded]]) -> Calibration:
         if basis_of(plan).hardware != machine:
             raise ValueError(f"the plans are for {machine.name} and {plan.hardware}: calibrate one machine at a time")
     jobs = [_Job(plan, recorded) for plan, recorded in pairs]
-    fitted = _fit(machine, jobs)
+    names = FITTED + SUMS * any(plan.mesh.tp > 1 for plan, _ in pairs)
+    fitted = replace(_fit(machine, jobs, names), **_read(pairs))
     rows = tuple(row for job in jobs for row in job.compared(machine, fitted))
-    changed = {name: (getattr(machine, name), getattr(fitted, name)) for name in FITTED}
+    changed = {name: (getattr(machine, name), getattr(fitted, name)) for name in (*names, *READ)}
     return Calibration(fitted, changed, rows)
 
 
@@ -94,7 +105,7 @@ class _Job:
 
     def predicted(self, machine: Hardware) -> dict[tuple[str, int], float]:
         """Seconds of each stage's forward and backward on a machine."""
-        costs = replace(self.again.asked, hardware=machine).setting(self.plan.micro_batches).costs
+        costs = op_costs(self.again.asked.of_rank, machine, scale=self.again.setting.scale)
         found: dict[tuple[str, int], float] = {}
         for stage in self.plan.stages:
             spent = costs[stage.start : stage.stop]
@@ -125,14 +136,17 @@ class _Job:
 def _stage_seconds(plan: Plan, recorded: Recorded) -> dict[tuple[str, int], float]:
     """Median seconds at work over ranks, steps and micro-batches; a stage's backward is B and W, without its recompute.
 
-    The first step is left out where there are others: it allocates and warms up.
+    With one stage, what is waited for are sums over tensor-parallel ranks: they belong to the work. The first step is
+    left out where there are others: it allocates and warms up.
     """
     seen: dict[tuple[Kind, int], list[float]] = {}
+    alone = plan.mesh.pp == 1
     for step in recorded.steps[1:] or recorded.steps:
         for records in step:
             for action, start, end, waited in records:
                 if action.peer < 0:
-                    seen.setdefault((action.kind, action.stage), []).append(max(end - start - waited, 0.0))
+                    seconds = end - start - waited * (not alone)
+                    seen.setdefault((action.kind, action.stage), []).append(max(seconds, 0.0))
     middle = {key: median(times) for key, times in seen.items()}
     found: dict[tuple[str, int], float] = {}
     for stage in plan.stages:
@@ -146,11 +160,33 @@ def _stage_seconds(plan: Plan, recorded: Recorded) -> dict[tuple[str, int], floa
     return found
 
 
-def _fit(machine: Hardware, jobs: Sequence[_Job]) -> Hardware:
-    start = np.array([log(max(getattr(machine, name), 1e-12)) for name in FITTED])
+def _read(pairs: Sequence[tuple[Plan, Recorded]]) -> dict[str, float]:
+    """What stands in the profiles: the median over ranks and steps. What none of them has, or tells apart, is left out.
+
+    What follows the last action is the optimizer's where no sum over replicas or tied stages is in it.
+    """
+    seen = {name: list[float]() for name in READ}
+    for plan, recorded in pairs:
+        alone = plan.mesh.dp == 1 and not plan.after.get("ties")
+        for index in range(min(1, len(recorded.steps) - 1), len(recorded.steps)):
+            step = recorded.step(index)
+            for rank, (share, records) in enumerate(zip(shares(step), step.records, strict=True)):
+                seen["micro_batch_seconds"].append(share.other / plan.micro_batches)
+                calls = [record.end - record.start for record in records if record.action.peer >= 0]
+                seen["message_seconds"] += [fmean(calls)] if calls else []
+                own = [s.memory for s in plan.stages if s.rank == plan.mesh.coord(rank).pp]
+                if alone and share.after > 0:
+                    stepped = sum(stepped_bytes(plan.mesh, held, plan.zero) for held in own)
+                    seen["state_bandwidth"].append(stepped / share.after)
+    return {name: median(found) for name, found in seen.items() if found and median(found) > 0}
+
+
+def _fit(machine: Hardware, jobs: Sequence[_Job], names: Sequence[str]) -> Hardware:
+    begin = [getattr(machine, name) or machine.intra.latency for name in names]  # what was 0 is of that order
+    start = np.array([log(max(each, 1e-12)) for each in begin])
 
     def at(point: np.ndarray) -> Hardware:
-        return replace(machine, **{name: exp(value) for name, value in zip(FITTED, point.tolist(), strict=True)})
+        return replace(machine, **{name: exp(value) for name, value in zip(names, point.tolist(), strict=True)})
 
     def errors(point: np.ndarray) -> np.ndarray:
         made = at(point)
@@ -159,7 +195,7 @@ def _fit(machine: Hardware, jobs: Sequence[_Job]) -> Hardware:
 
     point, now = start.copy(), errors(start)
     for _ in range(ROUNDS):
-        slopes = np.stack([(errors(point + nudge) - now) / 1e-4 for nudge in 1e-4 * np.eye(len(FITTED))], axis=1)
+        slopes = np.stack([(errors(point + nudge) - now) / 1e-4 for nudge in 1e-4 * np.eye(len(names))], axis=1)
         move = np.clip(np.linalg.lstsq(slopes, -now, rcond=None)[0], -log(MOST), log(MOST))
         while np.abs(move).max() > 1e-6:
             tried = errors(point + move)
@@ -170,7 +206,7 @@ def _fit(machine: Hardware, jobs: Sequence[_Job]) -> Hardware:
         else:
             break
     named = f"{machine.name.removesuffix(' calibrated')} calibrated"
-    told = f"{machine.source}; {', '.join(FITTED)} fitted to {len(now) - len(FITTED)} measured times of stages"
+    told = f"{machine.source}; {', '.join(names)} fitted to {len(now) - len(names)} measured times of stages"
     return replace(at(point), name=named, source=told.lstrip("; "))
 
 
