@@ -47,8 +47,11 @@ def shim(folder: Path, name: str, text: str) -> None:
 
 @pytest.fixture
 def node(tmp_path: Path) -> dict[str, str]:
-    """The environment of a node of two with eight devices each; ``python`` notes what it is asked to do."""
-    shim(tmp_path, "scontrol", "#!/bin/sh\necho node-a\necho node-b\n")
+    """The environment of a node with eight devices; ``python`` notes what it is asked to do.
+
+    ``scontrol`` says more than a pipe holds, as long lists of nodes do.
+    """
+    shim(tmp_path, "scontrol", "#!/bin/sh\necho node-a\nseq -f node-b%g 20000\n")
     shim(tmp_path, "srun", EVERY_ARGUMENT)
     shim(tmp_path, "python", RECORD.format(python=sys.executable, said=str(tmp_path / "said.json")))
     slurm = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7"}
