@@ -31,6 +31,8 @@ it does, for the edge to say its last too. An end while the edge still sends is 
 it."""
 STRANGER = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification")
 """In the words of gRPC's TLS for a host without a certificate of the authority, or with another's name."""
+OVER = (grpc.RpcError, aio.BaseError, asyncio.InvalidStateError)
+"""By which gRPC says, in a dozen words, that a call is over: ended, cut, refused or never begun."""
 PATIENT = 1e6
 """Seconds that calls may go on when no more are taken: the host itself ends them."""
 OPTIONS = (
@@ -208,10 +210,10 @@ class _Call(asyncio.Transport):
                 if self._held and not self._closing:
                     self._held = False
                     self._protocol.resume_writing()
-        except Exception:  # gRPC has a dozen words for a call that is over
+        except OVER:
             await self._heard()  # why it is over may be the last to be read
         finally:
-            with suppress(Exception):
+            with suppress(*OVER):
                 await self._finish()
             self._lost()
 
@@ -219,17 +221,19 @@ class _Call(asyncio.Transport):
         await asyncio.wait(self._tasks[1:], timeout=LINGER)
 
     async def _receive(self) -> None:
+        ended = False
         try:
-            while True:
+            with suppress(*OVER):  # the reader sees the end, after all that came before it
                 await self._room.wait()
-                data = await self._read()
-                if data is aio.EOF:  # pyright: ignore[reportAttributeAccessIssue] (its stubs lack it)
-                    self._protocol.eof_received()
-                    return
-                if not self._closing:
-                    self._protocol.data_received(data)
-        except Exception:
-            self._lost()
+                while (data := await self._read()) is not aio.EOF:  # pyright: ignore[reportAttributeAccessIssue]
+                    if not self._closing:
+                        self._protocol.data_received(data)
+                    await self._room.wait()
+                ended = True
+                self._protocol.eof_received()
+        finally:
+            if not ended:
+                self._lost()
 
     def _lost(self) -> None:
         """The call is over, whoever ended it. An error would reach the reader before what it has not read yet."""
@@ -243,5 +247,5 @@ class _Call(asyncio.Transport):
                     task.cancel()
 
 
-def _told(error: Exception) -> str:
-    return (error.details() or error.code().name) if isinstance(error, aio.AioRpcError) else str(error) or "over"
+def _told(error: aio.AioRpcError) -> str:
+    return error.details() or error.code().name
