@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -166,12 +167,11 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def spread(dp: int, pp: int) -> float:
     """How far additions on several ranks are from plain PyTorch."""
-    made = stand_in()
-    four_bit.library = lambda: made  # of this process, which nobody else uses
-    one = subject()
-    batches = [one.batch()] * 3
-    ours = training.by_engine(one, batches, dp, pp, 4 // dp)
-    return training.same(ours, training.plainly(one, batches, 4), 1e-5) if ours.weights else 0.0
+    with mock.patch.object(four_bit, "library", return_value=stand_in()):
+        one = subject()
+        batches = [one.batch()] * 3
+        ours = training.by_engine(one, batches, dp, pp, 4 // dp)
+        return training.same(ours, training.plainly(one, batches, 4), 1e-5) if ours.weights else 0.0
 
 
 CALLS = [
