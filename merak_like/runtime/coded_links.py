@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -138,11 +139,9 @@ class CodedLinks:
         return self._codecs[key]
 
     def _context(self, action: Action, place: int, spec: Spec) -> Context:
-        source, target = _edge(action)
-        digest = hashlib.sha256(f"{self._seed}/{source}/{target}/{place}".encode()).digest()
         return Context(
             self._steps(), self._mine[action.micro_batch], "forward" if action.kind in FORWARD else "backward",
-            seed=int.from_bytes(digest[:7], "big"),
+            seed=_seed(self._seed, *_edge(action), place),
             limit=max(1, *spec.shape, Layout(spec.shape, spec.dtype).numel), device=self._device,
         )  # fmt: skip
 
@@ -172,6 +171,12 @@ def _refuse_a_mask(text: str, spec: Spec, x: Tensor, context: Context) -> None:
             f"codec={text!r} would leave nothing of {spec.name}, a value between two stages with numbers up to "
             f"{float(most):.3g} beside some of {float(x.abs().max()):.3g}, such as masks have: use fp16 or bf16"
         )
+
+
+@cache
+def _seed(seed: int, source: int, target: int, place: int) -> int:
+    """By which a codec draws for one value of one edge: reckoned once, not in each micro-batch."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{source}/{target}/{place}".encode()).digest()[:7], "big")
 
 
 def _edge(action: Action) -> tuple[int, int]:
