@@ -104,7 +104,7 @@ def slow() -> str:
     lines = [f"| codec | kB a step | {heads} |", "|---|" + "---:|" * (1 + 2 * len(links))]
     for name, row in next(iter(links.values())).items():
         cells = [f"{found[name]['milliseconds']:.0f} | {found[name]['to none']:.2f}" for found in links.values()]
-        lines.append(f"| {name} | {row['kilobytes']:.0f} | {' | '.join(cells)} |")
+        lines.append(f"| {_cell(name)} | {row['kilobytes']:.0f} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
@@ -285,12 +285,17 @@ def line() -> str:
         first = plain.get(row["width"])
         ratio = f"{row['held'] / first['held']:.2f}" if first else ""
         over = row["held"] / max(row["sending"], row["free"]) - 1
-        codec = row["codec"].replace("|", chr(92) + "|")
+        codec = _cell(row["codec"])
         lines.append(
             f"| {row['width']} | `{codec}` | {row['under way']} | {row['bytes']:,} | {row['sending']:.2f} s | "
             f"{row['free']:.2f} s | {row['held']:.2f} s | {over:+.0%} | {row['predicted']:.2f} s | {ratio} | {right} |"
         )
     return "\n".join([*lines, "", setting_of(data["setting"])])
+
+
+def _cell(text: str) -> str:
+    """As a cell of a table holds it."""
+    return text.replace("|", chr(92) + "|")
 
 
 TABLES = {

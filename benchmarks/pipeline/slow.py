@@ -33,11 +33,11 @@ from merak_like import auto_parallel
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from lab import PROFILES, missing, two_hosts  # noqa: E402
+from lab import missing, two_hosts  # noqa: E402
 
 LAYERS, HIDDEN, SEQ, MICRO_BATCHES, MICRO_BATCH, ROUNDS = 8, 256, 128, 8, 2, 7
 CODECS = {"none": None} | {text: text for text in ("fp16", "int8", "int4|int8", "int4")}
-LINKS = ("unshaped", "1 Gbit", "100 Mbit", "edge")
+LINKS = {"unshaped": None, "1 Gbit": 1e9, "100 Mbit": 100e6, "20 Mbit": 20e6}
 
 
 def job(out: Path) -> None:
@@ -101,16 +101,15 @@ def main() -> None:
         sys.exit(f"slow links are made of network namespaces, and there are none: {why}")
     links = {}
     with two_hosts() as hosts, tempfile.TemporaryDirectory() as folder:
-        for link in LINKS:
-            hosts.shape(PROFILES[link])
+        for link, rate in LINKS.items():
+            hosts.shape(rate)
             out = Path(folder) / "rows.json"
             hosts.torchrun([str(HERE / "slow.py"), str(out)], timeout=900, environment={"OMP_NUM_THREADS": "1"})
             links[link] = json.loads(out.read_text())
             print(link, json.dumps(links[link], indent=1))
     setting = {
         "layers": LAYERS, "hidden": HIDDEN, "sequence": SEQ, "micro-batches": f"{MICRO_BATCHES} x {MICRO_BATCH}",
-        "rounds": ROUNDS, "edge, Mbit/s": PROFILES["edge"] / 1e6,  # type: ignore[operator]
-        "torch": torch.__version__, "transformers": transformers.__version__,
+        "rounds": ROUNDS, "torch": torch.__version__, "transformers": transformers.__version__,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}", "load average": round(os.getloadavg()[0], 1),
     }  # fmt: skip
     (HERE / "slow.json").write_text(json.dumps({"setting": setting, "links": links}, indent=1) + "\n")
