@@ -64,3 +64,8 @@ def setting_of(setting: dict[str, Any]) -> str:
     """What the numbers depend on, in a line."""
     shown = {key: round(value, 1) if key == "load average" else value for key, value in setting.items()}
     return "Setting: " + ", ".join(f"{key} {value}" for key, value in shown.items()) + "."
+
+
+def cell(text: str) -> str:
+    """As a cell of a table holds it."""
+    return text.replace("|", chr(92) + "|")

@@ -11,7 +11,8 @@ import json
 import re
 import sys
 
-from engine_tables import ROOT, alone, overhead, pipeline, pipeline_deep, setting_of
+from engine_tables import ROOT, alone, cell, overhead, pipeline, pipeline_deep, setting_of
+from split_tables import groups, learning, line, soak
 
 PLACES = (
     "README.md", "benchmarks/pipeline/README.md", "benchmarks/paced/README.md", "benchmarks/planner/README.md",
@@ -104,7 +105,7 @@ def slow() -> str:
     lines = [f"| codec | kB a step | {heads} |", "|---|" + "---:|" * (1 + 2 * len(links))]
     for name, row in next(iter(links.values())).items():
         cells = [f"{found[name]['milliseconds']:.0f} | {found[name]['to none']:.2f}" for found in links.values()]
-        lines.append(f"| {_cell(name)} | {row['kilobytes']:.0f} | {' | '.join(cells)} |")
+        lines.append(f"| {cell(name)} | {row['kilobytes']:.0f} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
@@ -228,82 +229,12 @@ def here() -> str:
     return "\n".join([*lines, "", setting_of(data["setting"])])
 
 
-def learning() -> str:
-    """Accuracy and bytes of a cut in the middle of an encoder, by codec and rank."""
-    data = json.loads((ROOT / "benchmarks/split/learning.json").read_text())
-    lines = [
-        "| at the cut | bytes a sample, first visit | later | times fewer, later | accuracy, unseen "
-        "| to `whole, identity` | error of what arrives, last visit | seeds |",
-        "|---|---:|---:|---:|---|---:|---:|---:|",
-    ]
-    rows = {name: row for name, row in data["rows"].items() if row}
-    first = rows["whole, identity"]
-    for name, row in rows.items():
-        accuracy = [run["accuracy"] for run in row]
-        of = [run["accuracy"] for run in first[: len(row)]]
-        spread = f" ({min(accuracy):.1%} to {max(accuracy):.1%})" if len(row) > 1 else ""
-        numbers = f"{row[0]['first bytes']:,.0f} | {row[0]['bytes']:,.0f} | {first[0]['bytes'] / row[0]['bytes']:.1f}"
-        mean = sum(accuracy) / len(row)
-        change = 100 * (mean - sum(of) / len(of))
-        lines.append(
-            f"| {name.replace('|', chr(92) + '|')} | {numbers} | {mean:.1%}{spread} | {change:+.1f} | "
-            f"{sum(run['error'] for run in row) / len(row):.3f} | {len(row)} |"
-        )
-    return "\n".join([*lines, "", setting_of({k: v for k, v in data["setting"].items() if k != "seeds"})])
-
-
-def groups() -> str:
-    """Accuracy of clients that train one cloud half together."""
-    data = json.loads((ROOT / "benchmarks/split/groups.json").read_text())
-    kinds = list(data["rows"])
-    lines = [f"| accuracy, unseen | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
-    for name in data["rows"][kinds[0]]:
-        runs = [data["rows"][kind].get(name, []) for kind in kinds]
-        cells = [f"{sum(r) / len(r):.1%} ({min(r):.1%} to {max(r):.1%}, {len(r)} seeds)" if r else "" for r in runs]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", setting_of(data["setting"])])
-
-
-def line() -> str:
-    """Bytes and seconds of a step over an uplink, by codec; what it learns beside it."""
-    data = json.loads((ROOT / "benchmarks/split/line.json").read_text())
-    learned = json.loads((ROOT / "benchmarks/split/learning.json").read_text())["rows"]
-    lines = [
-        "| width | codec | under way | bytes up | bytes / rate | step, no limit | step at 20 Mbit/s | over the longer "
-        "| predicted | to `identity` | accuracy |",
-        "| ---: | --- | ---: |" + " ---: |" * 8,
-    ]
-    plain = {row["width"]: row for row in reversed(data["rows"]) if row["codec"] == "identity"}
-
-    def accuracy(codec: str) -> float | None:
-        runs = learned.get(f"whole, {codec}")
-        return sum(run["accuracy"] for run in runs) / len(runs) if runs else None
-
-    for row in data["rows"]:
-        told, least = accuracy(row["codec"]), accuracy("identity")
-        right = "" if told is None or least is None else f"{told:.1%} ({100 * (told - least):+.1f})"
-        first = plain.get(row["width"])
-        ratio = f"{row['held'] / first['held']:.2f}" if first else ""
-        over = row["held"] / max(row["sending"], row["free"]) - 1
-        codec = _cell(row["codec"])
-        lines.append(
-            f"| {row['width']} | `{codec}` | {row['under way']} | {row['bytes']:,} | {row['sending']:.2f} s | "
-            f"{row['free']:.2f} s | {row['held']:.2f} s | {over:+.0%} | {row['predicted']:.2f} s | {ratio} | {right} |"
-        )
-    return "\n".join([*lines, "", setting_of(data["setting"])])
-
-
-def _cell(text: str) -> str:
-    """As a cell of a table holds it."""
-    return text.replace("|", chr(92) + "|")
-
-
 TABLES = {
     "tensor_parallel": tensor_parallel, "zero": zero, "alone": alone, "scaling": scaling,
     "whole": whole, "whole_short": whole_short,
     "pipeline": pipeline, "pipeline_deep": pipeline_deep, "overhead": overhead, "paced": paced, "slow": slow,
-    "learning": learning, "groups": groups, "line": line, "published": published, "chosen": chosen, "every": every,
-    "here": here,
+    "learning": learning, "groups": groups, "line": line, "soak": soak, "published": published, "chosen": chosen,
+    "every": every, "here": here,
 }  # fmt: skip
 
 

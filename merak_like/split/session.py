@@ -263,7 +263,7 @@ class Session:
             raise WireError("labels came for a cut with a tail on the edge: they have no place here")
         batch = batch_of(begin)
         parts = parts_of(batch, self.task.micro_batches)
-        mode = self.training.made.model.training
+        mode, before = self.training.made.model.training, self.turn.queued
         with self.turn.held():
             self.training.made.model.train(begin.training)
             try:
@@ -282,10 +282,9 @@ class Session:
             self.training.require_items(parts, training=begin.training)
             samples = samples_of(begin.samples, [rows(part) for part in parts])
             self.training.exchange.begin(connection, self.training.step, samples, training=begin.training)
-            before = len(self.turn.waited)
             told = {"session": self.id, "begin": begin.model_dump(mode="json"), "at": self.training.step}
             result = do(batch, order=self.crew.together("step", **told))
-        return result, sum(list(self.turn.waited)[before:])
+        return result, self.turn.queued - before
 
     def _largest(self, half: Half) -> int:
         halves, exchange = half.halves, self.training.exchange

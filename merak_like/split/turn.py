@@ -24,8 +24,14 @@ class Turn:
         self.device = device
         self.waited: deque[float] = deque(maxlen=10_000)
         """Seconds of the last waits for a turn."""
+        self._mine = threading.local()
         self._line: deque[object] = deque()
         self._change = threading.Condition()
+
+    @property
+    def queued(self) -> float:
+        """Seconds that this thread has waited for its turns, in all."""
+        return getattr(self._mine, "seconds", 0.0)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -52,7 +58,9 @@ class Turn:
         with self._change:
             self._line.append(me)
             self._change.wait_for(lambda: self._line[0] is me)
-        self.waited.append(time.monotonic() - began)
+        took = time.monotonic() - began
+        self.waited.append(took)
+        self._mine.seconds = self.queued + took
 
     def _leave(self) -> None:
         with self._change:
