@@ -129,32 +129,44 @@ def differences(
     }
 
 
-def ward(mode: str, dp: int = 1, pp: int = 2, tp: int = 1, **more: Any) -> float | None:
-    """How far a group's shared weights on all ranks are from one process, over two lives of the host, in float64."""
+def ward(mode: str, dp: int = 1, pp: int = 2, tp: int = 1, **more: Any) -> dict[str, float] | None:
+    """How far a group's losses and weights, shared and of its edges, are from one process over two lives of the host on
+    all ranks, in float64."""
     mesh, cut = Mesh(dp, pp, tp), Cut.parse(groups.CUT)
-    group = groups.text(mode, "ann", "bob", **more)
+    even = "phi" in more
+    group = groups.text(mode, *groups.NAMES[: 3 if even else 2], **more)
+    steps = 4 if mode == "parallel" else 4 * len(group.members)
+    found, losses = dict[str, Tensor](), {name: dict[int, float]() for name in group.members}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for steps in (2, 4):
+        for life in (2, 4):
             world = join(mesh, timeout=60, device="cpu")
             crew = Crew(world, stage_rank("host", cut, pp), mesh)
             if world.rank:
                 Helper(Source(groups.model), crew, world.device).run()
                 continue
-            certificates = folder / "keys" if steps == 4 else groups.made_keys(folder / "keys")
-            with groups.Ward(folder, certificates, group, crew=crew) as it:
+            certificates = folder / "keys" if life == 4 else groups.made_keys(folder / "keys")
+            with groups.Ward(folder, certificates, group, crew=crew, even=even) as it:
                 for member in group.members:
                     it.edge(member)
-                it.train(ann=steps, bob=steps)
-        if not (folder / "host").exists():
+                for member, its in it.train(**dict.fromkeys(group.members, life)).items():
+                    losses[member] |= its
+                found = {
+                    f"{k}/{n}": t.clone() for k, edge in it.edges.items() for n, t in edge.state_dict().items()
+                }  # fmt: skip
+        if not found:
             return None
         kept = folder / "host/groups/ward"
-        found = checkpoint.of("weights/", checkpoint.load(kept, checkpoint.whole(kept)[-1]).tensors)
-        _, expected = groups.alone(group, 4 if mode == "parallel" else 8)
-        assert found.keys() == {
-            n for n in expected if n.startswith(groups.MIDDLE) and n in dict(groups.model().named_parameters())
-        }
-        return max(float((found[n] - expected[n]).abs().max()) for n in found)
+        found |= checkpoint.of("weights/", checkpoint.load(kept, checkpoint.whole(kept)[-1]).tensors)
+    expected_losses, expected = groups.alone(group, steps, even=even)
+    buffers = {n for n, _ in groups.model().named_buffers()}
+    assert found.keys() == expected.keys() - buffers, sorted(found.keys() ^ expected.keys())
+    assert {k: list(its) for k, its in losses.items()} == {k: [0, 1, 2, 3] for k in group.members}
+    return {
+        "losses": max(abs(x - expected_losses[k][step]) for k, its in losses.items() for step, x in its.items()),
+        "weights": max(float((t - expected[n]).abs().max()) for n, t in found.items()),
+        "moved": max(float((t - groups.model().state_dict()[n.split("/")[-1]]).abs().max()) for n, t in found.items()),
+    }
 
 
 class Whole(adasplit.Model):
