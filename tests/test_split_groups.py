@@ -87,6 +87,27 @@ def test_a_host_that_crashes_changes_nothing(
     changes_nothing(nursery, certificates, groups.text(mode, "ann", "bob"), tmp_path, place)
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("mesh", "rank", "place"),
+    [
+        ((1, 2, 1), 0, "up backward"),
+        ((2, 1, 1), 1, "up backward"),
+        ((1, 1, 2), 1, "stepped"),
+        ((1, 2, 1), 0, "applied"),
+    ],
+    ids=str,
+)
+def test_a_rank_that_dies_amid_steps_side_by_side_changes_nothing(
+    mesh: tuple[int, ...], rank: int, place: str, certificates: Path, nursery: Nursery, tmp_path: Path
+):
+    """Three clients share gradients at the cut over several ranks, of which one is killed in their fourth round."""
+    group = groups.text("parallel", *groups.NAMES, phi=0.67)
+    changes_nothing(nursery, certificates, group, tmp_path, place, mesh, rank)
+
+
 @pytest.mark.slow
 def test_a_killed_edge_takes_the_group_back(certificates: Path, tmp_path: Path):
     """Ann's edge is lost at step 5 and starts from its checkpoint of step 3: bob, at 5 too, goes back with it."""
