@@ -20,16 +20,13 @@ from merak_like.split import checkpoint
 from merak_like.split.crew import Crew
 from merak_like.split.cut import Cut
 from merak_like.split.edge import Edge
-from merak_like.split.groups import group_of as groups_text
 from merak_like.split.half import Source
 from merak_like.split.helper import Helper
 from merak_like.split.host import Host
 from merak_like.split.messages import OptimizerText, Task
 from merak_like.split.order import stage_rank
 from merak_like.split.wire import Kind
-from tests import split_groups as groups
 from tests import split_models
-from tests import test_split_adasplit as adasplit
 from tests.split_proxy import Proxy
 
 
@@ -127,78 +124,6 @@ def differences(
         ),
         "moved": max(float((found[1][n] - t).abs().max()) for n, t in model.state_dict().items() if n in found[1]),
     }
-
-
-def ward(mode: str, dp: int = 1, pp: int = 2, tp: int = 1, **more: Any) -> float | None:
-    """How far a group's shared weights on all ranks are from one process, over two lives of the host, in float64."""
-    mesh, cut = Mesh(dp, pp, tp), Cut.parse(groups.CUT)
-    group = groups.text(mode, "ann", "bob", **more)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for steps in (2, 4):
-            world = join(mesh, timeout=60, device="cpu")
-            crew = Crew(world, stage_rank("host", cut, pp), mesh)
-            if world.rank:
-                Helper(Source(groups.model), crew, world.device).run()
-                continue
-            certificates = folder / "keys" if steps == 4 else groups.made_keys(folder / "keys")
-            with groups.Ward(folder, certificates, group, crew=crew) as it:
-                for member in group.members:
-                    it.edge(member)
-                it.train(ann=steps, bob=steps)
-        if not (folder / "host").exists():
-            return None
-        kept = folder / "host/groups/ward"
-        found = checkpoint.of("weights/", checkpoint.load(kept, checkpoint.whole(kept)[-1]).tensors)
-        _, expected = groups.alone(group, 4 if mode == "parallel" else 8)
-        assert found.keys() == {
-            n for n in expected if n.startswith(groups.MIDDLE) and n in dict(groups.model().named_parameters())
-        }
-        return max(float((found[n] - expected[n]).abs().max()) for n in found)
-
-
-class Whole(adasplit.Model):
-    """Of whose cut every tensor-parallel rank has all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.edge.append(nn.Softmax(1))
-
-
-def hearing(dp: int = 1, pp: int = 2, tp: int = 1) -> float | None:
-    """How far weights, masks and their optimizers of a group that chooses whom it hears are from a host's on one rank,
-    over two lives of both."""
-    mesh, cut = Mesh(dp, pp, tp), Cut.parse(adasplit.TASK.cut)
-    task, group = adasplit.TASK.model_copy(update={"micro_batches": 2}), groups_text(adasplit.GROUP, "ward")
-    found: list[dict[str, Tensor]] = []
-    build = lambda: Whole().double()  # noqa: E731
-    with tempfile.TemporaryDirectory() as name:
-        certificates = Path(name) / "keys"
-        for several in (True, False):
-            folder = Path(name) / str(several)
-            for rounds in (2, 4):
-                world = join(mesh, timeout=60, device="cpu")
-                crew = Crew(world, stage_rank("host", cut, pp), mesh) if several else None
-                if world.rank:
-                    if crew is not None:
-                        Helper(Source(build), crew, world.device).run()
-                    continue
-                made = certificates if certificates.exists() else groups.made_keys(certificates)
-                it = adasplit.Ward(folder, made, group, task, crew, build)
-                it.train(adasplit.ALONE + rounds)
-                it.close()
-            kept = folder / "host/groups/ward"
-            if kept.exists():
-                state = checkpoint.load(kept, checkpoint.whole(kept)[-1])
-                kinds = ("weights/", "optimizer/", "mask/", "learner/")
-                found.append({n: t for n, t in state.tensors.items() if n.startswith(kinds)})
-                assert state.facts["place"]["round"] == 4
-    if not found:
-        return None
-    ours, expected = found
-    assert ours.keys() == expected.keys()
-    assert any((t < 1).any() for n, t in ours.items() if n.startswith("mask/"))
-    return max(float((ours[n] - t).abs().max()) for n, t in expected.items())
 
 
 def cut_off(kinds: list[int], steps: int = 3, dp: int = 1, pp: int = 2, tp: int = 1) -> dict[str, bool] | None:

@@ -96,6 +96,8 @@ class Ward:
         self.source = Source(lambda: copy.deepcopy(whole))
         self.host, self.port = None, port
         self.edges: dict[str, Edge] = {}
+        self.ways: dict[str, int] = {}
+        """Another port than the host's, by member."""
         if not port:
             self.serve()
 
@@ -120,8 +122,9 @@ class Ward:
     def edge(self, name: str, *, patience: float = 60.0, folder: str = "", **more: Any) -> Edge:
         """A member's edge, not dialled yet."""
         more = {"average_edges": bool(self.group.average), **more}
+        port = self.ways.get(name, self.port)
         self.edges[name] = Edge(
-            self.source, task(**more), batch_of(name, 0, even=self.even), connect=f"127.0.0.1:{self.port}",
+            self.source, task(**more), batch_of(name, 0, even=self.even), connect=f"127.0.0.1:{port}",
             folder=self.folder / (folder or name), keys=Keys(self.certificates, name), patience=patience,
         )  # fmt: skip
         return self.edges[name]

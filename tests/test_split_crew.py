@@ -40,6 +40,14 @@ NARROW = "bert.encoder.layer.0@6:bert.pooler.dense"
 ADAM, LORA = {"name": "adamw", "lr": 0.01}, {"rank": 2}
 
 
+TENTHS = [3, 5, 6, 8]
+
+GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("sequential", {"turn": 1}), ("parallel", {"alpha": 0.5}), ("parallel", {"average": 2}),
+    ("parallel", {"alpha": 0.5, "phi": 0.67}),
+)  # fmt: skip
+
+
 def differences(name: str, cut: str, steps: int, dp: int = 1, pp: int = 2, tp: int = 1, **more: Any) -> Call:
     facts = {"name": name, "cut": cut, "steps": steps, "dp": dp, "pp": pp, "tp": tp, **more}
     return Call("-".join(map(str, facts.values())), "tests.split_crew:differences", facts)
@@ -107,16 +115,18 @@ def test_ranks_compute_what_one_does(call: Call, results: Callable[[Call], list[
 @pytest.mark.parametrize(
     "call",
     [
-        Call(" ".join(["ward", mode, name, *more]), "tests.split_crew:ward", {"mode": mode, **mesh, **more})
+        Call(" ".join(["ward", mode, name, *more]), "tests.split_ward:ward", {"mode": mode, **mesh, **more})
         for name, mesh in MESHES.items()
-        for mode, more in (("sequential", {"turn": 1}), ("parallel", {"alpha": 0.5}), ("parallel", {"average": 2}))
+        for mode, more in GROUPS
     ],
     ids=lambda call: call.name,
 )
 def test_a_group_learns_what_it_does_in_one_process(call: Call, results: Callable[[Call], list[Any]]):
     found, *others = results(call)
     assert not any(others)
-    assert found < 1e-10
+    assert found["losses"] < 1e-10
+    assert found["weights"] < 1e-10
+    assert found["moved"] > 1e-4
 
 
 @pytest.mark.ranks
@@ -124,7 +134,23 @@ def test_a_group_learns_what_it_does_in_one_process(call: Call, results: Callabl
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "call",
-    [Call(f"hearing {name}", "tests.split_crew:hearing", mesh) for name, mesh in MESHES.items()],
+    [
+        Call(f"round {name}", "tests.split_ward:round_broken", {"tenths": TENTHS, **mesh})
+        for name, mesh in MESHES.items()
+    ],
+    ids=lambda call: call.name,
+)
+def test_a_round_that_one_client_breaks_is_done_again_by_all(call: Call, results: Callable[[Call], list[Any]]):
+    """Anywhere: between their first frames and their last."""
+    assert results(call)[0] == dict.fromkeys(["sick", *map(str, TENTHS)], True)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "call",
+    [Call(f"hearing {name}", "tests.split_ward:hearing", mesh) for name, mesh in MESHES.items()],
     ids=lambda call: call.name,
 )
 def test_a_group_that_chooses_whom_it_hears_learns_what_it_does_on_one_rank(

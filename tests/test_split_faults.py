@@ -7,7 +7,6 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from merak_like.split import checkpoint
-from tests.ranks import free_port
+from tests.split_killed import on_ranks
 from tests.split_process import Nursery
 
 STEPS, EVERY, AT = 6, 2, 3
@@ -124,17 +123,6 @@ def test_edge_killed_and_back(
 
 DEALT = {**TASK, "micro_batches": 4}
 """Two for each of two replicas."""
-
-
-def on_ranks(nursery: Nursery, folder: Path, mesh: Sequence[int], **more: Any) -> tuple[list[int], int]:
-    """A host on several ranks, started as torchrun's agent would; its processes, and the port it listens on."""
-    faults = more.pop("faults", {})
-    shared = {"folder": str(folder / "host"), "mesh": list(mesh), "master": free_port(), **more}
-    pids, port = dict[int, int](), 0
-    for rank in reversed(range(prod(mesh))):  # the first one says its port when all are there
-        told = nursery.start("host", rank=rank, **shared, **faults.get(rank, {}))
-        pids[rank], port = told["pid"], told.get("port", 0)
-    return [pids[rank] for rank in range(prod(mesh))], port
 
 
 @pytest.fixture(scope="module")

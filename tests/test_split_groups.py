@@ -5,19 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from merak_like.runtime.initialize import World
 from merak_like.split.groups import Place, after, chosen, due, expected, group_of, read_groups, saves
 from merak_like.split.host import Host
-from merak_like.split.tls import Keys
+from merak_like.split.rounds import Busy, Rounds
 from tests import split_groups as groups
 from tests.commands import refused
 from tests.split_groups import Ward
@@ -47,7 +43,7 @@ def test_in_turns_is_one_process_that_trains_in_that_order(certificates: Path, t
             ward.edge(name)
         losses = ward.train(ann=4, bob=4)
         assert ward.host is not None
-        assert not ward.host.registry.groups["ward"]._at_work  # no session is kept by what it did last
+        assert not ward.host.registry.groups["ward"].at_work  # no session is kept by what it did last
         expected_losses, expected = groups.alone(group, 8)
         assert groups.furthest(ward.weights, expected) < 1e-10
         for name in group.members:
@@ -89,6 +85,27 @@ def test_a_host_that_crashes_changes_nothing(
 ):
     """Killed with SIGKILL in the middle of a round, and started again: to the last bit what a calm run gives."""
     changes_nothing(nursery, certificates, groups.text(mode, "ann", "bob"), tmp_path, place)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("mesh", "rank", "place"),
+    [
+        ((1, 2, 1), 0, "up backward"),
+        ((2, 1, 1), 1, "up backward"),
+        ((1, 1, 2), 1, "stepped"),
+        ((1, 2, 1), 0, "applied"),
+    ],
+    ids=str,
+)
+def test_a_rank_that_dies_amid_steps_side_by_side_changes_nothing(
+    mesh: tuple[int, ...], rank: int, place: str, certificates: Path, nursery: Nursery, tmp_path: Path
+):
+    """Three clients share gradients at the cut over several ranks, of which one is killed in their fourth round."""
+    group = groups.text("parallel", *groups.NAMES, phi=0.67)
+    changes_nothing(nursery, certificates, group, tmp_path, place, mesh, rank)
 
 
 @pytest.mark.slow
@@ -167,14 +184,34 @@ def test_numbers_that_are_not_finite_or_too_large_reach_no_shared_weight(certifi
         assert groups.furthest(ward.weights, before) == 0.0
 
 
+def test_who_waits_for_others_is_not_missing():
+    """Ann and bob have brought their gradients at the cut and wait for eve's: she alone is passed over."""
+    text = groups.text("parallel", *groups.NAMES, phi=1.0, wait=0.4, lost="skip")
+    rounds = Rounds(
+        "ward", text, lambda parts, at: None, lambda before, now: None, lambda *_, **__: None, lambda: False
+    )
+
+    def step(name: str) -> None:
+        with rounds.seat(name) as meeting:
+            rounds.pool(meeting, name, meeting.who, 0, {"x": torch.ones(1)})
+
+    with ThreadPoolExecutor(2) as pool:
+        for one in [pool.submit(step, name) for name in ("ann", "bob")]:
+            with pytest.raises(Busy, match="goes on without eve: do"):
+                one.result()
+    assert rounds.away == {"eve"}
+
+
 def test_who_may_join_is_the_operators_word(certificates: Path, tmp_path: Path):
-    with Ward(tmp_path, certificates, groups.text("parallel", "ann")) as ward:
+    with Ward(tmp_path, certificates, groups.text("parallel", "ann", phi=0.5)) as ward:
         with pytest.raises(ValueError, match="There is no such group"):
             ward.edge("bob").step(groups.batch_of("bob", 0))
         with pytest.raises(ValueError, match="There is no such group"):
             ward.edge("ann", group="wards", folder="other").step(groups.batch_of("ann", 0))
         with pytest.raises(ValueError, match="say checkpoint_every: 2, not 7"):
             ward.edge("ann", checkpoint_every=7, folder="third").step(groups.batch_of("ann", 0))
+        with pytest.raises(ValueError, match="leave frozen_edge away"):
+            ward.edge("ann", frozen_edge=True, folder="fourth").step(groups.batch_of("ann", 0))
         ann = ward.edge("ann")
         ann.step(groups.batch_of("ann", 0))
         stolen = ward.edge("bob", folder="stolen")
@@ -194,16 +231,6 @@ def test_a_group_is_refused_where_it_cannot_be(tmp_path: Path):
     ):
         with pytest.raises(ValueError, match=said):
             group_of(entry, "groups.yaml: ward")
-
-
-def test_phi_is_refused_on_ranks_that_do_one_step_at_a_time(certificates: Path, tmp_path: Path):
-    crew: Any = SimpleNamespace(world=World(0, 2, torch.device("cpu"), timedelta(seconds=5)))
-    text = groups.text("parallel", "ann", "bob", phi=0.5)
-    with pytest.raises(ValueError, match="phi needs the steps of all its clients at once, a host of 2 ranks does one"):
-        Host(
-            groups.Source(groups.model), groups.CUT, listen="127.0.0.1:0", folder=tmp_path, crew=crew,
-            keys=Keys(certificates, "host"), groups={"ward": text},
-        )  # fmt: skip
 
 
 def test_mistakes_in_groups_yaml_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -29,14 +29,14 @@ from merak_like.runtime.links import Links
 from merak_like.runtime.optimizer import StepResult, Update, agree_on
 from merak_like.runtime.orders import Orders
 from merak_like.runtime.programs import Program, Programs
-from merak_like.runtime.recording import Profile, Recorder
+from merak_like.runtime.recording import Do, Observed
 from merak_like.runtime.shortage import explained
 from merak_like.runtime.speaking import Speaking
 from merak_like.runtime.tensor_parallel.shards import WHOLE, Shards
 from merak_like.runtime.watch import Watch
 
 
-class Engine(Lasting, Speaking):
+class Engine(Lasting, Speaking, Observed):
     """Trains a model as its plan says. Every rank of the job makes the same calls with the same batches."""
 
     def __init__(
@@ -58,7 +58,7 @@ class Engine(Lasting, Speaking):
         self._mine = mine or range(*(plan.micro_batches * (groups.coord.dp + i) for i in (0, 1)))
         self._orders = Orders(plan, groups.coord.pp)
         self._work = self._orders.at(programs.edges(), training=True)
-        self._do: Mapping[Kind, Callable[[Action], object]] = {
+        self._do: Do = {
             Kind.F: self._forward, Kind.R: self._recompute, Kind.B: self._backward, Kind.W: self._weight,
             Kind.SEND_F: self._send_forward, Kind.RECV_F: self._post_forward,
             Kind.SEND_B: self._send_backward, Kind.RECV_B: self._post_backward,
@@ -217,13 +217,10 @@ class Engine(Lasting, Speaking):
     def _first_bad(self, batch: Any, batch_is_global: bool) -> str:
         """Run the forward of the step again, and say where the first number came up that is not finite."""
         witness = Witness(self.model, self._mine, self._batches)
-        before = self._do
-        with witness.watching() as noting:
-            self._do = {**before, Kind.F: noting(before[Kind.F])}
+        with witness.watching() as noting, self.doing(lambda do: {**do, Kind.F: noting(do[Kind.F])}):
             try:
                 self._run(batch, batch_is_global, training=False)
             finally:
-                self._do = before
                 self._made.clear()
         stage_of = {name: stage.index for stage in reversed(self.plan.stages) for name in stage.params}
         return report(witness.seen, self._reducer.gradients(), stage_of, self.world, self._watch)
@@ -246,22 +243,6 @@ class Engine(Lasting, Speaking):
             rng.start(self._seed, self.steps, self._mine[action.micro_batch])
         else:
             rng.resume(received.pop(rng.RNG), self.world.device)
-
-    @contextmanager
-    def profile(self) -> Iterator[Profile]:
-        """Record when each action of the training steps inside runs, and what it waits for. Every rank enters.
-
-        After the block ``.recorded`` holds the steps, on rank 0, and ``.save(path)`` writes them there:
-        ``merak timeline plan.json --measured path`` draws them below the planned step.
-        """
-        self._open()
-        found, recorder, before = Profile(), Recorder(self.world, self._watch), self._do
-        self._do, self._around_step = recorder.timed(before), recorder.step
-        try:
-            yield found
-        finally:
-            self._do, self._around_step = before, nullcontext
-        found.recorded = recorder.recorded(self.plan.digest)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer by its name in the user's model, as CPU tensors: on rank 0, else {}."""

@@ -30,12 +30,9 @@ def predict(engine: Engine, batch: Any) -> tuple[StepResult, dict[str, Tensor]]:
     Tensors with a row for each sample come whole, on the CPU, in the batch's order, put together from the parts of
     tensor-parallel ranks; others are left out.
     """
-    kept, before = Kept(), engine._do
-    engine._do = {**before, Kind.F: kept.around(before[Kind.F])}
-    try:
+    kept = Kept()
+    with engine.doing(lambda do: {**do, Kind.F: kept.around(do[Kind.F])}):
         result = engine.evaluate(batch)
-    finally:
-        engine._do = before
     sizes = [rows(part) for part in engine._batches]
     mine = kept.parts(engine.groups.coord, sizes, [program.parts for program in engine._running])
     parts = mine if engine.world.alone else _everyones(mine, engine.world, engine._watch)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -13,6 +14,9 @@ from merak_like.partitioner.schedules.action import Action, Kind
 from merak_like.runtime import collect
 from merak_like.runtime.initialize import World
 from merak_like.runtime.watch import Watch
+
+if TYPE_CHECKING:
+    from merak_like.runtime.engine import Engine
 
 Do = Mapping[Kind, Callable[[Action], object]]
 
@@ -75,3 +79,37 @@ class Profile:
         """Write the profile for ``merak timeline plan.json --measured path``; only rank 0 writes."""
         if self.recorded is not None:
             self.recorded.save(path)
+
+
+class Observed:
+    """The part of an engine that lets others see its actions, and do something around each."""
+
+    _do: Do
+    _around_step: Callable[[], AbstractContextManager[None]]
+
+    @contextmanager
+    def doing(self, by: Callable[[Do], Do]) -> Iterator[None]:
+        """Inside, actions are done by what ``by`` makes of those that do them."""
+        before, self._do = self._do, by(self._do)
+        try:
+            yield
+        finally:
+            self._do = before
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Record when each action of the training steps inside runs, and what it waits for. Every rank enters.
+
+        After the block ``.recorded`` holds the steps, on rank 0, and ``.save(path)`` writes them there:
+        ``merak timeline plan.json --measured path`` draws them below the planned step.
+        """
+        engine = cast("Engine", self)  # which it is a part of
+        engine._open()
+        found, recorder = Profile(), Recorder(engine.world, engine._watch)
+        self._around_step = recorder.step
+        try:
+            with self.doing(recorder.timed):
+                yield found
+        finally:
+            self._around_step = nullcontext
+        found.recorded = recorder.recorded(engine.plan.digest)

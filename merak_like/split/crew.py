@@ -43,8 +43,8 @@ class Crew:
         self.coord, self.stage_rank = self.mesh.coord(world.rank), stage_rank
         self.broken: BaseException | None = None
         """What the ranks fell out of step with: then nothing more can be done together."""
-        self.agreed: BaseException | None = None
-        """The error that all ranks raised last, each its own."""
+        self._agreed = list[BaseException]()
+        """The errors that all ranks raised in the last order, each its own."""
         self._known: dict[tuple[tuple[Sum, ...], tuple[Span, ...]], Groups] = {}
         self.peers: Group = None
         """The tensor-parallel ranks of this replica's first part, where this is one of several."""
@@ -87,16 +87,26 @@ class Crew:
                 raise PeerError(f"the host's ranks are out of step: {self.broken}")
             try:
                 self._send({"do": do, **facts})
+                self._agreed.clear()
                 yield
             except BaseException as error:
-                if error is not self.agreed and not isinstance(error, FloatingPointError):
+                if self.breaks(error):
                     self.broken = error
                 raise
+
+    def breaks(self, error: BaseException) -> bool:
+        """Whether ranks are out of step with an error: all others are raised by each of them at the same place."""
+        return not (self.agreed(error) or isinstance(error, FloatingPointError))
+
+    def agreed(self, error: BaseException) -> bool:
+        """Whether all ranks have raised an error, each its own."""
+        return any(error is one for one in self._agreed)
 
     def hear(self) -> dict[str, Any]:
         """What rank 0 tells all next: an order. Raises PeerError where it is gone."""
         self._spread(size := torch.zeros(1, dtype=torch.int64))
         self._spread(body := torch.empty(int(size), dtype=torch.uint8))
+        self._agreed.clear()
         return json.loads(body.numpy().tobytes())
 
     def agree(self, error: Exception | None) -> None:
@@ -115,8 +125,8 @@ class Crew:
         if not any(said):
             return
         others = "; ".join(f"rank {i}: {text}" for i, text in enumerate(said) if text)
-        self.agreed = error if error is not None else Void(others)
-        raise self.agreed
+        self._agreed.append(error if error is not None else Void(others))
+        raise self._agreed[-1]
 
     def each(self, make: Callable[[], T]) -> T:
         """What every rank makes for itself. Where one cannot, none has, and all raise."""

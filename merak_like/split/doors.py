@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +29,8 @@ from merak_like.split.enduring import Enduring
 from merak_like.split.exchange import Channel, Exchange, Link, Way
 from merak_like.split.messages import Task
 from merak_like.split.order import dealt
+from merak_like.split.pooled import AtCut
+from merak_like.split.row import Row
 from merak_like.split.spoken import blank, give, given, heard, raw, say, typed
 
 
@@ -44,14 +45,19 @@ def door(crew: Crew, task: Task, device: torch.device) -> Enduring:
 class Desk(Enduring):
     """Of the rank that talks to the edge, for all replicas."""
 
+    reception: Reception
+    """Who does what other replicas ask of this desk; of this one alone unless several steps go side by side."""
+    shared: AtCut | None
+    """What gradients at the cut become on their way to the edge; None: they stay what they are."""
+
     def __init__(self, *args: Any, crew: Crew, mine: Sequence[int]) -> None:
         """``mine`` are the micro-batches of a step that this replica runs; all else is an exchange's."""
         super().__init__(*args)
         self.crew, self.mine = crew, mine
-        self._threads = ThreadPoolExecutor(max(1, len(crew.desks)), "merak-desk")
-        self._asking: list[Future[None]] = []
         self._done: Counter[tuple[Link, Way]] = Counter()
         """The micro-batches that are through, by what passes."""
+        self._through = 0
+        """Other replicas that are, with the step."""
         self._change = threading.Condition()
         self._coding = threading.Lock()
         self._gone: PeerError | None = None
@@ -60,6 +66,7 @@ class Desk(Enduring):
         """As any exchange, with nothing through yet."""
         super().begin(channel, step, samples, training=training)
         self._done.clear()
+        self._through, self.reception, self.shared = 0, Reception((self,)), None
 
     def put(self, link: Link, way: Way, micro_batch: int, values: Mapping[str, Tensor], specs: Sequence[Spec]) -> None:
         """Send when it is this micro-batch's turn."""
@@ -71,17 +78,35 @@ class Desk(Enduring):
         """Receive, and hand on to this replica's tensor-parallel ranks."""
         if link == "own":
             return Exchange.take(self, link, way, micro_batch, specs)
-        if not self._asking:  # the step's first value: from now on other replicas ask too
-            self._asking = [self._threads.submit(self._serve, *desk) for desk in self.crew.desks.items()]
+        self.reception.begin()  # with the step's first value: from now on other replicas ask too
         return handed(self.crew, way, specs, self._take(link, way, self.mine[micro_batch], specs), self.device)
 
     def over(self) -> None:
         """Wait until the other replicas are through. Raises PeerError where one is gone."""
-        for one in self._asking:
-            one.result()
-        self._asking = []
+        if self.reception.begun:
+            self._until(lambda: self._through == len(self.crew.desks), "a replica is not through")
+
+    def left(self) -> None:
+        """Another replica is."""
+        with self._change:
+            self._through += 1
+            self._change.notify_all()
+
+    def lost(self, error: PeerError) -> None:
+        """Another replica is gone."""
+        with self._change:
+            self._gone = error
+            self._change.notify_all()
 
     def _put(self, link: Link, way: Way, number: int, values: Mapping[str, Tensor], specs: Sequence[Spec]) -> None:
+        if self.shared is None or not specs or (link, way) != ("up", "backward"):
+            return self._send(link, way, number, values, specs)
+        if (mean := self.shared.bring(self, number, values)) is not None:
+            for desk in self.shared.exchanges:
+                assert isinstance(desk, Desk)
+                desk._send(link, way, number, mean, specs)
+
+    def _send(self, link: Link, way: Way, number: int, values: Mapping[str, Tensor], specs: Sequence[Spec]) -> None:
         with self._turn(link, way, number):
             super().put(link, way, number, values, specs)
 
@@ -101,11 +126,7 @@ class Desk(Enduring):
     def _turn(self, link: Link, way: Way, number: int) -> Iterator[None]:
         """Both ends code micro-batches in one order, or a sample that is in two of them would be remembered twofold."""
         key: tuple[Link, Way] = (link, way)
-        limit = self.crew.world.timeout.total_seconds()
-        with self._change:
-            there = self._change.wait_for(lambda: self._gone is not None or self._done[key] >= number, limit)
-            if self._gone is not None or not there:
-                raise self._gone or PeerError(f"micro-batch {self._done[key]} did not pass ({link}, {way}) in time")
+        self._until(lambda: self._done[key] >= number, f"micro-batch {number - 1} did not pass ({link}, {way})")
         try:
             yield
         finally:
@@ -113,25 +134,62 @@ class Desk(Enduring):
                 self._done[key] = number + 1
                 self._change.notify_all()
 
+    def _until(self, so: Callable[[], bool], else_: str) -> None:
+        limit = self.crew.world.timeout.total_seconds()
+        with self._change:
+            there = self._change.wait_for(lambda: self._gone is not None or so(), limit)
+            if self._gone is not None or not there:
+                raise self._gone or PeerError(f"{else_} in {limit:.0f} s")
+
+
+class Reception:
+    """Does for other replicas what they ask of some desks, a thread for each replica, until their steps are over."""
+
+    def __init__(self, desks: Sequence[Desk]) -> None:
+        self.desks, self.begun = desks, False
+
+    def begin(self) -> None:
+        """Be there from now on."""
+        if not self.begun:
+            self.begun = True
+            for desk in self.desks[0].crew.desks.items():
+                threading.Thread(target=self._serve, args=desk, name="merak-desk", daemon=True).start()
+
     def _serve(self, replica: int, group: Group) -> None:
-        """Do for another replica what it asks for, until its step is over."""
-        rank = self.crew.mesh.rank(Coord(replica, 0, 0))
+        rank = self.desks[0].crew.mesh.rank(Coord(replica, 0, 0))
         try:
-            while (word := heard(rank, group))["do"] != "over":
-                link, way, number = word["link"], word["way"], word["number"]
-                specs = [Spec(n, tuple(shape), getattr(torch, dtype), grad) for n, shape, dtype, grad in word["specs"]]
-                if word["do"] == "put":
-                    values = {s.name: given(s.dtype, s.shape, rank, group).to(self.device) for s in specs}
-                    self._put(link, way, number, values, specs)
-                else:
-                    found = self._take(link, way, number, specs)
-                    for spec in specs:
-                        give(found[spec.name], rank, group)
+            for _ in self.desks:
+                while self._did(heard(rank, group), rank, group):
+                    pass
         except RuntimeError as error:
-            with self._change:
-                self._gone = PeerError(f"replica {replica} (rank {rank}) was lost in the middle of a step: {error}")
-                self._change.notify_all()
-            raise self._gone from error
+            gone = PeerError(f"replica {replica} (rank {rank}) was lost in the middle of a step: {error}")
+            for desk in self.desks:
+                desk.lost(gone)
+
+    def _did(self, word: Mapping[str, Any], rank: int, group: Group) -> bool:
+        """Do what was asked; False where a step is over by that."""
+        desk = self.desks[word["place"]]
+        if word["do"] == "over":
+            desk.left()
+            return False
+        link, way, number = word["link"], word["way"], word["number"]
+        specs = [Spec(n, tuple(shape), getattr(torch, dtype), grad) for n, shape, dtype, grad in word["specs"]]
+        if word["do"] == "put":
+            values = {s.name: given(s.dtype, s.shape, rank, group).to(desk.device) for s in specs}
+            desk._put(link, way, number, values, specs)
+        else:
+            found = desk._take(link, way, number, specs)
+            for spec in specs:
+                give(found[spec.name], rank, group)
+        return True
+
+
+def side_by_side(crew: Crew, desks: Sequence[Desk], sharing: Sequence[Desk]) -> Row:
+    """A row of these desks' steps, some of which share their gradients at the cut."""
+    reception, at_cut = Reception(desks), AtCut(sharing)
+    for desk in desks:
+        desk.reception, desk.shared = reception, at_cut if any(desk is one for one in sharing) else None
+    return Row(len(desks), crew.breaks)
 
 
 class Asks(Enduring):
@@ -159,12 +217,12 @@ class Asks(Enduring):
     def over(self) -> None:
         """Tell the desk."""
         with self.crew.watch.waiting("rank 0 to hear that a step is over"):
-            say({"do": "over"}, 0, self.group)
+            say({"do": "over", "place": self.place}, 0, self.group)
 
     def _say(self, do: str, link: Link, way: Way, micro_batch: int, specs: Sequence[Spec]) -> None:
         told = [[s.name, list(s.shape), str(s.dtype).removeprefix("torch."), s.requires_grad] for s in specs]
-        said = {"do": do, "link": link, "way": way, "number": self.mine[micro_batch], "specs": told}
-        say(said, 0, self.group)
+        said = {"do": do, "place": self.place, "link": link, "way": way, "number": self.mine[micro_batch]}
+        say({**said, "specs": told}, 0, self.group)
 
 
 class Follows(Enduring):

@@ -30,6 +30,8 @@ class Enduring(Exchange):
     stuck = False
     """Whether a stage of this rank failed: then they compute no more in this step. Where only the way to the edge
     broke, they go on, for tensor-parallel ranks that nothing happened to compute along with them."""
+    place = 0
+    """Where its step is among those that go side by side."""
 
     def begin(self, channel: Channel, step: int, samples: Sequence[tuple[int, ...]], *, training: bool = True) -> None:
         """As any exchange, with nothing wrong yet."""
@@ -124,6 +126,6 @@ class Together:
         try:
             self.crew.agree(error)
         except Exception as why:
-            if why is self.crew.agreed:
+            if self.crew.agreed(why):
                 self.reducer.finish()
             raise

@@ -61,7 +61,7 @@ class Group:
         self.resting: dict[str, State] = {}
         """Sessions by id that are not in memory, as a checkpoint knows them."""
         self._note = note
-        self._at_work: dict[str, Meeting] = {}
+        self.at_work: dict[str, Meeting] = {}
         """By member."""
         self._going_back = Lock()
         self._dirty = False
@@ -91,7 +91,7 @@ class Group:
             )
         part = brought(session.training, result.tokens, session.id, session.owner, result.loss)
         with self.turn.away():
-            self.rounds.give(self._at_work[session.owner], session.owner, part)
+            self.rounds.give(self.at_work[session.owner], session.owner, part)
 
     def known(self, session: str) -> State | None:
         """A session that is not in memory, of this group's newest checkpoint."""
@@ -131,14 +131,19 @@ class Group:
         if self.averages.of < session.owes:
             raise Refused(f"the edge's own layers of round {session.owes} are due before its next step")
         with self.rounds.seat(session.owner, there) as meeting:
-            self._at_work[session.owner] = meeting
+            self.at_work[session.owner] = meeting
             try:
                 self._show(session)
                 self._blend(session, meeting)
                 at, who = self.rounds.at, meeting.who
                 yield After(saves(self.text, at, who), averages(self.text, at, who))
+            except BaseException as error:  # of steps that went side by side none stands alone
+                if meeting.row is not None and not meeting.applied and meeting is self.rounds.meeting:
+                    why = f"the step of {session.owner} came to nothing ({type(error).__name__})"
+                    self.rounds.fail(f"group {self.name}: {why}: do this step again")
+                raise
             finally:  # a session that is put away gives its memory back
-                del self._at_work[session.owner]
+                del self.at_work[session.owner]
 
     def _show(self, session: Session) -> None:
         assert self.common is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from merak_like.runtime.links import NoLinks
 from merak_like.split.commons import Commons, brought
 from merak_like.split.crew import Crew
 from merak_like.split.doors import door
+from merak_like.split.enduring import Enduring
 from merak_like.split.exchange import Exchange
 from merak_like.split.groups import GroupText
 from merak_like.split.half import Made, Source, build_half
 from merak_like.split.messages import Begin, Task
 from merak_like.split.outline import batch_of, blank
+from merak_like.split.row import Row
 from merak_like.split.training import Training, optimizer_of
 from merak_like.split.trunk import Trunk
 
@@ -43,7 +46,7 @@ class Helper:
         self._do: dict[str, Callable[..., None]] = {
             "live": lambda: None, "open": self._open, "step": self._step, "save": self._save,
             "restore": self._restore, "close": self._close, "learn": self._learn, "keep": self._keep,
-            "take up": self._take_up,
+            "take up": self._take_up, "abreast": self._abreast,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -53,7 +56,7 @@ class Helper:
                 self._do[order.pop("do")](**order)
             except Exception as error:
                 traceback.print_exception(error)  # rank 0 hears one line of it at most
-                if error is not self.crew.agreed and not isinstance(error, FloatingPointError):
+                if self.crew.breaks(error):
                     raise
                 # else rank 0 knows, and tells the edge
         self.crew.close()
@@ -87,6 +90,28 @@ class Helper:
         told = Begin.model_validate(begin, strict=False)
         do = training.run if told.training else training.evaluate
         do(batch_of(told))
+
+    def _abreast(self, steps: list[dict[str, Any]]) -> None:
+        """Steps side by side, a thread each."""
+        row = Row(len(steps), self.crew.breaks)
+        row.begin()
+
+        def run(place: int, told: dict[str, Any]) -> None:
+            training = self.halves[told["session"]]
+            exchange = training.exchange
+            assert isinstance(exchange, Enduring)
+            exchange.place = place
+            try:
+                with row.at(place, training.engine):
+                    self._step(**told)
+            finally:
+                exchange.place = 0
+
+        with ThreadPoolExecutor(len(steps), "merak-abreast") as pool:
+            runs = [pool.submit(run, place, told) for place, told in enumerate(steps)]
+        failed = [error for one in runs if (error := one.exception()) is not None]
+        if failed:
+            raise next(filter(self.crew.breaks, failed), failed[0])
 
     def _save(self, session: str) -> None:
         self.halves[session].save({})

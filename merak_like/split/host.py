@@ -87,11 +87,6 @@ class Host:
         for name, text in groups.items():
             if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
                 raise ValueError(f"a group's name is letters, digits, _ and -, found {name!r}")
-            if text.phi and not self.crew.world.alone:
-                raise ValueError(
-                    f"group {name}: phi needs the steps of all its clients at once, a host of {self.crew.world.size} "
-                    "ranks does one at a time: leave phi away, or serve it with one rank"
-                )
             if text.wait > self.limits.waits.step:
                 raise ValueError(
                     f"group {name} waits {text.wait:.0f} s, but edges wait {self.limits.waits.step:.0f} s for an answer"

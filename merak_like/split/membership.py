@@ -27,9 +27,15 @@ def require_fitting(task: Task, owner: str, group: Group) -> None:
             if text.mode == "chosen"
             else f"group {name} is {text.mode}, and an edge that learns at home needs one whose mode is chosen"
         )
-    others = {session.task.micro_batches for session in group.live.values() if session.owner != owner}
-    if text.phi and others - {task.micro_batches}:
-        raise Refused(
-            f"the clients of group {name} share gradients at the cut (phi), micro-batch by micro-batch: say "
-            f"micro_batches: {others.pop()}, not {task.micro_batches}"
-        )
+    if not text.phi:
+        return
+    if task.frozen_edge:
+        raise Refused(f"the clients of group {name} share gradients at the cut (phi): leave frozen_edge away")
+    others = [session.task for session in group.live.values() if session.owner != owner]
+    alike = ["micro_batches"] if group.commons.crew.world.alone else ["micro_batches", "window"]
+    for key in alike:
+        if odd := {getattr(other, key) for other in others} - {getattr(task, key)}:
+            raise Refused(
+                f"the clients of group {name} share gradients at the cut (phi), micro-batch by micro-batch: say "
+                f"{key}: {odd.pop()}, not {getattr(task, key)}"
+            )

@@ -6,6 +6,7 @@ them would get; the others get their own. It mixes gradients of unrelated sample
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -28,6 +29,27 @@ class Pooled(Exchange):
         if self.blend is not None and specs and link == "up" and way == "backward":
             values = self.blend(micro_batch, values)
         super().put(link, way, micro_batch, values, specs)
+
+
+class AtCut:
+    """The same where the steps of a round go side by side (abreast.py): who brings last has the mean, for all."""
+
+    def __init__(self, exchanges: Sequence[Exchange]) -> None:
+        """Of those that are drawn, in the order in which their gradients are added."""
+        self.exchanges = exchanges
+        self._brought: dict[int, dict[int, Mapping[str, Tensor]]] = {}
+        self._lock = threading.Lock()  # replicas bring by threads of their own
+
+    def bring(self, exchange: Exchange, micro_batch: int, values: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+        """One's gradients for a micro-batch; the mean where all are there, to be sent by each exchange."""
+        place = next(i for i, one in enumerate(self.exchanges) if one is exchange)
+        with self._lock:
+            brought = self._brought.setdefault(micro_batch, {})
+            brought[place] = values
+            if len(brought) < len(self.exchanges):
+                return None
+            del self._brought[micro_batch]
+        return mean([brought[i] for i in range(len(self.exchanges))])
 
 
 def mean(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -11,12 +11,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from merak_like.split.common import Part
 from merak_like.split.groups import GroupText, Place, after, expected
 from merak_like.split.pooled import mean
+from merak_like.split.row import Row
+
+
+class Seat(NamedTuple):
+    """A step that is to go side by side with others."""
+
+    exchange: Any
+    told: Mapping[str, Any]
+    """What the other ranks are told of it."""
+    kind: Any
+    """Steps of one kind can."""
 
 
 class Busy(RuntimeError):
@@ -33,6 +45,12 @@ class Meeting:
     at_cut: dict[int, dict[str, Mapping[str, Tensor]]] = field(default_factory=dict)
     """Gradients at the cut that some bring before those of the weights are there, by micro-batch and member."""
     means: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    lined: dict[str, Seat] = field(default_factory=dict)
+    """Steps that are to go side by side, by member."""
+    row: Row | None = None
+    """Once all are there."""
+    here: set[str] = field(default_factory=set)
+    """Who waits for the others."""
     left: set[str] = field(default_factory=set)
     applied: bool = False
     over: bool = False
@@ -141,6 +159,29 @@ class Rounds:
                     meeting.given.pop(member, None)
                 raise
 
+    def line_up(
+        self, meeting: Meeting, member: str, seat: Seat, make: Callable[[Meeting], Row], there: Callable[[], bool]
+    ) -> Row:
+        """Come with a step that goes side by side with the others'; returns when ``make`` has made the row of all.
+
+        Raises Busy where somebody stays away, ValueError for steps that cannot go so.
+        """
+        with self.change:
+            self.hold(meeting)
+            meeting.lined[member] = seat
+            try:
+                if set(meeting.lined) == set(meeting.who):
+                    meeting.row = make(meeting)
+                    self.change.notify_all()
+                self.wait(lambda: meeting.row is not None, member, meeting, there)
+            except BaseException as error:
+                meeting.lined.pop(member, None)
+                if isinstance(error, ValueError):
+                    self.fail(str(error))
+                raise
+            assert meeting.row is not None
+            return meeting.row
+
     def pool(
         self, meeting: Meeting, member: str, who: tuple[str, ...], micro_batch: int, values: Mapping[str, Tensor]
     ) -> Mapping[str, Tensor]:
@@ -164,13 +205,24 @@ class Rounds:
     ) -> None:  # fmt: skip
         """Wait until something is so, or say who is missing."""
         end = time.monotonic() + self.text.wait
+        if meeting is not None:
+            meeting.here.add(member)
+        try:
+            self._wait(ready, member, meeting, there, end)
+        finally:
+            if meeting is not None:
+                meeting.here.discard(member)
+
+    def _wait(
+        self, ready: Callable[[], bool], member: str, meeting: Meeting | None, there: Callable[[], bool], end: float
+    ) -> None:  # fmt: skip
         while not ready():
             now = self.meeting if meeting is None else meeting
             self.hold(now)
             if not there():
                 raise Busy(f"{member} is gone")
             now.since = now.since or time.monotonic()
-            late = [n for n in now.who if n not in now.given and n != member]
+            late = [n for n in now.who if n not in now.given and n not in now.here and n != member]
             passed = time.monotonic() - now.since > self.text.wait
             if passed and self.text.lost == "skip" and late and now is self.meeting and not now.applied:
                 self._without(late)

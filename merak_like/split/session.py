@@ -20,6 +20,7 @@ from merak_like.runtime.batches import rows
 from merak_like.runtime.links import Spec
 from merak_like.runtime.optimizer import StepResult
 from merak_like.split import checkpoint
+from merak_like.split.abreast import order
 from merak_like.split.checkpoint import State
 from merak_like.split.connection import Connection
 from merak_like.split.crew import Crew
@@ -283,7 +284,7 @@ class Session:
             samples = samples_of(begin.samples, [rows(part) for part in parts])
             self.training.exchange.begin(connection, self.training.step, samples, training=begin.training)
             told = {"session": self.id, "begin": begin.model_dump(mode="json"), "at": self.training.step}
-            result = do(batch, order=self.crew.together("step", **told))
+            result = do(batch, order=order(self, told, parts, lambda: not connection.closed))
         return result, self.turn.queued - before
 
     def _largest(self, half: Half) -> int:
