@@ -94,8 +94,8 @@ def test_a_host_that_crashes_changes_nothing(
     ("mesh", "rank", "place"),
     [
         ((1, 2, 1), 0, "up backward"),
-        ((2, 1, 1), 1, "up backward"),
-        ((1, 1, 2), 1, "stepped"),
+        ((2, 1, 1), 1, "stepped"),
+        ((1, 1, 2), 0, "up backward"),
         ((1, 2, 1), 0, "applied"),
     ],
     ids=str,
