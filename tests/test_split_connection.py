@@ -12,10 +12,10 @@ from contextlib import suppress
 import pytest
 
 from merak_like.split.connection import Connection, Lost, Waits
-from merak_like.split.wire import CHUNK, FROM_EDGE, Key, Kind
+from merak_like.split.wire import CHUNK, FROM_EDGE, Key, Kind, frames
 
 WAITS = Waits(hello=5.0, idle=0.5, step=5.0, drain=0.3)
-Open = Callable[[Waits], tuple[Connection, socket.socket]]
+Open = Callable[..., tuple[Connection, socket.socket]]
 
 
 @pytest.fixture
@@ -26,12 +26,12 @@ def opened() -> Iterator[Open]:
     thread.start()
     made: list[tuple[Connection, socket.socket]] = []
 
-    def open_(waits: Waits) -> tuple[Connection, socket.socket]:
+    def open_(waits: Waits, rate: float = 0.0) -> tuple[Connection, socket.socket]:
         here, there = socket.socketpair()
 
         async def connect() -> Connection:
             reader, writer = await asyncio.open_connection(sock=here)
-            return Connection(reader, writer, FROM_EDGE, waits, window=4 * CHUNK)
+            return Connection(reader, writer, FROM_EDGE, waits, window=4 * CHUNK, rate=rate)
 
         made.append((asyncio.run_coroutine_threadsafe(connect(), loop).result(5), there))
         return made[-1]
@@ -88,3 +88,16 @@ def test_who_sends_a_byte_now_and_then_is_let_go(opened: Open):
         return connection.closed
 
     within(3, trickled)
+
+
+def test_bytes_are_taken_at_the_rate_that_is_allowed(opened: Open):
+    """A client that sends faster waits in its own system's buffers."""
+    pings = b"".join(frames(Key(Kind.PING), b"")) * 20
+    took = list[float]()
+    for rate in (0.0, 1000.0):
+        connection, there = opened(WAITS, rate)
+        began = time.monotonic()
+        there.sendall(pings)
+        within(3, lambda connection=connection: connection.bytes["received"] == len(pings))
+        took.append(time.monotonic() - began)
+    assert took[1] > 0.9 * 19 / 20 * len(pings) / 1000 > took[0]
