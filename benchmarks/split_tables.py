@@ -87,3 +87,15 @@ def soak() -> str:
     told += f"{steps['least']} to {steps['most']} (Jain's index {steps['Jain']:.4f}). "
     told += f"{', '.join(data['grew']) or 'Nothing'} grew, {data['stopped'] or 'no'} client stopped."
     return "\n".join([*lines, "", told, "", setting_of(setting)])
+
+
+def wire() -> str:
+    """Bytes of a step on the socket, beside the plain cut's of the same kind."""
+    data = json.loads((ROOT / "benchmarks/split/wire.json").read_text())
+    lines = ["| cut | codec | bytes a step, both ways | times fewer |", "| --- | --- | ---: | ---: |"]
+    plain = dict[bool, int]()
+    for row in data["rows"]:
+        first = plain.setdefault(":" in row["cut"], row["bytes"])
+        codec = row["codec"].replace("|", chr(92) + "|")
+        lines.append(f"| `{row['cut']}` | `{codec}` | {row['bytes']:,} | {first / row['bytes']:.1f} |")
+    return "\n".join([*lines, "", setting_of(data["setting"])])

@@ -12,7 +12,7 @@ import re
 import sys
 
 from engine_tables import ROOT, alone, cell, overhead, pipeline, pipeline_deep, setting_of
-from split_tables import groups, learning, line, soak
+from split_tables import groups, learning, line, soak, wire
 
 PLACES = (
     "README.md", "benchmarks/pipeline/README.md", "benchmarks/paced/README.md", "benchmarks/planner/README.md",
@@ -233,7 +233,8 @@ TABLES = {
     "tensor_parallel": tensor_parallel, "zero": zero, "alone": alone, "scaling": scaling,
     "whole": whole, "whole_short": whole_short,
     "pipeline": pipeline, "pipeline_deep": pipeline_deep, "overhead": overhead, "paced": paced, "slow": slow,
-    "learning": learning, "groups": groups, "line": line, "soak": soak, "published": published, "chosen": chosen,
+    "learning": learning, "groups": groups, "line": line, "soak": soak, "wire": wire,
+    "published": published, "chosen": chosen,
     "every": every, "here": here,
 }  # fmt: skip
 

@@ -3,9 +3,12 @@ applied once, whatever is lost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,10 @@ from torch import Tensor
 
 from merak_like.split.groups import Place, after, chosen, due, expected, group_of, read_groups, saves
 from merak_like.split.host import Host
-from merak_like.split.rounds import Busy, Rounds
+from merak_like.split.membership import require_fitting
+from merak_like.split.rounds import Busy, Meeting, Rounds, Seat
+from merak_like.split.row import Row
+from merak_like.split.session import Refused
 from tests import split_groups as groups
 from tests.commands import refused
 from tests.split_groups import Ward
@@ -94,8 +100,8 @@ def test_a_host_that_crashes_changes_nothing(
     ("mesh", "rank", "place"),
     [
         ((1, 2, 1), 0, "up backward"),
-        ((2, 1, 1), 1, "up backward"),
-        ((1, 1, 2), 1, "stepped"),
+        ((2, 1, 1), 1, "stepped"),
+        ((1, 1, 2), 0, "up backward"),
         ((1, 2, 1), 0, "applied"),
     ],
     ids=str,
@@ -184,22 +190,43 @@ def test_numbers_that_are_not_finite_or_too_large_reach_no_shared_weight(certifi
         assert groups.furthest(ward.weights, before) == 0.0
 
 
-def test_who_waits_for_others_is_not_missing():
-    """Ann and bob have brought their gradients at the cut and wait for eve's: she alone is passed over."""
+def sharing(rounds: Rounds, meeting: Meeting, name: str) -> None:
+    rounds.pool(meeting, name, meeting.who, 0, {"x": torch.ones(1)})
+
+
+def lining_up(rounds: Rounds, meeting: Meeting, name: str) -> None:
+    rounds.line_up(meeting, name, Seat(None, {}, None), lambda _: Row(3, lambda _: True), lambda: True)
+
+
+@pytest.mark.parametrize("wait", [sharing, lining_up])
+def test_who_waits_for_others_is_not_missing(wait: Callable[[Rounds, Meeting, str], None]):
+    """Ann and bob have brought their gradients at the cut, or stand in line, and wait for eve: she is passed over."""
     text = groups.text("parallel", *groups.NAMES, phi=1.0, wait=0.4, lost="skip")
-    rounds = Rounds(
-        "ward", text, lambda parts, at: None, lambda before, now: None, lambda *_, **__: None, lambda: False
-    )
+    rounds = Rounds("ward", text, lambda *_: None, lambda *_: None, lambda *_, **__: None, lambda: False)
 
     def step(name: str) -> None:
         with rounds.seat(name) as meeting:
-            rounds.pool(meeting, name, meeting.who, 0, {"x": torch.ones(1)})
+            wait(rounds, meeting, name)
 
     with ThreadPoolExecutor(2) as pool:
         for one in [pool.submit(step, name) for name in ("ann", "bob")]:
             with pytest.raises(Busy, match="goes on without eve: do"):
                 one.result()
     assert rounds.away == {"eve"}
+    assert rounds.meeting.who == ("ann", "bob")
+
+
+def test_steps_side_by_side_have_one_window():
+    """On one rank each client goes its own way up to the cut; on several they take turns by their orders."""
+    others = {"bobs": SimpleNamespace(owner="bob", task=groups.task(window=3))}
+    for alone in (True, False):
+        crew = SimpleNamespace(world=SimpleNamespace(alone=alone))
+        group: Any = SimpleNamespace(name="ward", text=groups.text("parallel", "ann", "bob", phi=0.5), live=others)
+        group.commons = SimpleNamespace(crew=crew)
+        with nullcontext() if alone else pytest.raises(Refused, match="say window: 3, not 2"):
+            require_fitting(groups.task(), "ann", group)
+        with pytest.raises(Refused, match="say micro_batches: 2, not 4"):
+            require_fitting(groups.task(micro_batches=4), "ann", group)
 
 
 def test_who_may_join_is_the_operators_word(certificates: Path, tmp_path: Path):

@@ -246,6 +246,8 @@ def test_health_metrics_and_drain(tmp_path: Path):
             one.step(BATCH)
             page = urllib.request.urlopen(f"http://127.0.0.1:{plain.status_port}/metrics").read().decode()
             assert "merak_steps_total 1" in page
+            assert 'merak_queue_seconds{quantile="0.99"} 0.0' in page
+            assert int(page.split("merak_queue_seconds_count ")[1].split()[0]) == plain.turn.turns > 0
             assert urllib.request.urlopen(f"http://127.0.0.1:{plain.status_port}/healthz").status == 200
             with pytest.raises(urllib.error.HTTPError):
                 urllib.request.urlopen(f"http://127.0.0.1:{plain.status_port}/other")

@@ -63,7 +63,8 @@ def test_a_connection_cut_at_any_frame_changes_nothing(
     assert all(torch.equal(weights[name], undisturbed[name]) for name in undisturbed)
 
 
-def test_a_session_moves_to_a_second_host_at_half_time(tmp_path: Path):
+@pytest.mark.parametrize("steps", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_session_moves_to_a_second_host_at_half_time(steps: int, tmp_path: Path):
     model, batch = split_models.calm()
     source, what = Source(lambda: copy.deepcopy(model)), remembering()
 
@@ -73,8 +74,8 @@ def test_a_session_moves_to_a_second_host_at_half_time(tmp_path: Path):
         connect = [f"127.0.0.1:{first.port}", f"127.0.0.1:{second.port}"]
         losses: list[float] = []
         with Edge(source, what, batch, connect=connect, folder=folder / "edge", patience=20) as edge:
-            for step in range(20):
-                if move and step == 10:
+            for step in range(steps):
+                if move and step == steps // 2:
                     first.close()
                 each, ids = split_models.again(step)
                 losses.append(edge.step(each, samples=ids).loss)

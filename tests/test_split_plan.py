@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from merak_like.split.half import Source
 from merak_like.split.host import Host
 from merak_like.split.limits import Limits
 from merak_like.split.means import Means, amount, line, machine
-from merak_like.split.messages import Done
+from merak_like.split.messages import Done, Task
 from merak_like.split.order import orders
 from merak_like.split.timeline import Around, Work, walk
 from merak_like.split.told import beside
@@ -72,6 +73,26 @@ def test_bytes_are_those_counted_on_the_socket(tmp_path: Path, name: str, cut: s
     assert told.by_kind == {kind: count for kind, count in found.items() if " " in kind and count}
     assert (told.sent, told.received) == (found["sent"], found["received"])
     assert on_the_wire == told.sent + told.received
+
+
+@pytest.mark.slow
+def test_the_wire_at_bert_bases_width():
+    """Rank 8, and 4 bits on top, take as much less than the plain cut as they were to; as counted on a socket once."""
+    pytest.importorskip("transformers")
+    from benchmarks.split import main as wire
+
+    model, batch = wire.work()
+    counted = {(r["cut"], r["codec"]): r["bytes"] for r in json.loads(wire.OUT.read_text())["rows"]}
+    rows = [row for row in counted if ":" not in row[0]]
+    told = {}
+    for cut, codec in rows:
+        found = forecast(Source(lambda: copy.deepcopy(model)), Task(cut=cut, codec=codec), batch, samples=True)
+        told[cut, codec] = found.sent + found.received
+    assert told == {row: counted[row] for row in rows}
+    plain, two_bits, narrow, four_bits = told.values()
+    assert plain / narrow > 94
+    assert plain / four_bits > 700
+    assert plain / two_bits > 15
 
 
 def test_the_end_of_a_step_is_as_long_whatever_it_says():

@@ -1,4 +1,9 @@
-"""How many bytes does a step of split fine-tuning put on the socket? Counted there, both ways, headers included."""
+"""How many bytes does a step of split fine-tuning put on the socket? Counted there, both ways, headers included.
+
+    python -m benchmarks.split.main         writes wire.json, which `benchmarks/tables.py` puts into the README
+
+In two minutes of two cores; the numbers do not depend on the machine.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import copy
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +25,7 @@ from merak_like.split.half import Source
 from merak_like.split.host import Host
 from merak_like.split.messages import OptimizerText, Task
 
+OUT = Path(__file__).parent / "wire.json"
 BATCH, TOKENS = 32, 128
 ROWS = {
     "bert.encoder.layer.0": ["identity", "aqsgd(2)|int2"],
@@ -28,8 +36,8 @@ ROWS = {
 """Cuts and codecs; the first of those without a tail, and of those with one, is what the others are compared to."""
 
 
-def main() -> None:
-    """Print the table."""
+def work() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A model of bert-base's width, and a batch with one text that is shorter."""
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
@@ -42,13 +50,20 @@ def main() -> None:
     ids = torch.randint(1, 1000, (BATCH, TOKENS))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
     batch["attention_mask"][3, 100:] = 0
-    plain: dict[bool, int] = {}
-    print("| cut | codec | bytes a step, both ways | times fewer |\n| --- | --- | ---: | ---: |")
+    return model, batch
+
+
+def main() -> None:
+    """Count, and write."""
+    model, batch = work()
+    rows = list[dict[str, Any]]()
     for cut, codecs in ROWS.items():
         for codec in codecs:
-            count = bytes_of(model, batch, cut, codec)
-            first = plain.setdefault(":" in cut, count)
-            print(f"| `{cut}` | `{codec}` | {count} | {first / count:.1f} |", flush=True)
+            rows.append({"cut": cut, "codec": codec, "bytes": bytes_of(model, batch, cut, codec)})
+            print(rows[-1], flush=True)
+    setting = {"width": 768, "samples": BATCH, "tokens": TOKENS, "micro-batches": 1}
+    found = {"setting": {**setting, "torch": torch.__version__}, "rows": rows}
+    OUT.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def bytes_of(model: torch.nn.Module, batch: dict[str, torch.Tensor], cut: str, codec: str) -> int:

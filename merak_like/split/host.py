@@ -169,7 +169,7 @@ class Host:
         self.audit.close()
 
     def _text(self) -> str:
-        return self.metrics.text(list(self.turn.waited))
+        return self.metrics.text(list(self.turn.waited), self.turn.turns, self.turn.seconds)
 
     # --- one connection -----------------------------------------------------------------------------------------------
 

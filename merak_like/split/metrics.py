@@ -40,8 +40,8 @@ class Metrics:
         with self._lock:
             self._counts[name, ""] = value
 
-    def text(self, waits: Iterable[float] = ()) -> str:
-        """All of it in the text format of Prometheus."""
+    def text(self, waits: Iterable[float] = (), turns: int = 0, seconds: float = 0.0) -> str:
+        """All of it in the text format of Prometheus. ``waits`` are the last of ``turns``, which took ``seconds``."""
         with self._lock:
             counts = dict(self._counts)
         sorted_waits = sorted(waits)
@@ -53,7 +53,7 @@ class Metrics:
                 for q in (0.5, 0.99):
                     at = min(len(sorted_waits) - 1, int(q * len(sorted_waits)))
                     lines.append(f'{name}{{quantile="{q}"}} {sorted_waits[at] if sorted_waits else 0.0:.6f}')
-                lines.append(f"{name}_count {len(sorted_waits)}")
+                lines += [f"{name}_sum {seconds:g}", f"{name}_count {turns}"]
                 continue
             lines.append(f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}")
             found = {label: value for (each, label), value in counts.items() if each == name} or {"": 0}

@@ -24,6 +24,8 @@ class Turn:
         self.device = device
         self.waited: deque[float] = deque(maxlen=10_000)
         """Seconds of the last waits for a turn."""
+        self.turns, self.seconds = 0, 0.0
+        """All turns there were, and the seconds that they were waited for."""
         self._mine = threading.local()
         self._line: deque[object] = deque()
         self._change = threading.Condition()
@@ -58,7 +60,8 @@ class Turn:
         with self._change:
             self._line.append(me)
             self._change.wait_for(lambda: self._line[0] is me)
-        took = time.monotonic() - began
+            took = time.monotonic() - began
+            self.turns, self.seconds = self.turns + 1, self.seconds + took
         self.waited.append(took)
         self._mine.seconds = self.queued + took
 
