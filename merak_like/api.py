@@ -38,6 +38,7 @@ from merak_like.runtime.learning import Held, learning
 from merak_like.runtime.links import DistLinks, Links, NoLinks
 from merak_like.runtime.materialize import materialize
 from merak_like.runtime.methods.method import Job, Method, Methods
+from merak_like.runtime.names import Names
 from merak_like.runtime.optimizer import OptimizerFactory, Update
 from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.programs import Programs
@@ -226,9 +227,10 @@ def auto_parallel(
         count = Count()
         mine = range(*(plan.micro_batches * (groups.coord.dp + i) for i in (0, 1)))
         links: Links = DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks()
-        if wire is not None:
+        names = Names(wire if mesh.pp > 1 else None)
+        if names.text is not None:
             links = CodedLinks(
-                links, wire, steps=lambda: count.done, mine=mine, seed=seed, device=world.device
+                links, names.text, steps=lambda: count.done, mine=mine, seed=seed, device=world.device, names=names
             )  # fmt: skip
         learns = learning(model, held, optimizer, spread, precise, parts, groups, watch, world.device, paths)
         return Engine(
@@ -240,6 +242,7 @@ def auto_parallel(
             ),
             links=links,
             mine=mine,
+            names=names,
             reducer=plugged.gradients(
                 learns.reducer, model, trainable, shared, learns.optimizer, groups, world, watch, lambda: count.done
             ),

@@ -37,11 +37,28 @@ COARSE = cells(
     call("coded", 1, 2, 2, text="int8|int6"),
     slow=True,
 )  # fmt: skip
+REMEMBERED = cells(call("remembered", 1, 2, text="aqsgd(3)|int8", schedule="interleaved", chunks=2)) + cells(
+    call("remembered", 1, 2, text="aqsgd(4)"),
+    call("remembered", 1, 2, text="aqsgd(2)|bf16", schedule="zb-h1"),
+    call("remembered", 1, 2, text=f"aqsgd(4, capacity={12 * 3 * 16 * 8})"),  # half of the samples
+    call("remembered", 2, 2, text="aqsgd(4)|int8"),
+    call("remembered", 1, 4, text="aqsgd(4)|aqsgd(4)"),
+    call("remembered", 1, 2, 2, text="aqsgd(4)|int8"),
+    slow=True,
+)  # fmt: skip
 # In a step each of 8 micro-batches of 2 samples of 3 positions goes there and its gradient back, 16 channels each.
 BYTES = cells(
     call("bytes_sent", 1, 2, text="int8", each=[6 * 16 + 16 * 2] * 2),  # a byte an element, a bf16 scale a channel
     call("bytes_sent", 1, 2, text="int4|fp16", each=[6 * 16 // 2 + 16 * 2, 6 * 16 * 2]),
 )
+# Forward 2 samples take, at their first visit, 2 x 48 numbers of 8 bytes, later half a byte for each; 16 scales of 2 bytes;
+# 11 bytes of flags and checksums; and 20 that say how both parts lie.
+VISITS = cells(
+    call(
+        "visits_sent", 1, 2, text="aqsgd(4)|int8",
+        each=[[96 * 8 + 32 + 11 + 20, 96 + 32], *[[96 // 2 + 32 + 11 + 20, 96 + 32]] * 2],
+    )
+)  # fmt: skip
 ALIKE = cells(
     call("as_without", 1, 2, name="unet", schedule="1f1b"),
     call("as_without", 1, 2, name="t5", schedule="interleaved"),
@@ -66,6 +83,16 @@ def test_trains_as_one_process_with_the_codec_at_the_cuts(case: Call, results: C
 @pytest.mark.parametrize("case", BYTES)
 def test_what_travels_is_codes_and_scales(case: Call, results: Callable[[Call], list[Any]]) -> None:
     assert results(case)
+
+
+@pytest.mark.parametrize("case", REMEMBERED)
+def test_trains_as_one_process_that_remembers_the_same(case: Call, results: Callable[[Call], list[Any]]) -> None:
+    assert max(results(case)) <= 1e-10
+
+
+@pytest.mark.parametrize("case", VISITS)
+def test_first_visits_are_whole_and_later_ones_are_changes(case: Call, results: Callable[[Call], list[Any]]) -> None:
+    results(case)
 
 
 @pytest.mark.parametrize("case", ALIKE)
