@@ -58,7 +58,9 @@ def cuts(ours: Engine) -> Iterator[tuple[str, int, int]]:
         op, (target,) = made[crossing.value], crossing.targets
         if plan.stage_rank[crossing.source] != plan.stage_rank[target]:
             # over tensor-parallel ranks the trace has torch's functions, one in each of these modules
-            yield (op.target if op.kind == "module" else op.scope), crossing.source, target
+            path = op.target if op.kind == "module" else op.scope
+            assert path, f"a cut behind {op.target}, which is in no module"
+            yield path, crossing.source, target
 
 
 def linked(
@@ -156,7 +158,7 @@ def remembered(
     text: str, dp: int, pp: int, tp: int = 1, schedule: str = "1f1b", parts: int = 4, epochs: int = 3, **more: Any
 ) -> float:
     """Epochs in float64 with a codec that remembers samples, an evaluation between them."""
-    one = chain()
+    one = chain(max(4, 2 * pp))
     data, which = one.batch(EPOCH)["input"], visits(3 * epochs)
     batches = [{"input": data[rows]} for rows in which]
     ours = engine(one, batches[0], dp, pp, parts // dp, tp=tp, schedule=schedule, codec=text, **more)

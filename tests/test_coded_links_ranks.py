@@ -15,10 +15,10 @@ from tests.ranks import Call, results_of, selected_calls
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
 
 
-def call(function: str, *layout: int, **more: Any) -> Call:
+def call(function: str, *layout: int, module: str = "coded", **more: Any) -> Call:
     axes = dict(zip(("dp", "pp", "tp"), layout, strict=False))
     words = [function, *map(str, more.values()), "x".join(map(str, layout))]
-    return Call("-".join(words), f"tests.coded:{function}", {**axes, **more})
+    return Call("-".join(words), f"tests.{module}:{function}", {**axes, **more})
 
 
 def cells(*calls: Call, slow: bool = False) -> list[Any]:
@@ -66,6 +66,20 @@ ALIKE = cells(
     call("as_without", 1, 2, 2, name="gpt2", sequence_parallel=True),
     slow=True,
 )
+GONE_ON = cells(call("went_on", 1, 2, module="coded_runs", text="aqsgd(4)|int8", background=True)) + cells(
+    call("went_on", 2, 2, module="coded_runs", text="aqsgd(4)", background=False),
+    call("went_on", 1, 2, 2, module="coded_runs", text="aqsgd(4)|bf16", background=False),
+    slow=True,
+)
+RUNS = cells(
+    *(
+        call(function, 1, 2, module="coded_runs", text=text)
+        for function in ("by_trainer", "by_hf_trainer", "from_a_file")
+        for text in ("int8", "aqsgd(4)|int8")
+    ),
+    call("by_trainer", 2, 2, module="coded_runs", text="aqsgd(4)"),
+    slow=True,
+)
 REAL = cells(call("real", 1, 2, name="gpt2", codec="int8|int4"), slow=True)
 
 
@@ -103,3 +117,14 @@ def test_identity_is_no_codec_bit_for_bit(case: Call, results: Callable[[Call], 
 @pytest.mark.parametrize("case", REAL)
 def test_a_transformer_learns_and_writes(case: Call, results: Callable[[Call], list[Any]]) -> None:
     assert len(set(results(case))) == 1
+
+
+@pytest.mark.parametrize("case", GONE_ON)
+def test_a_job_goes_on_with_what_it_remembered(case: Call, results: Callable[[Call], list[Any]]) -> None:
+    results(case)
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_trainers_train_through_it(case: Call, results: Callable[[Call], list[Any]]) -> None:
+    first, *others = results(case)
+    assert all(other == first for other in others)

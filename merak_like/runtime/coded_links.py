@@ -64,14 +64,17 @@ def link_codec(text: str | None, pp: int | None) -> str | None:
 
 
 def coding_of(text: str | None, model: nn.Module) -> Coding | None:
-    """What a planner must know of a codec, for values in the model's dtype; None for none."""
+    """What a planner must know of a codec, for values in the model's dtype; None for none.
+
+    Of one that remembers samples it counts with later visits: a run has more epochs than one, or the codec is no use.
+    """
     if text is None:
         return None
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     made, typical = codec(text), Layout(TYPICAL, dtype)
     sizes = (made.packed(typical, Context(direction=direction)) for direction in DIRECTIONS)
     each = [(body.nbytes + side) / typical.nbytes for body, side in sizes]
-    return Coding(made.text, sum(each) / len(each))
+    return Coding(made.text, sum(each) / len(each), made.remembers)
 
 
 class Way(NamedTuple):
@@ -139,7 +142,8 @@ class CodedLinks:
         """What codecs remember from step to step, of both ends of an edge under the same names."""
         if not self._names.needed:
             return {}
-        return joined({".".join(map(str, place)): one for place, one in self._codecs.items()})
+        state = joined({".".join(map(str, place)): one for place, one in self._codecs.items()})
+        return {key: tensor for key, tensor in state.items() if tensor.numel()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on where ``state_dict`` was taken; what is not in it is forgotten."""

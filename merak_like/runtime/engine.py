@@ -48,7 +48,7 @@ class Engine(Lasting, Speaking):
         count: Count | None = None, mine: Sequence[int] | None = None, names: Names | None = None,
     ) -> None:  # fmt: skip
         """``mine`` are the step's micro-batches that this replica runs; None: those after the replicas' before it."""
-        contents = Contents(model, plan, groups, update, seed, frozenset(parameters), shards)
+        contents = Contents(model, plan, groups, update, seed, frozenset(parameters), shards, links)
         super().__init__(contents, world, watch, count)
         self.plan, self.model, self.optimizer = plan, model, update.optimizer
         self.world, self.groups = world, groups
