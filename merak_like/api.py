@@ -103,7 +103,8 @@ def auto_parallel(
     ``merak_like.runtime.methods`` change how stages run or gradients are treated. ``fuse`` runs activations that the
     model spells out as the one kernel of torch that computes the same up to rounding. ``codec`` is what values go
     through between stages, such as "int8", or "int4|int8" for activations and gradients (docs/codecs.md); "aqsgd(4)"
-    remembers samples, which ``engine.step(batch, samples=...)`` then names. ``plan`` obeys a plan made before. ``timeout`` in seconds limits every wait for another rank.
+    remembers samples, which ``engine.step(batch, samples=...)`` then names. ``plan`` obeys a plan made before.
+    ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
     traced or cut, memory that does not suffice, and ranks that do not agree.

@@ -18,7 +18,7 @@ from merak_like.trainer.config import Run
 from merak_like.trainer.loop import Trainer
 from merak_like.trainer.report import read_metrics
 from merak_like.trainer.run import start
-from merak_like.trainer.settings import Checkpoints, Logging, Optimizer, Parallelism, Settings, Training
+from merak_like.trainer.settings import Checkpoints, Logging, Optimizer, Parallelism, Schedule, Settings, Training
 from tests.coded import chain, counted, visits
 from tests.scenarios import leads
 from tests.trainer_runs import arguments, build, data
@@ -80,6 +80,41 @@ def went_on(text: str, dp: int, pp: int, background: bool, tp: int = 1) -> None:
         other.close()
 
 
+def learns(dp: int, pp: int) -> None:
+    """Two bits of changes end nearer to the uncoded run than two bits of values: the paper's point."""
+    one, which = chain(), visits(60)
+    rows = one.batch(24)["input"]
+    losses: dict[str | None, list[float]] = {}
+    for text in (None, "int2|int8", "aqsgd(2)|int8"):
+        ours = engine(one, {"input": rows[:8]}, dp, pp, 4 // dp, codec=text)
+        losses[text] = [ours.step({"input": rows[samples]}, samples=samples).loss for samples in which]
+        ours.close()
+    direct, change = (
+        max(abs(a - b) for a, b in zip(losses[text][-6:], losses[None][-6:], strict=True))
+        for text in ("int2|int8", "aqsgd(2)|int8")
+    )
+    assert change < direct / 3, (change, direct)
+
+
+def left_out(dp: int, pp: int) -> None:
+    """A step that is not finite changes no weight, and of what it sent nothing is remembered on either end."""
+    one, parts = chain(), 4
+    batch = one.batch(8)
+    sick = {"input": batch["input"].clone()}
+    sick["input"][2, 1, 5] = float("nan")  # of the second micro-batch
+    ours = engine(one, batch, dp, pp, parts // dp, codec="aqsgd(4)", skip_not_finite=1)
+    results, sent = [], list[int]()
+    for given in (batch, sick, batch, batch):
+        with counted() as found:
+            results.append(ours.step(given, samples=range(8)))
+        sent.append(found["bytes"])
+    ours.close()
+    assert [one.skipped for one in results] == [False, True, False, False]
+    if ours.groups.coord.pp == 0:
+        whole, change = sent[0] // parts, sent[1] // parts
+        assert sent == [parts * whole, parts * change, whole + (parts - 1) * change, parts * change]
+
+
 @contextmanager
 def watched(engine: Engine) -> Iterator[list[tuple[Any, Sequence[int], int]]]:
     """Each step's batch, the samples that it was told, and the bytes that this rank sent."""
@@ -126,7 +161,8 @@ def by_trainer(text: str, dp: int, pp: int) -> list[float]:
         asked = Settings(
             training=Training(steps=steps, batch=5, seed=3), optimizer=Optimizer(lr=3e-3),
             parallelism=Parallelism(dp=dp, pp=pp, hardware="a100-80gb", micro_batches=2, device="cpu", codec=text),
-            checkpoints=Checkpoints(every=4), logging=Logging(every=1, console=False), folder=shared() / name, **more,
+            schedule=Schedule(name="constant"), checkpoints=Checkpoints(every=4), folder=shared() / name,
+            logging=Logging(every=1, console=False), **more,
         )  # fmt: skip
         trainer = Trainer(build("llama"), asked, samples)
         with watched(trainer.engine) as steps_seen:
@@ -153,7 +189,7 @@ def by_trainer(text: str, dp: int, pp: int) -> list[float]:
 
 
 def by_hf_trainer(text: str, dp: int, pp: int) -> list[float]:
-    """transformers' loop, shuffled by its own sampler; a last batch of two samples is repeated to fill micro-batches."""
+    """transformers' loop, shuffled by its own sampler; a last batch of two samples fills four micro-batches."""
     from merak_like.hf.trainer import HFTrainer
 
     samples = data("llama", ROWS + 2, 1)

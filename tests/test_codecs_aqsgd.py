@@ -190,7 +190,7 @@ def test_another_shape_or_dtype_is_a_new_beginning():
 
 
 def test_memory_stays_within_its_bytes_and_equal_on_both_ends():
-    """Beyond them are only rows of the step under way, though its micro-batches come in another order at the far end."""
+    """Beyond them are only rows of the step under way, though its micro-batches come in another order there."""
     near, far = pair("aqsgd(4, capacity=800)")
     x = values(0, 40, 10)
     for step in range(12):

@@ -267,7 +267,7 @@ def test_ends_that_do_not_remember_the_same_are_told_with_edge_and_step(fault: s
     state["0.1.0.0.rows"][1, 2, 3] += 1
     pair.far.load_state_dict(state)
     pair.begin(1, (1, 2))
-    with pytest.raises(RuntimeError, match=r"stage 0 to stage 1: step 1, micro-batch 0, .* 1 samples \(2\).*checkpoint"):
+    with pytest.raises(RuntimeError, match=r"0 to stage 1: step 1, micro-batch 0, .* 1 samples \(2\).*checkpoint"):
         pair.carry(THERE, [HIDDEN], {"hidden": x})
 
 

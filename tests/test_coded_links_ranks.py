@@ -51,8 +51,8 @@ BYTES = cells(
     call("bytes_sent", 1, 2, text="int8", each=[6 * 16 + 16 * 2] * 2),  # a byte an element, a bf16 scale a channel
     call("bytes_sent", 1, 2, text="int4|fp16", each=[6 * 16 // 2 + 16 * 2, 6 * 16 * 2]),
 )
-# Forward 2 samples take, at their first visit, 2 x 48 numbers of 8 bytes, later half a byte for each; 16 scales of 2 bytes;
-# 11 bytes of flags and checksums; and 20 that say how both parts lie.
+# Forward 2 samples take, at their first visit, 2 x 48 numbers of 8 bytes, later half a byte for each; 16 scales of 2
+# bytes; 11 bytes of flags and checksums; and 20 that say how both parts lie.
 VISITS = cells(
     call(
         "visits_sent", 1, 2, text="aqsgd(4)|int8",
@@ -80,6 +80,7 @@ RUNS = cells(
     call("by_trainer", 2, 2, module="coded_runs", text="aqsgd(4)"),
     slow=True,
 )
+LEARNING = cells(*(call(function, 1, 2, module="coded_runs") for function in ("learns", "left_out")), slow=True)
 REAL = cells(call("real", 1, 2, name="gpt2", codec="int8|int4"), slow=True)
 
 
@@ -121,6 +122,11 @@ def test_a_transformer_learns_and_writes(case: Call, results: Callable[[Call], l
 
 @pytest.mark.parametrize("case", GONE_ON)
 def test_a_job_goes_on_with_what_it_remembered(case: Call, results: Callable[[Call], list[Any]]) -> None:
+    results(case)
+
+
+@pytest.mark.parametrize("case", LEARNING)
+def test_changes_cost_less_than_values_and_no_sick_one_stays(case: Call, results: Callable[[Call], list[Any]]) -> None:
     results(case)
 
 

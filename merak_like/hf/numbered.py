@@ -1,6 +1,6 @@
 """Batches of transformers' loop that say which samples they are made of, for codecs that remember samples.
 
-    data[7], data[4] --collate--> {"input_ids": ...}    with numbers: the same and {NUMBERS: [7, 4]}
+data[7], data[4] --collate--> {"input_ids": ...}    with numbers: the same and {NUMBERS: [7, 4]}
 """
 
 from __future__ import annotations

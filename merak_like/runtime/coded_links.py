@@ -4,10 +4,10 @@
     take   the links below --> the vector --unpack--> x'
 
 How many bytes a value takes follows from its shape and from what both ends remember of its samples, so a receive is
-posted beforehand as ever, and no header travels: a transfer is the codec's body and side, to the byte. Coded are activations that a gradient comes back for, and these
-gradients. All else (token ids, masks, positions, random states) goes as it is. So does everything where nothing is
-learnt: what is evaluated and asked for text is the model that will be saved. A scale over a channel would also let
-samples feel who is beside them, and tokens which ones follow.
+posted beforehand as ever, and no header travels: a transfer is the codec's body and side, to the byte. Coded are
+activations that a gradient comes back for, and these gradients. All else (token ids, masks, positions, random states)
+goes as it is. So does everything where nothing is learnt: what is evaluated and asked for text is the model that will
+be saved. A scale over a channel would also let samples feel who is beside them, and tokens which ones follow.
 
 Tensor-parallel ranks each code what they have: of what all have they have the same afterwards, since the same is drawn
 on all of them. Stages of one rank hand values on as they are. Replicas remember the samples that they saw.

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from merak_like.partitioner.schedules.action import Action
-from merak_like.runtime.coded_links import FORWARD, coded
 from merak_like.runtime.codecs import Context, codec
 from merak_like.runtime.codecs.wire import Layout
+from merak_like.runtime.coded_links import FORWARD, coded
 from merak_like.runtime.dry_run.stages import ShapeLinks
 from merak_like.runtime.links import Spec
 
