@@ -147,10 +147,10 @@ def _as_told(steps: Sequence[tuple[Any, Sequence[int], int]], samples: Sequence[
             assert torch.equal(ids, torch.stack([samples[one]["input_ids"] for one in told]))
 
 
-def _sends_less(sent: Sequence[int], dp: int) -> None:
-    """The first stage, which sends activations, once all samples have come; of several replicas none has seen all."""
-    if dp == 1 and torch.distributed.get_rank() == 0:
-        assert sent[8] < sent[0] / 2
+def _sends_less(sent: Sequence[int], rows: int) -> None:
+    """The first stage, which sends activations, once all samples have come."""
+    if torch.distributed.get_rank() == 0:
+        assert sent[0] - sent[8] > 0.6 * rows * 12 * 16 * 4, "of what a step's rows are without a codec"
 
 
 def by_trainer(text: str, dp: int, pp: int) -> list[float]:
@@ -175,9 +175,9 @@ def by_trainer(text: str, dp: int, pp: int) -> list[float]:
     if "aqsgd" in text:
         _as_told(seen, samples)
         assert sorted(one for _, told, _ in seen for one in told) == sorted([*range(ROWS)] * 5)
-        if dp == 1:
+        if dp == 1:  # of several replicas none has seen all
             assert any(len({*told}) < len(told) for _, told, _ in seen), "no sample came twice in a step"
-        _sends_less([nbytes for *_, nbytes in seen], dp)
+            _sends_less([nbytes for *_, nbytes in seen], 5)
     else:
         assert not any(told for _, told, _ in seen)
     trained(f"parts-{text}", 4)
@@ -216,7 +216,7 @@ def by_hf_trainer(text: str, dp: int, pp: int) -> list[float]:
         assert sorted({*epoch}) == [*range(ROWS + 2)]
         assert [len(epoch), seen[3][1][:2]] == [16, seen[3][1][2:]]
         assert seen[4][1] != seen[0][1]  # another order
-        _sends_less([nbytes for *_, nbytes in seen], dp)
+        _sends_less([nbytes for *_, nbytes in seen], 4)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert trainer.engine is not None
     trainer.engine.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -57,6 +58,12 @@ class Memory:
             return
         self._arrange()
         self._step, self._recent = step, {}
+        if self.nbytes > self.capacity:
+            warnings.warn(
+                f"samples take more than the {self.capacity} bytes of a codec's memory: those used longest ago are "
+                "forgotten and sent whole again; capacity= of the codec gives it more",
+                stacklevel=2,
+            )
         while self.nbytes > self.capacity:
             _, kept = self._kept.popitem(last=False)
             self.nbytes -= kept.row.nbytes
