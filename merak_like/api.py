@@ -38,6 +38,7 @@ from merak_like.runtime.learning import Held, learning
 from merak_like.runtime.links import DistLinks, Links, NoLinks
 from merak_like.runtime.materialize import materialize
 from merak_like.runtime.methods.method import Job, Method, Methods
+from merak_like.runtime.names import Names
 from merak_like.runtime.optimizer import OptimizerFactory, Update
 from merak_like.runtime.precision import Precision, precision_of
 from merak_like.runtime.programs import Programs
@@ -101,8 +102,9 @@ def auto_parallel(
     ``ds_config`` is a DeepSpeed configuration; what it says is honoured, or refused by name. ``methods`` of
     ``merak_like.runtime.methods`` change how stages run or gradients are treated. ``fuse`` runs activations that the
     model spells out as the one kernel of torch that computes the same up to rounding. ``codec`` is what values go
-    through between stages, such as "int8", or "int4|int8" for activations and gradients (docs/codecs.md). ``plan``
-    obeys a plan made before. ``timeout`` in seconds limits every wait for another rank.
+    through between stages, such as "int8", or "int4|int8" for activations and gradients (docs/codecs.md); "aqsgd(4)"
+    remembers samples, which ``engine.step(batch, samples=...)`` then names. ``plan`` obeys a plan made before.
+    ``timeout`` in seconds limits every wait for another rank.
 
     Raises ValueError, with the nearest thing that works, for degrees that do not fit the job, a model that cannot be
     traced or cut, memory that does not suffice, and ranks that do not agree.
@@ -226,9 +228,10 @@ def auto_parallel(
         count = Count()
         mine = range(*(plan.micro_batches * (groups.coord.dp + i) for i in (0, 1)))
         links: Links = DistLinks(groups, watch, world.device) if mesh.pp > 1 else NoLinks()
-        if wire is not None:
+        names = Names(wire if mesh.pp > 1 else None)
+        if names.text is not None:
             links = CodedLinks(
-                links, wire, steps=lambda: count.done, mine=mine, seed=seed, device=world.device
+                links, names.text, steps=lambda: count.done, mine=mine, seed=seed, device=world.device, names=names
             )  # fmt: skip
         learns = learning(model, held, optimizer, spread, precise, parts, groups, watch, world.device, paths)
         return Engine(
@@ -240,6 +243,7 @@ def auto_parallel(
             ),
             links=links,
             mine=mine,
+            names=names,
             reducer=plugged.gradients(
                 learns.reducer, model, trainable, shared, learns.optimizer, groups, world, watch, lambda: count.done
             ),

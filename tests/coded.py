@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -58,27 +58,38 @@ def cuts(ours: Engine) -> Iterator[tuple[str, int, int]]:
         op, (target,) = made[crossing.value], crossing.targets
         if plan.stage_rank[crossing.source] != plan.stage_rank[target]:
             # over tensor-parallel ranks the trace has torch's functions, one in each of these modules
-            yield (op.target if op.kind == "module" else op.scope), crossing.source, target
+            path = op.target if op.kind == "module" else op.scope
+            assert path, f"a cut behind {op.target}, which is in no module"
+            yield path, crossing.source, target
 
 
-def linked(one: Subject, text: str, places: list[tuple[str, int, int]], parts: int = PARTS) -> Subject:
-    """The same subject, whose model sends these modules' results through a link of one process while it trains."""
+def linked(
+    one: Subject, text: str, places: list[tuple[str, int, int]], parts: int = PARTS, dp: int = 1,
+    named: Sequence[Sequence[Sequence[int]]] = (),
+) -> Subject:  # fmt: skip
+    """The same subject, whose model sends these modules' results through a link of one process while it trains.
+
+    Each replica has a link of its own. ``named`` are each step's samples, micro-batch by micro-batch.
+    """
     model = copy.deepcopy(one.model)
     for path, source, target in places:
         digest = hashlib.sha256(f"{SEED}/{source}/{target}/0".encode()).digest()
-        through = partial(
-            _through, Loopback(codec(text), codec(text)), Counter[str](), parts, int.from_bytes(digest[:7], "big")
-        )
+        links = [Loopback(codec(text), codec(text)) for _ in range(dp)]
+        through = partial(_through, links, Counter[str](), parts, int.from_bytes(digest[:7], "big"), named)
         model.get_submodule(path).register_forward_hook(through)
     return replace(one, model=model)
 
 
 def _through(
-    link: Loopback, calls: Counter[str], parts: int, seed: int, module: nn.Module, _: Any, x: Tensor
-) -> Tensor:
+    links: Sequence[Loopback], calls: Counter[str], parts: int, seed: int, named: Sequence[Sequence[Sequence[int]]],
+    module: nn.Module, _: Any, x: Tensor,
+) -> Tensor:  # fmt: skip
+    if not module.training:
+        return x
     step, micro_batch = divmod(calls["so far"], parts)
-    calls["so far"] += module.training
-    return link(x, Context(step, micro_batch, seed=seed)) if module.training else x
+    calls["so far"] += 1
+    samples = tuple(named[step][micro_batch]) if named else ()
+    return links[micro_batch * len(links) // parts](x, Context(step, micro_batch, samples=samples, seed=seed))
 
 
 @contextmanager
@@ -130,6 +141,51 @@ def bytes_sent(text: str, dp: int, pp: int, each: list[int]) -> None:
         ours.step(batch)
     ours.close()
     assert found["bytes"] == PARTS * each[ours.groups.coord.pp]
+
+
+EPOCH = 24
+"""Samples of the data that is remembered: three batches, in another order each time."""
+
+
+def visits(steps: int, size: int = EPOCH // 3) -> list[list[int]]:
+    """The samples of each step's batch."""
+    random = torch.Generator().manual_seed(5)
+    orders = [torch.randperm(EPOCH, generator=random) for _ in range(-(-steps * size // EPOCH))]
+    return [part.tolist() for part in torch.cat(orders).split(size)][:steps]
+
+
+def remembered(
+    text: str, dp: int, pp: int, tp: int = 1, schedule: str = "1f1b", parts: int = 4, epochs: int = 3, **more: Any
+) -> float:
+    """Epochs in float64 with a codec that remembers samples, an evaluation between them."""
+    one = chain(max(4, 2 * pp))
+    data, which = one.batch(EPOCH)["input"], visits(3 * epochs)
+    batches = [{"input": data[rows]} for rows in which]
+    ours = engine(one, batches[0], dp, pp, parts // dp, tp=tp, schedule=schedule, codec=text, **more)
+    places, steps = [*cuts(ours)], []
+    for batch, samples in zip(batches, which, strict=True):
+        ours.evaluate(batch)
+        result = ours.step(batch, samples=samples)
+        steps.append(Step(result.loss, result.grad_norm, result.tokens, ours.full_gradients()))
+    trained = Trained(steps, ours.full_state_dict())
+    ours.close()
+    named = [split({"x": torch.tensor(samples)}, parts) for samples in which]
+    ids = [[part["x"].tolist() for part in step] for step in named]
+    if leads():
+        assert worst(plainly(one, batches, parts).weights, trained.weights)[0] > 1e-6, "the codec did nothing"
+    return agree(trained, lambda: plainly(linked(one, text, places, parts, dp, ids), batches, parts))
+
+
+def visits_sent(text: str, dp: int, pp: int, each: list[list[int]]) -> None:
+    """Bytes of a micro-batch that each of the two ranks sends, visit by visit; nothing beside them travels."""
+    one = chain()
+    batch = one.batch(2 * PARTS)
+    ours = engine(one, batch, dp, pp, PARTS, codec=text)
+    for visit in each:
+        with counted() as found:
+            ours.step(batch, samples=range(2 * PARTS))
+        assert found["bytes"] == PARTS * visit[ours.groups.coord.pp], (found, visit)
+    ours.close()
 
 
 def as_without(name: str, dp: int, pp: int, tp: int = 1, schedule: str = "1f1b", **more: Any) -> None:

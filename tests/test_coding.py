@@ -49,6 +49,7 @@ def build():
         ("int8", (1 + 2 / 1024) / 4),  # 4 x 256 elements of each channel share a scale of two bytes
         ("int4|int8", (1.5 / 2 + 2 / 1024) / 4),
         ("int8|fp16", ((1 + 2 / 1024) / 4 + 0.5) / 2),
+        ("aqsgd(4)|int8", (1.5 / 2 + 2 / 1024 + 50 / 2**21) / 4),  # and what says which samples are known, and how
     ],
 )
 def test_a_codecs_share_is_what_it_sends(text: str, share: float):
@@ -125,7 +126,8 @@ def test_merak_plan_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     Path("coded_toy.py").write_text(TOY)
     said = run(capsys, "plan", "coded_toy:build", "--pp", "2", "--batch", "8", "--codec", "int4|int8")
     assert "go through int(4)|int(8)" in " ".join(said.split())
-    assert "nothing names a batch's samples" in refused(
-        capsys, "plan", "coded_toy:build", "--pp", "2", "--batch", "8", "--codec", "aqsgd"
-    )
+    asked = ("plan", "coded_toy:build", "--pp", "2", "--batch", "8", "--codec")
+    said = " ".join(run(capsys, *asked, "aqsgd(4)", "--verify").split())
+    assert "go through aqsgd(4): 0.188 of their bytes travel, from the second epoch on (a first visit is whole)" in said
+    assert "cannot know beforehand how long" in refused(capsys, *asked, "deflate")
     assert "use pp=2 or more" in refused(capsys, "plan", "coded_toy:build", "--batch", "8", "--codec", "int8")

@@ -20,6 +20,7 @@ from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.planner import make_plan
 from merak_like.partitioner.schedules import AS_DATA
 from merak_like.partitioner.tracer import trace
+from merak_like.runtime.coded_links import coding_of
 from merak_like.runtime.dry_run import proof, whole
 from merak_like.runtime.dry_run.alike import same
 from merak_like.runtime.dry_run.echo import RECEIVE, SEND, WAIT, Event
@@ -89,6 +90,16 @@ def test_a_thousand_ranks_in_one_process():
     assert found.holds
     assert (found.world, len(found.acted), found.grouped, found.alike) == (1024, 10, 32, 1014)
     assert proved(planned(pp=8, dp=1)).transfers == found.transfers
+
+
+@pytest.mark.parametrize(("text", "each"), [("int8", [32, 32]), ("aqsgd(4)", [8 + 16 + 28, 32])])
+def test_what_goes_through_a_codec_has_its_length(text: str, each: list[int]):
+    """A value of 2 x 8 has a byte or half of one an element, and a bf16 scale a channel; 28 bytes tell of samples."""
+    plain, coding = proved(planned(dp=1)), coding_of(text, Skips())
+    found = proved(planned(dp=1, coding=coding))
+    assert (found.problems, found.transfers) == ((), plain.transfers)
+    whole = 2 * 8 * 4
+    assert plain.nbytes - found.nbytes == 4 * sum(whole - one for one in each)
 
 
 class Block(nn.Module):

@@ -85,6 +85,17 @@ def test_batches_made_ahead_are_the_same_and_the_thread_ends() -> None:
     assert threading.active_count() == before
 
 
+def test_a_step_is_told_which_samples_its_rows_are() -> None:
+    data = [torch.tensor(10 * i) for i in range(13)]
+    for number in range(2):
+        loader = Loader(data, stack, Order(13, 5), 4, Share(number, 2, None, numbered=True))
+        for position in range(0, 40, 4):
+            about = loader.about(position)
+            assert (loader.at(position) / 10).tolist() == about["samples"]
+            assert about["batch_is_global"] is False
+    assert Loader(data, stack, Order(13, 5), 4).about(4) == {"batch_is_global": True, "samples": None}
+
+
 def test_an_error_in_the_data_reaches_the_step_that_wants_it() -> None:
     def collate(samples: list[int]) -> list[int]:
         if 7 in samples:

@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from merak_like.hf.numbered import NUMBERS
 from merak_like.hf.trainer import HFTrainer
 from tests.ranks import Call, results_of, selected_calls
 from tests.trainer_runs import (
@@ -193,6 +196,35 @@ def test_lora_on_several_ranks_as_in_one_process(call: Call, result: Callable[[C
 def test_what_hf_trainer_cannot_honour_is_refused(tmp_path: Path, more: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         HFTrainer(build("llama"), arguments(str(tmp_path), 4, 2, **more), train_dataset=[], eval_dataset=[])
+
+
+def test_a_codec_that_remembers_is_told_positions(tmp_path: Path) -> None:
+    """Of rows that lose a column, in the order of transformers' sampler; columns and collator are as without."""
+    rows = [{**row, "odd": "word"} for row in data("llama", 10, 1)]
+    asked = arguments(str(tmp_path), 4, 1)
+
+    def batches(train: Any, **more: Any) -> list[Any]:
+        trainer = HFTrainer(
+            build("llama"), asked, train_dataset=train, eval_dataset=rows, pp=2, engine=more,
+            data_collator=transformers.default_data_collator,
+        )  # fmt: skip
+        torch.manual_seed(1)
+        return list(trainer.get_train_dataloader())
+
+    told, plain = batches(rows, codec="aqsgd(4)"), batches(rows, codec="int8")
+    assert sorted(one for batch in told for one in batch[NUMBERS].tolist()) == [*range(10)]
+    for with_numbers, without in zip(told, plain, strict=True):
+        picked = torch.stack([rows[one]["input_ids"] for one in with_numbers.pop(NUMBERS).tolist()])
+        assert torch.equal(with_numbers["input_ids"], picked)
+        assert with_numbers.keys() == without.keys() == {"input_ids", "labels"}
+        assert torch.equal(with_numbers["input_ids"], without["input_ids"])
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(rows)
+
+    with pytest.raises(ValueError, match="positions, which Stream has not"):
+        batches(Stream(), codec="aqsgd(4)")
 
 
 def test_what_would_not_be_exact_is_refused(tmp_path: Path) -> None:

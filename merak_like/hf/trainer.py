@@ -22,10 +22,12 @@ from torch.utils.data import IterableDataset
 
 from merak_like.api import auto_parallel
 from merak_like.hf.ds_config import Asked
+from merak_like.hf.numbered import NUMBERS, numbered
 from merak_like.hf.refused import refused
 from merak_like.hf.resuming import ENGINE, View, newest, take_up
 from merak_like.runtime.batches import enough
 from merak_like.runtime.engine import Engine
+from merak_like.runtime.names import Names
 from merak_like.runtime.predict import predict
 from merak_like.runtime.signals import polite
 from merak_like.trainer.weights import load_weights
@@ -144,8 +146,9 @@ class HFTrainer(transformers.Trainer):
         """One step of the engine: every micro-batch forward and backward, clipped, and the weights updated."""
         assert self.engine is not None
         batch, _ = enough(_plain(inputs), self._parts)
+        samples = batch.pop(NUMBERS, None)
         with self._precision():
-            result = self.engine.step(batch)
+            result = self.engine.step(batch, samples=samples)
         self._norm = result.grad_norm
         if result.skipped and self.args.should_log:  # transformers leaves what is nan out of its mean without a word
             logger.warning(
@@ -179,8 +182,9 @@ class HFTrainer(transformers.Trainer):
         return self._train_batch_size
 
     def _get_dataloader(self, *arguments: Any, **more: Any) -> Any:
-        with self._as_one_process():
-            return super()._get_dataloader(*arguments, **more)
+        remembers = Names(self._options.get("codec")).needed
+        with self._as_one_process(), numbered(self, more, remembers) as asked:
+            return super()._get_dataloader(*arguments, **asked)
 
     @contextmanager
     def _as_one_process(self) -> Iterator[None]:

@@ -21,6 +21,8 @@ class Coding:
     text: str
     share: float
     """Of a value's bytes, those that travel; the mean of both directions."""
+    later: bool = False
+    """Whether so few only from a sample's second visit on, as in all epochs but the first."""
 
     def over(self, link: Link, hardware: Hardware) -> Link:
         """The link as if it carried whole values: what coding takes is counted to the transfer."""

@@ -52,8 +52,9 @@ def _assumed(graph: ProxyGraph, setting: Setting) -> list[str]:
     ]
     if (coding := setting.problem.job.coding) is not None:
         told.append(
-            f"values between ranks go through {coding.text}: {coding.share:.3g} of their bytes travel, and what coding "
-            "takes is counted to the transfer"
+            f"values between ranks go through {coding.text}: {coding.share:.3g} of their bytes travel"
+            f"{', from the second epoch on (a first visit is whole),' if coding.later else ','} and what coding takes "
+            "is counted to the transfer"
             if setting.problem.job.mesh.pp > 1
             else f"one pipeline rank sends nothing to another: {coding.text} has nothing to do"
         )

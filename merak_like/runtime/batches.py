@@ -58,6 +58,15 @@ def weighed(batch: Any, parts: int, prepare: Callable[[Any], Any], weigh: LossWe
     return made, [weigh(part) for part in made]
 
 
+def refuse_empty(empty: float, batch_is_global: bool) -> None:
+    """Raise ValueError where a batch, or a replica's share of it, has nothing that counts."""
+    if empty:
+        raise ValueError(
+            f"{'the batch has' if batch_is_global else 'a replica has'} no item to learn from (every label is "
+            "ignored), so its mean loss is not a number: leave such samples out, or put them beside others"
+        )
+
+
 def filled(parts: Sequence[Any], weights: Sequence[int]) -> list[Any]:
     """The parts to learn from, and one that has items in the place of each that has none.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from merak_like.partitioner.plan import Plan
 from merak_like.partitioner.schedules.action import Action, Edges, Kind
 from merak_like.runtime import collect, rng
-from merak_like.runtime.batches import LossWeight, filled, weighed
+from merak_like.runtime.batches import LossWeight, filled, refuse_empty, weighed
 from merak_like.runtime.checkpoint.contents import Contents
 from merak_like.runtime.data_parallel import Gradients
 from merak_like.runtime.finite import Witness, report
@@ -26,6 +26,7 @@ from merak_like.runtime.groups import Groups
 from merak_like.runtime.initialize import World
 from merak_like.runtime.lasting import Count, Lasting
 from merak_like.runtime.links import Links
+from merak_like.runtime.names import Names, Numbers
 from merak_like.runtime.optimizer import StepResult, Update, agree_on
 from merak_like.runtime.orders import Orders
 from merak_like.runtime.programs import Program, Programs
@@ -44,17 +45,17 @@ class Engine(Lasting, Speaking, Observed):
         programs: Programs, links: Links, reducer: Gradients, update: Update,
         world: World, groups: Groups, watch: Watch, prepare: Callable[[Any], Any], loss_weight: LossWeight, seed: int,
         save: Callable[[nn.Module, Path, Mapping[str, Tensor]], None], shards: Shards = WHOLE,
-        count: Count | None = None, mine: Sequence[int] | None = None,
+        count: Count | None = None, mine: Sequence[int] | None = None, names: Names | None = None,
     ) -> None:  # fmt: skip
         """``mine`` are the step's micro-batches that this replica runs; None: those after the replicas' before it."""
-        contents = Contents(model, plan, groups, update, seed, frozenset(parameters), shards)
+        contents = Contents(model, plan, groups, update, seed, frozenset(parameters), shards, links)
         super().__init__(contents, world, watch, count)
         self.plan, self.model, self.optimizer = plan, model, update.optimizer
         self.world, self.groups = world, groups
         self._parameters, self._update = parameters, update
         self._programs, self._links, self._reducer = programs, links, reducer
         self._prepare, self._loss_weight, self._seed = prepare, loss_weight, seed
-        self._save, self._shards = save, shards
+        self._save, self._shards, self.names = save, shards, names or Names()
         self._mine = mine or range(*(plan.micro_batches * (groups.coord.dp + i) for i in (0, 1)))
         self._orders = Orders(plan, groups.coord.pp)
         self._work = self._orders.at(programs.edges(), training=True)
@@ -73,17 +74,18 @@ class Engine(Lasting, Speaking, Observed):
 
     # --- the step ------------------------------------------------------------------------------------------------
 
-    def step(self, batch: Any, *, batch_is_global: bool = True) -> StepResult:
+    def step(self, batch: Any, *, batch_is_global: bool = True, samples: Numbers = None) -> StepResult:
         """Train on one batch: forward and backward of every micro-batch, reduce, clip, update.
 
         ``batch`` is the whole batch (the same on every rank) or, with ``batch_is_global=False``, this replica's share.
+        ``samples`` number its rows, the same at a sample's every visit, for codecs that remember; others do not mind.
         Gradients stay readable until the next one. Raises FloatingPointError, before the weights change, for a loss or
         norm that is not finite, NoMemory, and PeerError when another rank is gone.
         """
         with self._at_work(), self._around_step():
             self._clear_gradients()
             self._update.begin(self.steps)
-            total = self._run(batch, batch_is_global, training=True)
+            total = self._run(batch, batch_is_global, training=True, samples=samples)
             self._reducer.finish()
             found = StepResult(*self._numbers(self._update.squares()), total)
             self._checkpoints.settle()
@@ -105,7 +107,7 @@ class Engine(Lasting, Speaking, Observed):
                     module.training = training
             return StepResult(self._numbers(0.0)[0], 0.0, total)
 
-    def _run(self, batch: Any, batch_is_global: bool, *, training: bool) -> int:
+    def _run(self, batch: Any, batch_is_global: bool, *, training: bool, samples: Numbers = None) -> int:
         """Run every action of this rank's order; how many items the loss is the mean of."""
         own, replicas = (self._mine, self.plan.mesh.dp) if batch_is_global else (range(self.plan.micro_batches), 1)
         parts, weights = weighed(batch, len(own) * replicas, self._prepare, self._loss_weight)
@@ -113,11 +115,9 @@ class Engine(Lasting, Speaking, Observed):
         if not batch_is_global:
             alone = self.groups.coord.pp == self.groups.coord.tp == 0
             counts = agree_on({k: n if alone else 0 for k, n in counts.items()}, self.world, self._watch)
-        if counts["empty"]:
-            raise ValueError(
-                f"{'the batch has' if batch_is_global else 'a replica has'} no item to learn from (every label is "
-                "ignored), so its mean loss is not a number: leave such samples out, or put them beside others"
-            )
+        refuse_empty(counts["empty"], batch_is_global)
+        if training:
+            self.names.tell(samples, parts, weights, own)
         whole = filled(parts, weights) if training or self.model.training else parts
         self._batches = [whole[i] for i in own]
         total = int(counts["items"])

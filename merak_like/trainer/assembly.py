@@ -115,7 +115,7 @@ def share(engine: Engine, samples: Samples, batch: int, reading: Reading) -> Sha
     """A replica reads only its own samples where that cannot change a shape, and so a number; a rank its values."""
     mesh = engine.plan.mesh
     own = mesh.dp > 1 and getattr(samples, "uniform", False) and batch % (mesh.dp * engine.plan.micro_batches) == 0
-    return Share(engine.groups.coord.dp if own else 0, mesh.dp if own else 1, reading.names)
+    return Share(engine.groups.coord.dp if own else 0, mesh.dp if own else 1, reading.names, engine.names.needed)
 
 
 def restore_options(engine: Engine, fresh: list[dict[str, Any]], names: tuple[str, ...]) -> None:

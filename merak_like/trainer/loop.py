@@ -185,7 +185,7 @@ class Trainer:
         try:
             with around(args):
                 batch, _ = self._reading.complete(self.engine, batch, batch_is_global=self._share.whole)
-                result = self.engine.step(batch, batch_is_global=self._share.whole)
+                result = self.engine.step(batch, **self.loader.about(state.position))
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}; the batch is {self.loader.told(self.state.position)}") from None
         self._tell("optimizer_step")

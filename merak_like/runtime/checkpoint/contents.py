@@ -3,9 +3,10 @@
     model.NAME             the weight as the optimizer has it (in full precision), and every buffer
     replicas.DP.NAME       a buffer of another replica: batch norm's statistics differ
     optimizer.NAME.KEY     what the optimizer keeps for the weight
+    memories. ...          what links remember of samples (memories.py)
     job.pt                 step, options of each weight's group, random states of each rank, the user's own state
 
-Names are those of the user's model; nothing depends on dp, pp or tp.
+Names are those of the user's model; nothing but memories depends on dp, pp or tp.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from merak_like.partitioner.plan import Plan
 from merak_like.runtime.checkpoint.boxes import Box, Held, Part, Placement, Sizes, parts, whole
+from merak_like.runtime.checkpoint.memories import Memories
 from merak_like.runtime.checkpoint.packing import Pack, distinct, pack, pack_once, pack_state, random_states
 from merak_like.runtime.collect import holders
 from merak_like.runtime.groups import Groups
@@ -55,6 +57,13 @@ class Contents:
     trained: frozenset[str]
     """First names of the parameters of this rank's stages that are trained, by this rank or another."""
     shards: Shards = WHOLE
+    links: object = None
+    """Which may remember something."""
+
+    @cached_property
+    def memories(self) -> Memories:
+        """What the links remember."""
+        return Memories(self.links, self.plan, self.groups)
 
     def place(self, name: str, shape: Sizes) -> Placement:
         """Where this rank's tensor of that shape lies in the whole."""
@@ -65,7 +74,8 @@ class Contents:
     def written(self) -> list[Held]:
         """The tensors that this rank writes. What several ranks hold is shared out among the replicas."""
         held = [one for slot in self.update.slots if self._writes(slot.name, slot) for one in self._of_slot(slot)]
-        return held + [self.plain(name, tensor) for name, tensor in self.others().items() if self._writes(name)]
+        held += [self.plain(name, tensor) for name, tensor in self.others().items() if self._writes(name)]
+        return held + self.memories.written()
 
     def _writes(self, name: str, slot: Slot | None = None) -> bool:
         coord = self.groups.coord

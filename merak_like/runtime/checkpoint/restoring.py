@@ -66,11 +66,13 @@ class Restoring:
             for group, options in zip(self._optimizer.param_groups, self._options(), strict=True):
                 group.update(options)
         update.guard.load_state_dict(self._job["guard"])
+        self._contents.memories.adopt(self._saved.entries, lead=rank == 0)
         set_random_states(self._job["random"][rank % len(self._job["random"])])
 
     def _wanted(self) -> list[Held]:
         contents, entries = self._contents, self._saved.entries
         wanted = [contents.as_slot(f"model.{slot.name}", slot, slot.target) for slot in contents.update.slots]
+        wanted += contents.memories.wanted(entries)
         for name, tensor in contents.others().items():
             one = contents.plain(name, tensor)
             wanted.append(one if one.key in entries else one._replace(key=f"model.{name}"))

@@ -20,6 +20,7 @@ from merak_like.runtime.checkpoint import folder as files
 from merak_like.runtime.checkpoint.boxes import Held
 from merak_like.runtime.checkpoint.contents import Contents, Restored
 from merak_like.runtime.checkpoint.folder import CheckpointError, Manifest
+from merak_like.runtime.checkpoint.memories import KIND
 from merak_like.runtime.checkpoint.packing import give_back, pack, refuse_missing, unpack
 from merak_like.runtime.groups import Group, files_group
 from merak_like.runtime.initialize import World
@@ -62,6 +63,7 @@ class Checkpoints:
         early = [i for i, one in enumerate(held) if one.key in changing]
         for i, one in zip(early, self._copy([held[i] for i in early]), strict=True):
             held[i] = one  # buffers change in a forward, all else in an update at most, which waits: see ``settle``
+        early += [i for i, one in enumerate(held) if one.key.startswith(f"{KIND}.")]  # which are copies
         self._copied.clear()
         work = lambda: self._in_thread(folder, step, held, early, facts, keep, spare)  # noqa: E731
         self._thread = threading.Thread(target=work, name="merak-checkpoint")

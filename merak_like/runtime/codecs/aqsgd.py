@@ -13,13 +13,13 @@ samples travel whole and nothing is remembered.
 The memories stay bit-equal because both ends add the same decoded d. That is not assumed: a frame carries, for every
 sample, a checksum of the memory it builds on. Where the receiver's is another, because a frame was lost, came twice
 or out of order, it raises OutOfStep and changes nothing; the sender then forgets those samples and sends them whole.
-Samples that are not finite travel whole and are forgotten, so that one NaN does not stay. A sample that comes in
-another shape travels whole.
+A sample that comes in another shape travels whole. What is not finite arrives as NaN and is forgotten, so that it does
+not stay. So which samples travel whole, and with it the length of a frame, follows from what both ends remember.
 
-Memory: one row a sample in the activation's dtype, or ``store="fp16"``; the least recently used ones beyond
-``capacity`` bytes are dropped, by the same rule on both ends. It is private data: ``forget()`` at the end of a
-session. Dropout or augmentation in front of the link make activations change for other reasons than training, and the
-error shrinks less.
+Memory: one row a sample in the activation's dtype, or ``store="fp16"``, in the host's memory as the paper has it; the
+least recently used ones beyond ``capacity`` bytes are dropped when a step begins, by the same rule on both ends. It is
+private data: ``forget()`` at the end of a session. Dropout or augmentation in front of the link make activations change
+for other reasons than training, and the error shrinks less.
 """
 
 from __future__ import annotations
@@ -57,10 +57,6 @@ class AqSgd(Codec):
     def remembers(self) -> bool:
         return True
 
-    @property
-    def fixed(self) -> bool:
-        return False
-
     def __post_init__(self) -> None:
         if self.store not in STORES:
             raise ValueError(f"{self.text}: store must be one of {', '.join(STORES)}, found {self.store!r}")
@@ -76,8 +72,8 @@ class AqSgd(Codec):
             return self._whole.blob(x, context), DIRECT
         samples, row = self._samples(x.shape, context), self._row(layout_of(x))
         x = x.reshape(len(samples), *row.shape)
-        finite = x.isfinite().flatten(1).all(1).tolist()
-        base = [self.memory.tag(s, row) if ok else None for s, ok in zip(samples, finite, strict=True)]
+        self.memory.begin(context.step)
+        base = [self.memory.tag(sample, row) for sample in samples]
         known = [tag is not None for tag in base]
         old = torch.tensor(known, dtype=torch.bool, device=x.device)
         before = self.memory.rows(list(compress(samples, known)), row, x.device)
@@ -86,7 +82,7 @@ class AqSgd(Codec):
         whole = self._whole.blob(x[~old], context)
         after = self._after(changes, whole, known, samples, Layout(tuple(x.shape), x.dtype), context)
         tags = fingerprints(after, samples)
-        self.memory.put(samples, after, tags)
+        self.memory.put(samples, after, tags, context.micro_batch)
         said = [tag if tag is not None else new for tag, new in zip(base, tags, strict=True)]
         side = REMEMBERED + _flags(known) + b"".join(tag.to_bytes(4, "little") for tag in said)
         return torch.cat([changes, whole]), side + number(changes.numel())
@@ -102,6 +98,7 @@ class AqSgd(Codec):
         if not context.training:
             return self._part(self._whole, body, layout, context)
         samples, row = self._samples(layout.shape, context), self._row(layout)
+        self.memory.begin(context.step)
         reader = Reader(side[1:])
         flags = int.from_bytes(reader.take(packed_bytes(len(samples), 1), "which samples are known"), "little")
         known = [bool(flags >> i & 1) for i in range(len(samples))]
@@ -118,21 +115,22 @@ class AqSgd(Codec):
         tags = fingerprints(after, samples)
         if any(not k and tag != new for k, tag, new in zip(known, said, tags, strict=True)):
             raise ValueError(f"{self._transfer(context)}: the two ends do not name the same samples in the same order")
-        self.memory.put(samples, after, tags)
+        self.memory.put(samples, after, tags, context.micro_batch)
         return narrow(after, layout.dtype).view(layout.shape)
 
     def packed(self, layout: Layout, context: Context) -> tuple[Layout, int]:
-        """What it is with every sample known, or without training."""
+        """With the samples in the context, by what is remembered of them; without, with every sample known."""
         require_floating(layout, self.text)
         if context.direction == "backward" and context.paired:
             return self._gradient.packed(layout, context)
         if not context.training:
             return Layout((blob_bytes(layout, *self._whole.packed(layout, context)),), torch.uint8), 1
         samples, row = by_sample(layout.shape)[0], self._row(layout)
-        none = Layout((0, *row.shape), layout.dtype)
-        change = Layout((samples, *row.shape), work_dtype(layout.dtype))
+        known = self._known(layout, row, context) if context.samples else samples
+        whole = Layout((samples - known, *row.shape), layout.dtype)
+        change = Layout((known, *row.shape), work_dtype(layout.dtype))
         changes = blob_bytes(change, *self._change.packed(change, context))
-        body = changes + blob_bytes(none, *self._whole.packed(none, context))
+        body = changes + blob_bytes(whole, *self._whole.packed(whole, context))
         return Layout((body,), torch.uint8), 1 + packed_bytes(samples, 1) + 4 * samples + len(number(changes))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -143,6 +141,12 @@ class AqSgd(Codec):
 
     def forget(self, samples: Collection[int] | None = None) -> None:
         self.memory.forget(samples)
+
+    def _known(self, layout: Layout, row: Layout, context: Context) -> int:
+        """How many samples of a frame are remembered."""
+        samples = self._samples(layout.shape, context)
+        self.memory.begin(context.step)
+        return sum(self.memory.tag(sample, row) is not None for sample in samples)
 
     def _after(
         self, changes: Tensor, whole: Tensor, known: Sequence[bool], samples: Sequence[int], x: Layout, context: Context

@@ -89,8 +89,7 @@ class Codec(ABC):
 
     @property
     def fixed(self) -> bool:
-        """Whether ``packed`` is exact whatever the tensor holds and was sent before, so that a receiver can count on
-        it."""
+        """Whether ``packed`` is exact whatever the tensor holds, so that a receiver can count on it."""
         return True
 
     @abstractmethod
@@ -106,7 +105,7 @@ class Codec(ABC):
 
     @abstractmethod
     def packed(self, layout: Layout, context: Context) -> tuple[Layout, int]:
-        """What ``pack`` makes of a tensor of this layout: the body's layout and the bytes of the side."""
+        """What ``pack`` makes next of a tensor of this layout: the body's layout and the bytes of the side."""
 
     def encode(self, x: Tensor, context: Context | None = None) -> Tensor:
         """The frame: a vector of uint8 on the host.
@@ -140,7 +139,8 @@ class Codec(ABC):
     def wire_bytes(self, shape: tuple[int, ...], dtype: torch.dtype, context: Context | None = None) -> int:
         """Bytes of a frame for a tensor of this shape.
 
-        Exact; for ``deflate`` the most it can be, for codecs with memory what it is once they remember every sample.
+        Exact; for ``deflate`` the most it can be. For codecs with memory by what they remember of the context's
+        samples, or, where it names none, once they remember every sample.
         """
         layout = Layout(tuple(shape), dtype)
         body, side = self.packed(layout, context or Context())
@@ -244,10 +244,10 @@ class OutOfStep(ValueError):
     """
 
     def __init__(self, samples: tuple[int, ...], transfer: str) -> None:
-        self.samples = samples
-        some = ", ".join(map(str, samples[:5])) + ", ..." * (len(samples) > 5)
+        self.samples, self.transfer = samples, transfer
+        self.some = ", ".join(map(str, samples[:5])) + ", ..." * (len(samples) > 5)
         super().__init__(
-            f"{transfer} builds on frames this end has not seen, for {len(samples)} samples ({some}): "
+            f"{transfer} builds on frames this end has not seen, for {len(samples)} samples ({self.some}): "
             f"let the sender forget the samples of this frame and encode it again"
         )
 

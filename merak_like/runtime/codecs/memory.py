@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -22,14 +23,18 @@ class Kept(NamedTuple):
 
 
 class Memory:
-    """Rows by sample id, at most ``capacity`` bytes of them; beyond that the least recently used go.
+    """Rows by sample id on the host, ``capacity`` bytes of them; beyond that the least recently used go between steps.
 
-    Two memories that are put the same rows in the same order hold the same rows.
+    Within a step none goes, so what is known at its beginning does not depend on when its micro-batches come. Two
+    memories that are put the same rows in the same steps hold the same rows.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._kept: OrderedDict[int, Kept] = OrderedDict()
+        self._step: int | None = None
+        self._recent: dict[int, tuple[int, int]] = {}
+        """What the running step put: which micro-batch, and which of its rows."""
         self.nbytes = 0
 
     def __len__(self) -> int:
@@ -47,27 +52,48 @@ class Memory:
             return torch.empty((0, *like.shape), dtype=like.dtype, device=device)
         return torch.stack(rows).to(device)
 
-    def put(self, samples: Sequence[int], rows: Tensor, tags: Sequence[int]) -> None:
-        """Remember rows in this order; what is not finite is forgotten instead."""
-        good = rows.isfinite().flatten(1).all(1).tolist()
-        for sample, row, tag, finite in zip(samples, rows.unbind(), tags, good, strict=True):
-            self.forget([sample])
-            if finite:
-                # A row of its own: one that stays would otherwise hold its whole batch.
-                self._kept[sample] = Kept(row.clone(), tag)
-                self.nbytes += row.nbytes
+    def begin(self, step: int) -> None:
+        """A step is under way; where it is another than before, drop what is too much."""
+        if step == self._step:
+            return
+        self._arrange()
+        self._step, self._recent = step, {}
+        if self.nbytes > self.capacity:
+            warnings.warn(
+                f"samples take more than the {self.capacity} bytes of a codec's memory: those used longest ago are "
+                "forgotten and sent whole again; capacity= of the codec gives it more",
+                stacklevel=2,
+            )
         while self.nbytes > self.capacity:
             _, kept = self._kept.popitem(last=False)
             self.nbytes -= kept.row.nbytes
+
+    def put(self, samples: Sequence[int], rows: Tensor, tags: Sequence[int], micro_batch: int = 0) -> None:
+        """Remember rows; what is not finite is forgotten instead."""
+        good = rows.isfinite().flatten(1).all(1).tolist()
+        self.forget(samples)
+        for at, (sample, row, tag, finite) in enumerate(zip(samples, rows.cpu().unbind(), tags, good, strict=True)):
+            if finite:
+                # A row of its own: one that stays would otherwise hold its whole batch.
+                self._kept[sample] = Kept(row.clone(), tag)
+                self._recent[sample] = micro_batch, at
+                self.nbytes += row.nbytes
+
+    def _arrange(self) -> None:
+        """Order what the step used by its micro-batches: the two ends may have come to them in another order."""
+        for sample in sorted(self._recent, key=self._recent.__getitem__):
+            self._kept.move_to_end(sample)
 
     def forget(self, samples: Collection[int] | None = None) -> None:
         """Forget these samples, or all."""
         for sample in list(self._kept) if samples is None else samples:
             if (kept := self._kept.pop(sample, None)) is not None:
                 self.nbytes -= kept.row.nbytes
+                self._recent.pop(sample, None)
 
     def state_dict(self) -> dict[str, Tensor]:
         """``order``: all ids, least recently used first; per layout, ``n.samples`` and their rows in ``n.rows``."""
+        self._arrange()
         state = {"order": torch.tensor(list(self._kept), dtype=torch.int64)}
         groups: dict[Layout, list[int]] = {}
         for sample, kept in self._kept.items():
@@ -85,7 +111,7 @@ class Memory:
         if wanted != set(state):
             raise ValueError(f"the state of a memory has {', '.join(sorted(wanted))}, found {', '.join(sorted(state))}")
         for i in groups:
-            samples, rows = state[f"{i}.samples"].tolist(), state[f"{i}.rows"]
+            samples, rows = state[f"{i}.samples"].tolist(), state[f"{i}.rows"].cpu()
             if len(samples) != len(rows):
                 raise ValueError(f"the state of a memory has {len(rows)} rows for {len(samples)} samples")
             for sample, row, tag in zip(samples, rows.unbind(), fingerprints(rows, samples), strict=True):
@@ -94,6 +120,7 @@ class Memory:
         if sorted(order) != sorted(found):
             raise ValueError(f"the state of a memory orders {len(order)} samples and has rows of {len(found)}")
         self._kept = OrderedDict((sample, found[sample]) for sample in order)
+        self._step, self._recent = None, {}
         self.nbytes = sum(kept.row.nbytes for kept in self._kept.values())
 
 

@@ -15,19 +15,20 @@ from torch import Tensor, nn
 
 from merak_like._compat import FakeTensorMode, fake_like, fake_parameter, tree_map
 from merak_like.partitioner.plan import Plan
-from merak_like.partitioner.planned import schedule_of
+from merak_like.partitioner.planned import coding_in, schedule_of
 from merak_like.partitioner.schedules.action import Kind
 from merak_like.partitioner.tracer import LossFn, Trace
 from merak_like.partitioner.tracer.fakes import fake_model
 from merak_like.runtime.batches import rows, split
 from merak_like.runtime.data_parallel import Reducer
 from merak_like.runtime.dry_run import echo
+from merak_like.runtime.dry_run.coded import CodedShapes
 from merak_like.runtime.dry_run.stages import OnePrograms, Real, ShapeLinks
 from merak_like.runtime.engine import Engine
 from merak_like.runtime.finite import Guard
 from merak_like.runtime.groups import Groups, make_groups
 from merak_like.runtime.initialize import World
-from merak_like.runtime.links import NoLinks
+from merak_like.runtime.links import Links, NoLinks
 from merak_like.runtime.optimizer import Slot, Update
 from merak_like.runtime.programs import Programs
 from merak_like.runtime.tensor_parallel.sharding import sharding
@@ -104,9 +105,12 @@ class Cast:
                 self.model, plan, traced, self.micro, groups.coord.pp, device, self.parts,
                 self.parts.prepare(groups, watch), pending,
             )  # fmt: skip
-            links = ShapeLinks(groups, watch, device) if plan.mesh.pp > 1 else NoLinks()
-            if isinstance(links, ShapeLinks):
-                links.mode = self.mode
+            links: Links = NoLinks()
+            if plan.mesh.pp > 1:
+                links = shapes = ShapeLinks(groups, watch, device)
+                shapes.mode = self.mode
+                if (coding := coding_in(plan)) is not None:
+                    links = CodedShapes(shapes, coding.text)
             with self.mode:
                 reducer = Reducer(
                     parameters, {name: groups.sums[self.sums[name]] for name in parameters}, watch, readers, pending,

@@ -43,6 +43,8 @@ class Share:
     of: int = 1
     names: frozenset[str] | None = None
     """The values; None: all."""
+    numbered: bool = False
+    """Whether steps are told which samples the rows are."""
 
     def samples(self, samples: Any) -> Any:
         """The samples with what this rank reads of each. A dataset that can leave out columns does (``datasets``)."""
@@ -87,6 +89,12 @@ class Loader:
             return None
         start, stop = self.share.rows(self.batch)
         return self.collate([self.own[i] for i in self.order.at(position + start, stop - start)])
+
+    def about(self, position: int) -> dict[str, Any]:
+        """What ``engine.step`` must know of the batch at a position: whether the rows are all, and whose they are."""
+        start, stop = self.share.rows(self.batch)
+        samples = self.order.at(position + start, stop - start) if self.share.numbered else None
+        return {"batch_is_global": self.share.whole, "samples": samples}
 
     def told(self, position: int) -> str:
         """Which samples the whole batch at a position is made of, in words."""
