@@ -3,10 +3,11 @@
     python -m benchmarks.planner.here            profile, then every row that is missing, for at most --minutes
     python -m benchmarks.planner.here --again    forget what was measured before
 
-A round profiles the machine, as a user would (``profiled.py``), predicts every row with that, and measures all rows. A
-machine is slower in some minutes than in others, whatever else it does, so of the rounds the fastest prediction and the
-fastest measurement count, each by itself. What stands in ``here.json`` is kept; a job that fails is told, noted under
-its rows, and tried again in the next round.
+In a round, for a few rows after the other: the machine is profiled, as a user would (``profiled.py``), and the rows are
+predicted with that and measured. A machine is slower in some minutes than in others, whatever else it does, so a piece
+of work is timed in the profiles and around each step, and a prediction is told for the pace of that step. Of the rounds
+that with the fastest step counts. What stands in ``here.json`` is kept; a job that fails is told, noted under its rows,
+and tried again in the next round.
 
 Processes stand in for devices, but share the cores where there are fewer of these (``sharing.py``).
 """
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.planner.profiled import PIPE, calibrated, company, constants, joined, lines, profile_of, shortened
+from benchmarks.planner.profiled import PIPE, calibrated, company, constants, joined, lines, pace, profile_of, shortened
 from benchmarks.planner.random_rows import MODELS, ROWS, SEQ, Row, rows
 from benchmarks.planner.sharing import makespan
 from merak_like import Engine, Plan, auto_parallel
@@ -46,19 +47,21 @@ TOGETHER, JOB = 8, 240.0
 
 
 def step_of(row: Row, hardware: Hardware) -> dict[str, Any]:
-    """In a process of the row's job: what was predicted, and the fastest of a few steps."""
+    """In a process of the row's job: what was predicted, the fastest of a few steps, the machine's pace around it."""
     engine, batch = built(row, hardware)
-    found = {"predicted": predicted(engine.plan)}
     engine.step(batch)
-    best = float("inf")
+    paces, took = [pace()], list[float]()
     for _ in range(STEPS):
         engine.barrier()
         begin = time.perf_counter()
         engine.step(batch)
         engine.barrier()
-        best = min(best, time.perf_counter() - begin)
+        took.append(time.perf_counter() - begin)
+        paces.append(pace())
     engine.close()
-    return found | {"measured": best}
+    measured, fastest = min((seconds, i) for i, seconds in enumerate(took))
+    around = fmean(paces[fastest : fastest + 2])
+    return {"predicted": predicted(engine.plan), "measured": measured, "pace": around}
 
 
 def built(row: Row, hardware: Hardware) -> tuple[Engine, dict[str, torch.Tensor]]:
@@ -81,20 +84,20 @@ def predicted(plan: Plan) -> float:
     return pipeline + sum(plan.after.values()) * max(mesh.size / cores, 1)
 
 
-def run(ranks: int, given: dict[str, Any]) -> dict[str, Any]:
+def run(ranks: int, given: dict[str, Any], *, apart: bool = False) -> dict[str, Any]:
     """A job of this script: what its rank 0 answered before the job ended or, which is told too, failed.
 
-    No ranks: a process on each core, each its own job. The first answers, the others keep it company.
+    ``apart``: each process is a job of its own. The first answers, the others keep it company.
     """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    torchrun = [] if apart else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *torchrun, "-m", "benchmarks.planner.here", "--task"]
     with tempfile.TemporaryDirectory() as folder:
-        places = [Path(folder) / str(i) for i in range(1 if ranks else len(os.sched_getaffinity(0)))]
+        places = [Path(folder) / str(i) for i in range(ranks if apart else 1)]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         for index, place in enumerate(places):
             place.mkdir()
-            beside = {} if ranks else {"company": [port, index, len(places)]}
+            beside = {"company": [port, index, len(places)]} if apart else {}
             (place / "task.json").write_text(json.dumps(given | beside), encoding="utf-8")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         started = [subprocess.Popen([*command, str(place / "task.json")], env=environment) for place in places]
@@ -134,37 +137,38 @@ def answer(task: Path) -> None:
         say(row.name, step_of(row, Hardware.from_json(text)))
 
 
-def profile(held: dict[str, Any], asked: Sequence[Row]) -> dict[str, Hardware]:
-    """This machine's hardware for each row, calibrated by a profile of its own."""
-    cores, save = len(os.sched_getaffinity(0)), partial(_save, held)
+def profile(held: dict[str, Any], asked: Sequence[Row]) -> tuple[dict[str, Hardware], float]:
+    """This machine's hardware for each of some rows of as many ranks, calibrated by a profile of its own; its pace."""
+    cores, save, ranks = len(os.sched_getaffinity(0)), partial(_save, held), asked[0].ranks
     if "rough" not in held:
         torch.set_num_threads(1)
         held["rough"] = json.loads(this_machine(device="cpu", again=True).to_json())
         save()
     known = held.setdefault("lines", {})
-    for ranks in sorted({row.ranks for row in asked} | {2}):
-        if str(ranks) not in known:
-            found = run(ranks, {"lines": True})
-            if "lines" not in found:
-                raise RuntimeError(f"messages between {ranks} processes were not measured: {found['failed']}")
-            known[str(ranks)] = found["lines"]
-            save()
+    for many in sorted({ranks, 2}):
+        found = run(many, {"lines": True})
+        if "lines" not in found:
+            raise RuntimeError(f"messages between {many} processes were not measured: {found['failed']}")
+        known[str(many)] = found["lines"]
+        save()
     rough, profiles = Hardware.from_json(json.dumps(held["rough"])), dict[str, Any]()
     shorts = {row.name: row for one in asked for row in shortened(one)} | {PIPE.name: PIPE}
-    for ranks in sorted({row.ranks for row in shorts.values()}):
-        own = [row for row in shorts.values() if row.ranks == ranks]
-        with_lines = joined(rough, known, ranks, cores).to_json()
-        found = run(ranks if ranks > 1 else 0, {"profiled": list(map(asdict, own)), "hardware": with_lines})
-        if any(row.name not in found for row in own):
+    for own in sorted({row.ranks for row in shorts.values()}):
+        some = [row for row in shorts.values() if row.ranks == own]
+        rough_lines = joined(rough, known, some[0], cores).to_json()
+        given = {"profiled": list(map(asdict, some)), "hardware": rough_lines}
+        found = run(max(ranks, cores), given, apart=True) if own == 1 else run(own, given)
+        if any(row.name not in found for row in some):
             raise RuntimeError(f"the models were not profiled: {found['failed']}")
-        profiles |= {row.name: found[row.name] for row in own}
-
-    @cache
-    def fitted(ranks: int, *of: Row) -> Hardware:
-        return calibrated(of, profiles, joined(rough, known, ranks, cores), cores)
-
-    sending = fitted(2, PIPE).message_seconds
-    return {row.name: replace(fitted(row.ranks, *shortened(row)), message_seconds=sending) for row in asked}
+        profiles |= {row.name: found[row.name] for row in some}
+    paced = fmean(one["pace"] for one in profiles.values())
+    rows_of = {PIPE.name: (PIPE, [PIPE])} | {row.name: (row, shortened(row)) for row in asked}
+    fitted = {
+        name: calibrated(short, profiles, joined(rough, known, row, cores), cores, paced)
+        for name, (row, short) in rows_of.items()
+    }
+    sending = fitted.pop(PIPE.name).message_seconds
+    return {name: replace(hardware, message_seconds=sending) for name, hardware in fitted.items()}, paced
 
 
 def main() -> None:
@@ -184,8 +188,8 @@ def main() -> None:
     held.setdefault("rows", {})
     for turn in range(ROUNDS):
         missing = [row for row in every if len(held["rows"].get(row.name, {}).get("rounds", ())) <= turn]
-        hardware = profile(held, missing) if missing and time.monotonic() < until else {}
         for asked in _jobs(missing):
+            hardware, paced = profile(held, asked) if time.monotonic() < until else ({}, 1.0)
             while asked and time.monotonic() < until:
                 load = os.getloadavg()[0]
                 given = [(asdict(row), hardware[row.name].to_json()) for row in asked]
@@ -193,7 +197,8 @@ def main() -> None:
                 while asked and asked[0].name in found:
                     row = asked.pop(0)
                     own = held["rows"].setdefault(row.name, {"rounds": []})
-                    _note(own, found[row.name] | {"constants": constants(hardware[row.name])}, row, load)
+                    told = found[row.name] | {"profiled_pace": paced, "constants": constants(hardware[row.name])}
+                    _note(own, told, row, load)
                 if asked:
                     row = asked.pop(0)
                     held["rows"].setdefault(row.name, {"rounds": []})["failed"] = found["failed"]
@@ -212,13 +217,15 @@ def _jobs(asked: Sequence[Row]) -> Iterator[list[Row]]:
             yield own[first : first + TOGETHER]
 
 
-def _note(known: dict[str, Any], measured: dict[str, Any], row: Row, load: float) -> None:
-    """A round of a row: its profile's prediction and its fastest step."""
+def _note(known: dict[str, Any], told: dict[str, Any], row: Row, load: float) -> None:
+    """A round of a row. That of the fastest step counts, with its own prediction at the pace of that step."""
     known.pop("failed", None)
-    known["rounds"].append(measured | {"load": round(load, 1)})
-    for what in ("predicted", "measured"):
-        known[what] = min(each[what] for each in known["rounds"])
-    print(f"{row.name}: {measured['predicted']:.3f} s predicted, {measured['measured']:.3f} s measured", flush=True)
+    known["rounds"].append(
+        told | {"paced": told["predicted"] * told["pace"] / told["profiled_pace"], "load": round(load, 1)}
+    )
+    best = min(known["rounds"], key=lambda each: each["measured"])
+    known |= {"predicted": best["paced"], "measured": best["measured"]}
+    print(f"{row.name}: {best['paced']:.3f} s predicted, {best['measured']:.3f} s measured", flush=True)
 
 
 def _save(held: dict[str, Any]) -> None:
