@@ -3,11 +3,10 @@
     python -m benchmarks.planner.here            profile, then every row that is missing, for at most --minutes
     python -m benchmarks.planner.here --again    forget what was measured before
 
-In a round, for a few rows after the other: the machine is profiled, as a user would (``profiled.py``), and the rows are
-predicted with that and measured. A machine is slower in some minutes than in others, whatever else it does, so a piece
-of work is timed in the profiles and around each step, and a prediction is told for the pace of that step. Of the rounds
-that with the fastest step counts. What stands in ``here.json`` is kept; a job that fails is told, noted under its rows,
-and tried again in the next round.
+In a round, for the rows of as many processes: the machine is profiled, as a user would (``profiled.py``), and the rows
+are predicted with that and measured. A machine is slower in some minutes than in others, whatever else it does, hence a
+profile just before; and of the rounds the fastest prediction and the fastest measurement count, each by itself. What
+stands in ``here.json`` is kept; a job that fails is told, noted under its rows, and tried again in the next round.
 
 Processes stand in for devices, but share the cores where there are fewer of these (``sharing.py``).
 """
@@ -32,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.planner.profiled import PIPE, calibrated, company, constants, joined, lines, pace, profile_of, shortened
+from benchmarks.planner.profiled import PIPE, calibrated, company, constants, joined, lines, profile_of, shortened
 from benchmarks.planner.random_rows import MODELS, ROWS, SEQ, Row, rows
 from benchmarks.planner.sharing import makespan
 from merak_like import Engine, Plan, auto_parallel
@@ -47,21 +46,19 @@ TOGETHER, JOB = 12, 240.0
 
 
 def step_of(row: Row, hardware: Hardware) -> dict[str, Any]:
-    """In a process of the row's job: what was predicted, the fastest of a few steps, the machine's pace around it."""
+    """In a process of the row's job: what was predicted, and the fastest of a few steps."""
     engine, batch = built(row, hardware)
+    found = {"predicted": predicted(engine.plan)}
     engine.step(batch)
-    paces, took = [pace()], list[float]()
+    best = float("inf")
     for _ in range(STEPS):
         engine.barrier()
         begin = time.perf_counter()
         engine.step(batch)
         engine.barrier()
-        took.append(time.perf_counter() - begin)
-        paces.append(pace())
+        best = min(best, time.perf_counter() - begin)
     engine.close()
-    measured, fastest = min((seconds, i) for i, seconds in enumerate(took))
-    around = fmean(paces[fastest : fastest + 2])
-    return {"predicted": predicted(engine.plan), "measured": measured, "pace": around}
+    return found | {"measured": best}
 
 
 def built(row: Row, hardware: Hardware) -> tuple[Engine, dict[str, torch.Tensor]]:
@@ -137,8 +134,8 @@ def answer(task: Path) -> None:
         say(row.name, step_of(row, Hardware.from_json(text)))
 
 
-def profile(held: dict[str, Any], asked: Sequence[Row]) -> tuple[dict[str, Hardware], float]:
-    """This machine's hardware for each of some rows of as many ranks, calibrated by a profile of its own; its pace."""
+def profile(held: dict[str, Any], asked: Sequence[Row]) -> dict[str, Hardware]:
+    """This machine's hardware for each of some rows of as many ranks, calibrated by a profile of its own."""
     cores, save, ranks = len(os.sched_getaffinity(0)), partial(_save, held), asked[0].ranks
     if "rough" not in held:
         torch.set_num_threads(1)
@@ -168,7 +165,7 @@ def profile(held: dict[str, Any], asked: Sequence[Row]) -> tuple[dict[str, Hardw
         for name, (row, short) in rows_of.items()
     }
     sending = fitted.pop(PIPE.name).message_seconds
-    return {name: replace(hardware, message_seconds=sending) for name, hardware in fitted.items()}, paced
+    return {name: replace(hardware, message_seconds=sending) for name, hardware in fitted.items()}
 
 
 def main() -> None:
@@ -189,7 +186,7 @@ def main() -> None:
     for turn in range(ROUNDS):
         missing = [row for row in every if len(held["rows"].get(row.name, {}).get("rounds", ())) <= turn]
         for asked in _jobs(missing):
-            hardware, paced = profile(held, asked) if time.monotonic() < until else ({}, 1.0)
+            hardware = profile(held, asked) if time.monotonic() < until else {}
             while asked and time.monotonic() < until:
                 load = os.getloadavg()[0]
                 given = [(asdict(row), hardware[row.name].to_json()) for row in asked]
@@ -197,8 +194,7 @@ def main() -> None:
                 while asked and asked[0].name in found:
                     row = asked.pop(0)
                     own = held["rows"].setdefault(row.name, {"rounds": []})
-                    told = found[row.name] | {"profiled_pace": paced, "constants": constants(hardware[row.name])}
-                    _note(own, told, row, load)
+                    _note(own, found[row.name] | {"constants": constants(hardware[row.name])}, row, load)
                 if asked:
                     row = asked.pop(0)
                     held["rows"].setdefault(row.name, {"rounds": []})["failed"] = found["failed"]
@@ -217,15 +213,13 @@ def _jobs(asked: Sequence[Row]) -> Iterator[list[Row]]:
             yield own[first : first + TOGETHER]
 
 
-def _note(known: dict[str, Any], told: dict[str, Any], row: Row, load: float) -> None:
-    """A round of a row. That of the fastest step counts, with its own prediction at the pace of that step."""
+def _note(known: dict[str, Any], measured: dict[str, Any], row: Row, load: float) -> None:
+    """A round of a row: its profile's prediction and its fastest step."""
     known.pop("failed", None)
-    known["rounds"].append(
-        told | {"paced": told["predicted"] * told["pace"] / told["profiled_pace"], "load": round(load, 1)}
-    )
-    best = min(known["rounds"], key=lambda each: each["measured"])
-    known |= {"predicted": best["paced"], "measured": best["measured"]}
-    print(f"{row.name}: {best['paced']:.3f} s predicted, {best['measured']:.3f} s measured", flush=True)
+    known["rounds"].append(measured | {"load": round(load, 1)})
+    for what in ("predicted", "measured"):
+        known[what] = min(each[what] for each in known["rounds"])
+    print(f"{row.name}: {measured['predicted']:.3f} s predicted, {measured['measured']:.3f} s measured", flush=True)
 
 
 def _save(held: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ its constants are those of the row's blocks on this machine. Nothing is known he
 Cores that are all busy share caches and memory, and processes that take turns on a core find it filled with another's
 data. So as many processes step together as the row has ranks, and at least one for each core. If they share cores their
 seconds are told as if each had its own: those of a process without peers, which never waits, by the share of a core
-that it had; those of tensor-parallel ranks by the cores there are.
+that it had; those of tensor-parallel ranks by the cores there are. A fixed piece of work beside each profile tells at
+which pace the machine was then; all are told for their mean.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def _slope(times: list[float]) -> float:
 def calibrated(
     shorts: Sequence[Row], profiles: Mapping[str, Any], machine: Hardware, cores: int, paced: float
 ) -> Hardware:
-    """The machine as the profiles of some shortened rows have it, as if all were taken at one pace of it."""
+    """The machine as the profiles of some shortened rows have it, as if all were taken at the same pace of it."""
     told = {row.name: profiles[row.name] for row in shorts}
     own = [told[row.name]["own"] if row.ranks == 1 else min(cores / row.ranks, 1.0) for row in shorts]
     pairs = [_pair(one, machine, share * paced / one["pace"]) for one, share in zip(told.values(), own, strict=True)]
