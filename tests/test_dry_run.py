@@ -113,8 +113,11 @@ class Block(nn.Module):
         return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
+BLOCKS = 2
+
+
 def blocks() -> nn.Module:
-    return nn.Sequential(*(Block() for _ in range(4)))
+    return nn.Sequential(*(Block() for _ in range(BLOCKS)))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +133,7 @@ def test_tensor_parallel_ranks_talk_inside_their_stages(schedule: str, recompute
     found = dry_run(plan, blocks(), torch.ones(ROWS, WIDTH), squares)
     assert found.problems == ()
     assert len(found.acted) == 8
-    inside = 4 * 4 * (2 if recompute == "none" else 3)  # blocks, micro-batches, in F and B, and once more in R
+    inside = BLOCKS * 4 * (2 if recompute == "none" else 3)  # blocks, micro-batches, in F and B, and once more in R
     assert found.collectives >= 2 * inside
     one = dry_run(plan, blocks(), torch.ones(ROWS, WIDTH), squares, all_ranks=False)
     assert (one.problems, one.collectives) == ((), found.collectives)
@@ -150,10 +153,10 @@ class Spelt(Block):
 def test_a_plan_of_a_model_that_is_not_fused_is_known_by_its_ops():
     sizes: set[int] = set()
     for fuse in (True, False):
-        parts = sharding(nn.Sequential(*(Spelt() for _ in range(4))), 2, squares, fuse=fuse)
+        parts = sharding(nn.Sequential(*(Spelt() for _ in range(BLOCKS))), 2, squares, fuse=fuse)
         graph = parts.graph(parts.trace(torch.ones(ROWS, WIDTH), "cpu"))
         plan = make_plan(graph, Mesh(1, 2, 2), hardware=TOY, batch=ROWS * 4, micro_batches=4)
-        found = dry_run(plan, nn.Sequential(*(Spelt() for _ in range(4))), torch.ones(ROWS, WIDTH), squares)
+        found = dry_run(plan, nn.Sequential(*(Spelt() for _ in range(BLOCKS))), torch.ones(ROWS, WIDTH), squares)
         assert found.problems == ()
         sizes.add(plan.starts[-1])
     assert len(sizes) == 2

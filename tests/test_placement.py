@@ -52,6 +52,17 @@ def test_gradients_travel_as_they_are_kept_and_zero_3_talks_in_every_pass():
     assert reduction(0, 4) == reduction(0)
 
 
+def test_gradients_that_are_summed_lie_in_flat_memory_which_the_engine_clears_and_adds_to():
+    """Beside one rank's, whose first gradient is kept as it came; kernels of large trainers add every one."""
+    held = StageMemory(weights=10**9, gradients=10**9)
+    for hardware, flat in ((TORCH, TORCH.streaming_seconds(4 * 10**9)), (FUSED, 0.0)):
+        found = after_seconds(Mesh(2, 1, 1), hardware, [held], 10**6, zero=0, hidden=10.0)
+        assert found["reduction"] == pytest.approx(flat + (1 - hardware.overlap) * hardware.all_reduce_seconds(1e9, 2))
+        assert found["ties"] == pytest.approx(flat / 1000 + hardware.all_reduce_seconds(1e6, 2))
+    alone = after_seconds(Mesh(1, 1, 1), TORCH, [held], 0, zero=0, hidden=0.0)
+    assert (alone["reduction"], alone["ties"]) == (0, 0)
+
+
 def test_a_sum_over_nodes_pays_few_latencies_between_them():
     ranks = 16
     between = FUSED.all_reduce_seconds(1, ranks)

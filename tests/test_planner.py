@@ -181,13 +181,15 @@ def test_the_bound_is_never_above_the_simulated_step(name: str, schedule: str, m
         for recompute in ("none", "full"):
             problem = problem_of(GRAPHS[name], ranks, micro_batches, schedule, link=link, recompute=recompute)
             judge, every = Judge(problem), list(every_partition(problem))
-            for starts in every[:: len(every) // 40 + 1]:
+            some = every[:: len(every) // 40 + 1]
+            steps = list[float]()
+            for starts in some:
                 judged = judge(starts)
                 assert judged is not None
-                step = judged.timeline.makespan
-                for s, (i, j) in enumerate(pairwise(starts)):
-                    bound = problem.bound(problem.job.stages - 1 - s, np.array([i]), np.array([j]))[0]
-                    assert bound <= step * (1 + 1e-9), (starts, s)
+                steps.append(judged.timeline.makespan)
+            for s, (i, j) in enumerate(pairwise(np.array(some).T)):
+                over = problem.bound(problem.job.stages - 1 - s, i, j) > np.array(steps) * (1 + 1e-9)
+                assert not over.any(), (some[over.argmax()], s)
 
 
 @pytest.mark.parametrize("name", ["skips", "towers"])
@@ -210,7 +212,7 @@ def plan(graph: ProxyGraph, pp: int = 1, *, dp: int = 1, batch: int = 8, **optio
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.integers(4, 6), st.integers(1, 5), st.integers(1, 4), st.sampled_from([*AS_DATA, AUTO, AUTO_V]),
+    st.integers(3, 4), st.integers(1, 5), st.integers(1, 4), st.sampled_from([*AS_DATA, AUTO, AUTO_V]),
     st.sampled_from(["auto", "full"]),
 )  # fmt: skip
 def test_no_layer_is_lost_or_doubled(layers: int, ranks: int, micro_batches: int, schedule: str, recompute: str):

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.planner.profiled import PIPE, shortened
+from benchmarks.planner.profiled import PIPE, joined, mean_step, shortened
 from benchmarks.planner.random_rows import ROWS, rows
 from benchmarks.planner.sharing import makespan
+from merak_like.partitioner.recorded import Record, Recorded
 from merak_like.partitioner.schedules import data_builder
-from merak_like.partitioner.schedules.action import chain
+from merak_like.partitioner.schedules.action import Action, chain
 from merak_like.partitioner.simulator import Costs, StageCosts, simulate
+from tests.graphs import TOY
 
 RANKS, MICRO_BATCHES = 4, 6
 
@@ -47,3 +49,30 @@ def test_a_row_is_profiled_by_few_of_its_blocks_on_one_stage():
         assert three == replace(one, layers=3)
         assert [(p.layers, p.pp, p.tp, p.ranks) for p in parted] == [(2, 1, row.tp, row.ranks)] * (row.tp > 1)
     assert PIPE not in every
+
+
+def test_times_of_processes_that_take_turns_are_averaged():
+    """One has its forward in one go and waits for its turn in the backward, the other the other way round."""
+    forward, backward = Action.parse("F0.0"), Action.parse("B0.0")
+    steps = [
+        ((Record(forward, 0.0, 1.0, 0.0), Record(backward, 1.0, 5.0, 0.5)),),
+        ((Record(forward, 0.5, 3.5, 0.0), Record(backward, 3.5, 5.5, 1.5)),),
+        ((Record(forward, 0.0, 90.0, 0.0), Record(backward, 90.0, 99.0, 0.0)),),
+    ]
+    made = mean_step(Recorded("p" * 64, tuple(steps), ((5.5,), (6.5,), (100.0,))), [0, 1])
+    assert made.steps == (((Record(forward, 0.25, 2.25, 0.0), Record(backward, 2.25, 5.25, 1.0)),),)
+    assert made.tails == ((6.0,),)
+
+
+def test_gradients_are_summed_in_groups_as_large_as_the_rows():
+    """Pairs of four ranks, on two cores: each of them would have a core, and half the seconds."""
+    slow, quick = [1e-3, 2e-3, 4e-3, 42e-3], [1e-3, 1e-3, 2e-3, 11e-3]
+    known = {"2": {"messages": [1e-4, 1e-4, 1e-3, 2e-3], "sums": quick, "pairs": quick},
+             "4": {"messages": [1e-4, 1e-4, 1e-3, 2e-3], "sums": slow, "pairs": quick}}  # fmt: skip
+    for mesh, spent in (((4, 1, 1), 20e-3), ((2, 2, 1), 5e-3), ((1, 4, 1), 5e-3), ((2, 1, 1), 10e-3)):
+        row = replace(PIPE, dp=mesh[0], pp=mesh[1], tp=mesh[2])
+        made = joined(TOY, known, row, 2)
+        many, large, small = max(*mesh, 2) if mesh[1] < 4 else 2, 2**23, 2**16
+        found = made.all_reduce_seconds(large, many) - made.all_reduce_seconds(small, many)
+        assert found == pytest.approx(spent), mesh
+        assert made.step_seconds == pytest.approx(2e-3 * min(2 / row.ranks, 1))

@@ -156,16 +156,17 @@ def test_a_plan_that_does_not_hold_what_it_was_made_from_tells_what_its_stages_d
 
 def test_why_needs_no_torch(tmp_path: Path):
     explained(share=0.85).save(tmp_path / "plan.json")
-    for command in (
-        ["why", "plan.json"],
-        ["what-if", "plan.json", "--batch", "32"],
-        ["diff", "plan.json", "plan.json"],
-    ):
-        code = (
-            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from merak_like.cli import main\n"
-            f"try: main({command!r})\nfinally: assert 'torch' not in sys.modules"
-        )
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
+    commands = [["why", "plan.json"], ["what-if", "plan.json", "--batch", "32"], ["diff", "plan.json", "plan.json"]]
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from merak_like.cli import main\n"
+        f"for command in {commands!r}:\n"
+        "    try: main(command)\n"
+        "    except SystemExit as end: assert not end.code\n"
+        "    assert 'torch' not in sys.modules, command\n"
+        "    print('ran', command[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, text=True)
+    assert all(f"\nran {command}\n" in done.stdout for command, *_ in commands)
 
 
 def test_the_words_and_numbers_of_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -3,10 +3,10 @@
     python -m benchmarks.planner.here            profile, then every row that is missing, for at most --minutes
     python -m benchmarks.planner.here --again    forget what was measured before
 
-A round profiles the machine, as a user would (``profiled.py``), predicts every row with that, and measures all rows. A
-machine is slower in some minutes than in others, whatever else it does, so of the rounds the fastest prediction and the
-fastest measurement count, each by itself. What stands in ``here.json`` is kept; a job that fails is told, noted under
-its rows, and tried again in the next round.
+In a round, for the rows of as many processes: the machine is profiled, as a user would (``profiled.py``), and the rows
+are predicted with that and measured. A machine is slower in some minutes than in others, whatever else it does, hence a
+profile just before; and of the rounds the fastest prediction and the fastest measurement count, each by itself. What
+stands in ``here.json`` is kept; a job that fails is told, noted under its rows, and tried again in the next round.
 
 Processes stand in for devices, but share the cores where there are fewer of these (``sharing.py``).
 """
@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -41,7 +41,7 @@ from merak_like.partitioner.this_machine import this_machine
 
 OUT = Path(__file__).with_name("here.json")
 ROUNDS, STEPS = 2, 5
-TOGETHER, JOB = 8, 240.0
+TOGETHER, JOB = 12, 240.0
 """Rows that share a job, and the seconds it may take."""
 
 
@@ -81,20 +81,20 @@ def predicted(plan: Plan) -> float:
     return pipeline + sum(plan.after.values()) * max(mesh.size / cores, 1)
 
 
-def run(ranks: int, given: dict[str, Any]) -> dict[str, Any]:
+def run(ranks: int, given: dict[str, Any], *, apart: bool = False) -> dict[str, Any]:
     """A job of this script: what its rank 0 answered before the job ended or, which is told too, failed.
 
-    No ranks: a process on each core, each its own job. The first answers, the others keep it company.
+    ``apart``: each process is a job of its own. The first answers, the others keep it company.
     """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    torchrun = [] if apart else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *torchrun, "-m", "benchmarks.planner.here", "--task"]
     with tempfile.TemporaryDirectory() as folder:
-        places = [Path(folder) / str(i) for i in range(1 if ranks else len(os.sched_getaffinity(0)))]
+        places = [Path(folder) / str(i) for i in range(ranks if apart else 1)]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         for index, place in enumerate(places):
             place.mkdir()
-            beside = {} if ranks else {"company": [port, index, len(places)]}
+            beside = {"company": [port, index, len(places)]} if apart else {}
             (place / "task.json").write_text(json.dumps(given | beside), encoding="utf-8")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         started = [subprocess.Popen([*command, str(place / "task.json")], env=environment) for place in places]
@@ -135,36 +135,37 @@ def answer(task: Path) -> None:
 
 
 def profile(held: dict[str, Any], asked: Sequence[Row]) -> dict[str, Hardware]:
-    """This machine's hardware for each row, calibrated by a profile of its own."""
-    cores, save = len(os.sched_getaffinity(0)), partial(_save, held)
+    """This machine's hardware for each of some rows of as many ranks, calibrated by a profile of its own."""
+    cores, save, ranks = len(os.sched_getaffinity(0)), partial(_save, held), asked[0].ranks
     if "rough" not in held:
         torch.set_num_threads(1)
         held["rough"] = json.loads(this_machine(device="cpu", again=True).to_json())
         save()
     known = held.setdefault("lines", {})
-    for ranks in sorted({row.ranks for row in asked} | {2}):
-        if str(ranks) not in known:
-            found = run(ranks, {"lines": True})
-            if "lines" not in found:
-                raise RuntimeError(f"messages between {ranks} processes were not measured: {found['failed']}")
-            known[str(ranks)] = found["lines"]
-            save()
+    for many in sorted({ranks, 2}):
+        found = run(many, {"lines": True})
+        if "lines" not in found:
+            raise RuntimeError(f"messages between {many} processes were not measured: {found['failed']}")
+        known[str(many)] = found["lines"]
+        save()
     rough, profiles = Hardware.from_json(json.dumps(held["rough"])), dict[str, Any]()
     shorts = {row.name: row for one in asked for row in shortened(one)} | {PIPE.name: PIPE}
-    for ranks in sorted({row.ranks for row in shorts.values()}):
-        own = [row for row in shorts.values() if row.ranks == ranks]
-        with_lines = joined(rough, known, ranks, cores).to_json()
-        found = run(ranks if ranks > 1 else 0, {"profiled": list(map(asdict, own)), "hardware": with_lines})
-        if any(row.name not in found for row in own):
+    for own in sorted({row.ranks for row in shorts.values()}):
+        some = [row for row in shorts.values() if row.ranks == own]
+        rough_lines = joined(rough, known, some[0], cores).to_json()
+        given = {"profiled": list(map(asdict, some)), "hardware": rough_lines}
+        found = run(max(ranks, cores), given, apart=True) if own == 1 else run(own, given)
+        if any(row.name not in found for row in some):
             raise RuntimeError(f"the models were not profiled: {found['failed']}")
-        profiles |= {row.name: found[row.name] for row in own}
-
-    @cache
-    def fitted(ranks: int, *of: Row) -> Hardware:
-        return calibrated(of, profiles, joined(rough, known, ranks, cores), cores)
-
-    sending = fitted(2, PIPE).message_seconds
-    return {row.name: replace(fitted(row.ranks, *shortened(row)), message_seconds=sending) for row in asked}
+        profiles |= {row.name: found[row.name] for row in some}
+    paced = fmean(one["pace"] for one in profiles.values())
+    rows_of = {PIPE.name: (PIPE, [PIPE])} | {row.name: (row, shortened(row)) for row in asked}
+    fitted = {
+        name: calibrated(short, profiles, joined(rough, known, row, cores), cores, paced)
+        for name, (row, short) in rows_of.items()
+    }
+    sending = fitted.pop(PIPE.name).message_seconds
+    return {name: replace(hardware, message_seconds=sending) for name, hardware in fitted.items()}
 
 
 def main() -> None:
@@ -184,8 +185,8 @@ def main() -> None:
     held.setdefault("rows", {})
     for turn in range(ROUNDS):
         missing = [row for row in every if len(held["rows"].get(row.name, {}).get("rounds", ())) <= turn]
-        hardware = profile(held, missing) if missing and time.monotonic() < until else {}
         for asked in _jobs(missing):
+            hardware = profile(held, asked) if time.monotonic() < until else {}
             while asked and time.monotonic() < until:
                 load = os.getloadavg()[0]
                 given = [(asdict(row), hardware[row.name].to_json()) for row in asked]

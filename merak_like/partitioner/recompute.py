@@ -136,6 +136,9 @@ def choose(held: Held, live: Sequence[Live], fronts: Sequence[Front], room: int)
 
     None if no way fits. Exact for one stage, and while there are no more than ``COMBINED`` ways to combine.
     """
+    if all(len(ahead.kept) == 1 for ahead in fronts):
+        only = [stage.boundary + int(ahead.kept[0]) for stage, ahead in zip(live, fronts, strict=True)]
+        return (0,) * len(only) if peak(held, live, only) <= room else None
     taken = held.full @ np.array([s.full for s in live]) + held.waits @ np.array([s.waits for s in live])
     least = [held.kept[:, n] * (s.boundary + int(f.kept[0])) for n, (s, f) in enumerate(zip(live, fronts, strict=True))]
     # Ways to run the stages so far, one a row: bytes at each moment, seconds, and the way of each stage.

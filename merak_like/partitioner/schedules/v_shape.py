@@ -21,20 +21,22 @@ def v_order(rank: int, ranks: int, program: Iterable[tuple[int, str]]) -> Order:
     weight gradient that waits, and Wd or Wu the oldest of that stage.
     """
     stage_of = {"d": rank, "u": 2 * ranks - 1 - rank}
-    turn = Counter[tuple[Kind, int]]()
+    turn = Counter[str]()
     waiting: list[tuple[int, int]] = []
     actions: list[Action] = []
     for word in (word for times, words in program for _ in range(times) for word in words.split()):
-        if word[0] == "W":
-            found = next((w for w in waiting if word == "W" or w[1] == stage_of[word[1]]), None)
+        what, way = word[0], word[1:]
+        if what == "W":
+            found = next((w for w in waiting if not way or w[1] == stage_of[way]), None)
             if found is not None:
                 waiting.remove(found)
                 actions.append(Action(Kind.W, *found))
             continue
-        kind, stage = Kind.F if word[0] == "F" else Kind.B, stage_of[word[1]]
-        micro_batch = turn[kind, stage]
-        turn[kind, stage] += 1
-        actions.append(Action(kind, micro_batch, stage))
-        if word[0] == "I":
+        forward, stage = what == "F", stage_of[way]
+        counted = way if forward else "B" + way
+        micro_batch = turn[counted]
+        turn[counted] = micro_batch + 1
+        actions.append(Action(Kind.F if forward else Kind.B, micro_batch, stage))
+        if what == "I":
             waiting.append((micro_batch, stage))
     return tuple(actions)
