@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,9 @@ class Helper:
             exchange = training.exchange
             assert isinstance(exchange, Enduring)
             exchange.place = place
+            here = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
             try:
-                with row.at(place, training.engine):
+                with here, row.at(place, training.engine):  # a thread begins on the first device
                     self._step(**told)
             finally:
                 exchange.place = 0
