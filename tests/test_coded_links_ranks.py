@@ -37,7 +37,9 @@ COARSE = cells(
     call("coded", 1, 2, 2, text="int8|int6"),
     slow=True,
 )  # fmt: skip
-REMEMBERED = cells(call("remembered", 1, 2, text="aqsgd(3)|int8", schedule="interleaved", chunks=2)) + cells(
+REMEMBERED = cells(
+    call("remembered", 1, 2, text="aqsgd(3)|int8", schedule="interleaved", chunks=2, epochs=2)
+) + cells(
     call("remembered", 1, 2, text="aqsgd(4)"),
     call("remembered", 1, 2, text="aqsgd(2)|bf16", schedule="zb-h1"),
     call("remembered", 1, 2, text=f"aqsgd(4, capacity={12 * 3 * 16 * 8})"),  # half of the samples
