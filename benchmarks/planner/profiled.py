@@ -151,7 +151,7 @@ def _timed(run: Callable[[torch.Tensor], object]) -> list[float]:
 
 
 def joined(rough: Hardware, known: Mapping[str, Mapping[str, list[float]]], row: Row, cores: int) -> Hardware:
-    """The machine with what was timed: latencies are those of the smallest, bandwidths come from the largest.
+    """The machine with what was timed: latencies are those of the quickest, bandwidths come from the largest.
 
     Gradients are summed in as many groups at once as the row has. A step has one sum of few numbers over all ranks, and
     is timed between two barriers, which are another.
@@ -159,10 +159,10 @@ def joined(rough: Hardware, known: Mapping[str, Mapping[str, list[float]]], row:
     messages, timed = known["2"]["messages"], known[str(max(row.ranks, 2))]
     own, many = min(cores / row.ranks, 1.0), max(row.dp, row.tp, 2)
     sums = timed["sums"] if many == row.ranks else timed["pairs"]
-    line = Link(_slope(messages), messages[0])
+    line = Link(_slope(messages), min(messages))  # not of the first: they may be slow until the machine is awake
     share = 2 * (many - 1) / many * _slope(sums) / own / line.bandwidth
-    call = max(own * sums[0] - 2 * ceil(log2(many)) * line.latency, 0.0)
-    each = 2 * own * timed["sums"][0]
+    call = max(own * min(sums) - 2 * ceil(log2(many)) * line.latency, 0.0)
+    each = 2 * own * min(timed["sums"])
     return replace(rough, intra=line, intra_efficiency=share, collective_seconds=call, step_seconds=each)
 
 

@@ -108,9 +108,10 @@ def _more_stages(problem: Problem, other: Try) -> int | None:
     pp = problem.job.mesh.pp
     try:
         base = problem if pp > 1 else other(pp=2)
-        for ranks in range(pp + 1, pp + MORE_STAGES + 1):
+        places = base.size // (base.job.stages // base.job.mesh.pp)
+        for ranks in range(pp + 1, min(pp + MORE_STAGES, places) + 1):
             same = replace(base, job=replace(base.job, mesh=replace(base.job.mesh, pp=ranks)))
-            if same.job.stages <= same.size and cut_fits(same) and _fits(other(pp=ranks)):
+            if cut_fits(same) and _fits(other(pp=ranks)):
                 return ranks
     except ValueError:  # more stages than places to cut
         pass
