@@ -40,7 +40,7 @@ from merak_like.partitioner.hardware import Hardware
 from merak_like.partitioner.this_machine import this_machine
 
 OUT = Path(__file__).with_name("here.json")
-ROUNDS, STEPS = 2, 5
+ROUNDS, STEPS = 4, 5
 TOGETHER, JOB = 12, 240.0
 """Rows that share a job, and the seconds it may take."""
 
