@@ -195,7 +195,7 @@ def sharing(rounds: Rounds, meeting: Meeting, name: str) -> None:
 
 
 def lining_up(rounds: Rounds, meeting: Meeting, name: str) -> None:
-    rounds.line_up(meeting, name, Seat(None, {}, None), lambda _: Row(3, lambda _: True), lambda: True)
+    rounds.line_up(meeting, name, Seat(None, {}, None), lambda _: Row(3, lambda _: True, 9.0), lambda: True)
 
 
 @pytest.mark.parametrize("wait", [sharing, lining_up])

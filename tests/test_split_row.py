@@ -36,7 +36,7 @@ class Steps(Observed):
 
 def beside(**errors: Exception | None) -> tuple[list[str], dict[str, BaseException]]:
     """What was done by these in a row, in which order, and what each ended with. RuntimeError breaks the row."""
-    row, log = Row(len(errors), lambda error: isinstance(error, RuntimeError)), list[str]()
+    row, log = Row(len(errors), lambda error: isinstance(error, RuntimeError), 9.0), list[str]()
 
     def run(place: int, engine: Steps) -> None:
         with row.at(place, engine):
@@ -66,6 +66,20 @@ def test_who_breaks_the_row_ends_it_for_all():
     assert log == ["a0", "b0", "a1", "b1"]
     with pytest.raises(PeerError, match="a step beside this one broke the row: rank 1 is gone"):
         raise errors["a"]
+
+
+def test_nobody_waits_for_a_turn_for_ever():
+    row = Row(2, lambda error: isinstance(error, PeerError), 0.05)
+    with pytest.raises(PeerError, match="the turn of step 1 did not come: the row was not begun for 0 s"):
+        with row.at(1, Steps("b", [], None)):
+            raise AssertionError("it has no turn yet")
+    row = Row(2, lambda error: isinstance(error, PeerError), 0.05)
+    row.begin()
+    with pytest.raises(PeerError, match="the turn of step 1 did not come: step 0 is in one action"):
+        with row.at(1, Steps("b", [], None)):
+            raise AssertionError("step 0 never ended an action")
+    with pytest.raises(PeerError, match="the row's end did not come"):
+        row.over()
 
 
 def test_who_brings_last_has_the_mean():

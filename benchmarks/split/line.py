@@ -39,7 +39,7 @@ from merak_like.split.messages import OptimizerText, Task
 from merak_like.split.tls import Keys
 
 RATE = 20e6
-BATCH, TOKENS, LAYERS, MICRO_BATCHES, STEPS = 64, 64, 3, 16, 5
+BATCH, TOKENS, LAYERS, MICRO_BATCHES, STEPS = 64, 64, 3, 16, 15
 PORT = 7750
 CUT = "bert.encoder.layer.0:bert.pooler.dense"
 CODECS = ("fp16", "int8", "int4", "int2|int4", "aqsgd(4)|int4", "aqsgd(2)|int4", "topk(0.1)", "sign|int8")

@@ -94,6 +94,11 @@ class Crew:
                     self.broken = error
                 raise
 
+    @property
+    def patience(self) -> float:
+        """Seconds that no single action takes: twice the limit of a wait for another rank."""
+        return 2 * self.world.timeout.total_seconds()
+
     def breaks(self, error: BaseException) -> bool:
         """Whether ranks are out of step with an error: all others are raised by each of them at the same place."""
         return not (self.agreed(error) or isinstance(error, FloatingPointError))

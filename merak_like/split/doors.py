@@ -189,7 +189,7 @@ def side_by_side(crew: Crew, desks: Sequence[Desk], sharing: Sequence[Desk]) -> 
     reception, at_cut = Reception(desks), AtCut(sharing)
     for desk in desks:
         desk.reception, desk.shared = reception, at_cut if any(desk is one for one in sharing) else None
-    return Row(len(desks), crew.breaks)
+    return Row(len(desks), crew.breaks, crew.patience)
 
 
 class Asks(Enduring):

@@ -94,7 +94,7 @@ class Helper:
 
     def _abreast(self, steps: list[dict[str, Any]]) -> None:
         """Steps side by side, a thread each."""
-        row = Row(len(steps), self.crew.breaks)
+        row = Row(len(steps), self.crew.breaks, self.crew.patience)
         row.begin()
 
         def run(place: int, told: dict[str, Any]) -> None:

@@ -24,9 +24,12 @@ from merak_like.runtime.watch import PeerError
 class Row:
     """On one rank, the steps that go side by side."""
 
-    def __init__(self, count: int, breaks: Callable[[BaseException], bool]) -> None:
-        """``breaks`` says of an error whether the ranks are out of step with it: then no other step goes on."""
-        self._line, self._breaks = deque(range(count)), breaks
+    def __init__(self, count: int, breaks: Callable[[BaseException], bool], limit: float) -> None:
+        """``breaks`` says of an error whether the ranks are out of step with it: then no other step goes on.
+
+        ``limit`` in seconds is for one action; whatever an action waits for has a limit of its own, which is less.
+        """
+        self._line, self._breaks, self._limit = deque(range(count)), breaks, limit
         self._open = False
         self._broken: BaseException | None = None
         self._change = threading.Condition()
@@ -60,9 +63,9 @@ class Row:
                 self._change.notify_all()
 
     def over(self) -> None:
-        """Wait until no step is inside. They end by themselves: whatever a step waits for has a limit."""
+        """Wait until no step is inside. Raises PeerError where one does not end."""
         with self._change:
-            self._change.wait_for(lambda: not self._line)
+            self._until(lambda: not self._line, "the row's end")
 
     def _around(self, place: int, do: Do) -> Do:
         def followed(one: Callable[[Action], object]) -> Callable[[Action], object]:
@@ -80,6 +83,15 @@ class Row:
 
     def _await(self, place: int) -> None:
         with self._change:
-            self._change.wait_for(lambda: self._broken is not None or (self._open and self._line[0] == place))
+            self._until(
+                lambda: self._broken is not None or (self._open and self._line[0] == place), f"the turn of step {place}"
+            )
             if self._broken is not None:
                 raise PeerError(f"a step beside this one broke the row: {self._broken}") from self._broken
+
+    def _until(self, so: Callable[[], bool], what: str) -> None:
+        """Wait as long as something happens."""
+        while not so():
+            if not self._change.wait(self._limit):
+                first = f"step {self._line[0]} is in one action" if self._open else "the row was not begun"
+                raise PeerError(f"{what} did not come: {first} for {self._limit:.0f} s")
