@@ -212,7 +212,7 @@ def plan(graph: ProxyGraph, pp: int = 1, *, dp: int = 1, batch: int = 8, **optio
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.integers(3, 4), st.integers(1, 5), st.integers(1, 4), st.sampled_from([*AS_DATA, AUTO, AUTO_V]),
+    st.integers(4, 6), st.integers(1, 5), st.integers(1, 4), st.sampled_from([*AS_DATA, AUTO, AUTO_V]),
     st.sampled_from(["auto", "full"]),
 )  # fmt: skip
 def test_no_layer_is_lost_or_doubled(layers: int, ranks: int, micro_batches: int, schedule: str, recompute: str):
