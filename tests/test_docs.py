@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE = ("quick-start", "own-model", "fine-tune", "multi-node", "trainer", "errors")
 DOCUMENTS = ("README.md", "docs/training.md", "docs/quick-start.md", "docs/trainer.md", "docs/own-model.md",
              "docs/checkpoints.md", "docs/split.md", "docs/methods.md", "docs/deepspeed.md", "docs/schedules.md",
-             "docs/tensor-parallel.md")  # fmt: skip
+             "docs/tensor-parallel.md", "docs/codecs.md")  # fmt: skip
 BLOCK = re.compile(r"^(?:<!-- (?P<word>[^\n]*?) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
