@@ -57,3 +57,11 @@ def test_the_gradients_of_a_short_tail_tell_the_labels():
     assert found.labels.majority < 0.6
     assert "of the labels are found" in str(found)
     assert leakage(SOURCE, Task(cut="layers.0"), BATCHES[:4], steps=1).labels is None  # the host is given them anyway
+
+
+def test_codecs_that_remember_samples_hide_little_on_either_link():
+    both = "aqsgd(4)|int4"
+    found = leakage(SOURCE, Task(cut="layers.0:head", codec=both, back_codec=both), BATCHES, steps=150)
+    assert found.labels is not None
+    assert found.labels.found > 0.9
+    assert found.recovered > 5 * found.majority

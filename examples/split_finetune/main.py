@@ -51,6 +51,7 @@ keys: keys
 name: {client}
 state: {model}-{client}
 codec: aqsgd(4)|int4
+back_codec: aqsgd(4)|int4
 micro_batches: 2
 checkpoint_every: 10
 optimizer: {{name: adamw, lr: 0.003}}

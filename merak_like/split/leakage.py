@@ -180,7 +180,7 @@ def _gradients(made: Made, batch: Any, text: str, seed: int) -> tuple[Tensor, Te
         found = half.stages[3].backward(0, {"loss": torch.ones_like(out["loss"])})
     rows_ = list[Tensor]()
     for spec in names:
-        link, context = Loopback(codec(text), codec(text)), Context(seed)
+        link, context = Loopback(codec(text), codec(text)), Context(seed, samples=tuple(range(len(labels))))
         link.carry(received[spec.name].detach(), context)
         rows_.append(link.carry(found[spec.name], replace(context, direction="backward")).flatten(1).float())
     return (torch.cat(rows_, 1), labels) if rows_ else None
