@@ -27,7 +27,7 @@ from merak_like.partitioner.coding import Coding
 from merak_like.partitioner.schedules.action import Action, Kind
 from merak_like.runtime.codecs import CODECS, Codec, Context, OutOfStep, codec
 from merak_like.runtime.codecs.chain import joined
-from merak_like.runtime.codecs.codec import DIRECTIONS, by_sample
+from merak_like.runtime.codecs.codec import DIRECTIONS, Direction, by_sample
 from merak_like.runtime.codecs.wire import Layout, as_bytes, from_bytes, to_bytes
 from merak_like.runtime.links import Links, Spec
 from merak_like.runtime.names import Names
@@ -77,9 +77,14 @@ def coding_of(text: str | None, model: nn.Module) -> Coding | None:
     return Coding(made.text, sum(each) / len(each), made.remembers)
 
 
+Place = tuple[int, int, int]
+"""An edge and a value's place on it: traces of other shapes name the same value otherwise."""
+
+
 class Way(NamedTuple):
     """How a value goes through its codec."""
 
+    place: Place
     codec: Codec
     layout: Layout
     """Of the value as the codec sees it."""
@@ -89,6 +94,12 @@ class Way(NamedTuple):
     def packed(self) -> tuple[Layout, int]:
         """The body and the bytes of the side of what is sent next."""
         return self.codec.packed(self.layout, self.context)
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is sent next."""
+        body, side = self.packed
+        return body.nbytes + side
 
 
 class CodedLinks:
@@ -109,30 +120,31 @@ class CodedLinks:
         self._codecs: dict[Place, Codec] = {}
         self._seen: set[Place] = set()
         """Where no mask was found among the numbers."""
-        self._awaited: dict[Action, Sequence[Spec]] = {}
+        self._awaited: dict[Action, Sequence[tuple[Spec, Way]]] = {}
 
     def post(self, action: Action, specs: Sequence[Spec]) -> None:
         """As ``Links``."""
-        self._awaited[action] = specs
-        self.links.post(action, self._wires(action, specs))
+        ways = self._awaited[action] = self._ways(action, specs)
+        self.links.post(action, wires(specs, {spec.name: way.nbytes for spec, way in ways}))
 
     def take(self, action: Action) -> dict[str, Tensor]:
         """As ``Links``. Raises RuntimeError, with edge and step, where the two ends do not remember the same."""
         found = self.links.take(action)
-        for spec, place in coded(action, self._awaited.pop(action)):
-            found[spec.name] = self._decoded(self._way(action, place, spec), action, spec, found[spec.name])
+        for spec, way in self._awaited.pop(action):
+            found[spec.name] = _decoded(way, action, spec, found[spec.name])
         return found
 
     def send(self, action: Action, specs: Sequence[Spec], values: Mapping[str, Tensor]) -> None:
         """As ``Links``."""
-        wires, sent = self._wires(action, specs), dict(values)  # to encode is to remember, which changes lengths
-        for spec, place in coded(action, specs):
-            way, x = self._way(action, place, spec), values[spec.name].detach()
-            if (*_edge(action), place) not in self._seen and action.kind in FORWARD:
+        ways, sent = self._ways(action, specs), dict(values)
+        nbytes = {spec.name: way.nbytes for spec, way in ways}  # to encode is to remember, which changes lengths
+        for spec, way in ways:
+            x = values[spec.name].detach()
+            if way.place not in self._seen and action.kind in FORWARD:
                 _refuse_a_mask(self.text, spec, x, way)
-                self._seen.add((*_edge(action), place))
+                self._seen.add(way.place)
             sent[spec.name] = _encoded(way, x)
-        self.links.send(action, wires, sent)
+        self.links.send(action, wires(specs, nbytes), sent)
 
     def flush(self) -> None:
         """As ``Links``."""
@@ -155,23 +167,8 @@ class CodedLinks:
         for place, part in parts.items():
             self._codecs[place].load_state_dict(part)
 
-    def _wires(self, action: Action, specs: Sequence[Spec]) -> list[Spec]:
-        """What travels for these values."""
-        wires = {spec.name: spec for spec in specs}
-        for spec, place in coded(action, specs):
-            body, side = self._way(action, place, spec).packed
-            wires[spec.name] = Spec(spec.name, (body.nbytes + side,), torch.uint8, False)
-        return [*wires.values()]
-
-    def _decoded(self, way: Way, action: Action, spec: Spec, data: Tensor) -> Tensor:
-        wanted, _ = way.packed
-        body, side = data[: wanted.nbytes].view(wanted.dtype).view(wanted.shape), to_bytes(data[wanted.nbytes :])
-        try:
-            with torch.no_grad():
-                x = way.codec.unpack(body, side, way.layout, way.context)
-        except ValueError as error:
-            raise _apart(action, spec, error) from None
-        return x.reshape(spec.shape).requires_grad_(spec.requires_grad)
+    def _ways(self, action: Action, specs: Sequence[Spec]) -> list[tuple[Spec, Way]]:
+        return [(spec, self._way(action, place, spec)) for spec, place in coded(action, specs)]
 
     def _way(self, action: Action, place: int, spec: Spec) -> Way:
         edge, layout, samples = _edge(action), Layout(spec.shape, spec.dtype), tuple[int, ...]()
@@ -179,23 +176,40 @@ class CodedLinks:
             samples = self._names.each[action.micro_batch]
             layout = by_rows(layout, len(samples))
         context = Context(
-            self._steps(), self._mine[action.micro_batch], "forward" if action.kind in FORWARD else "backward",
-            samples, training=not self._names.needed or by_sample(layout.shape)[0] == len(samples),
+            self._steps(), self._mine[action.micro_batch], direction(action), samples,
+            training=not self._names.needed or by_sample(layout.shape)[0] == len(samples),
             seed=_seed(self._seed, *edge, place), limit=max(1, *layout.shape, layout.numel), device=self._device,
         )  # fmt: skip
         if (*edge, place) not in self._codecs:
             self._codecs[*edge, place] = codec(self.text)
-        return Way(self._codecs[*edge, place], layout, context)
-
-
-Place = tuple[int, int, int]
-"""An edge and a value's place on it: traces of other shapes name the same value otherwise."""
+        return Way((*edge, place), self._codecs[*edge, place], layout, context)
 
 
 @torch.no_grad()
 def _encoded(way: Way, x: Tensor) -> Tensor:
     body, side = way.codec.pack(x.reshape(way.layout.shape), way.context)
     return torch.cat([as_bytes(body), from_bytes(side, torch.uint8, body.device)])
+
+
+def _decoded(way: Way, action: Action, spec: Spec, data: Tensor) -> Tensor:
+    wanted, _ = way.packed
+    body, side = data[: wanted.nbytes].view(wanted.dtype).view(wanted.shape), to_bytes(data[wanted.nbytes :])
+    try:
+        with torch.no_grad():
+            x = way.codec.unpack(body, side, way.layout, way.context)
+    except ValueError as error:
+        raise _apart(action, spec, error) from None
+    return x.reshape(spec.shape).requires_grad_(spec.requires_grad)
+
+
+def wires(specs: Sequence[Spec], nbytes: Mapping[str, int]) -> list[Spec]:
+    """What travels for these values: of those that have lengths, so many bytes."""
+    return [Spec(s.name, (nbytes[s.name],), torch.uint8, False) if s.name in nbytes else s for s in specs]
+
+
+def direction(action: Action) -> Direction:
+    """Of what an action sends or receives."""
+    return "forward" if action.kind in FORWARD else "backward"
 
 
 def by_rows(x: Layout, samples: int) -> Layout:

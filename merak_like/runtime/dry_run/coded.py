@@ -10,7 +10,7 @@ from torch import Tensor
 from merak_like.partitioner.schedules.action import Action
 from merak_like.runtime.codecs import Context, codec
 from merak_like.runtime.codecs.wire import Layout
-from merak_like.runtime.coded_links import FORWARD, coded
+from merak_like.runtime.coded_links import coded, direction, wires
 from merak_like.runtime.dry_run.stages import ShapeLinks
 from merak_like.runtime.links import Spec
 
@@ -25,7 +25,7 @@ class CodedShapes:
     def post(self, action: Action, specs: Sequence[Spec]) -> None:
         """As ``Links``."""
         self._awaited[action] = specs
-        self.links.post(action, [*self._wires(action, specs).values()])
+        self.links.post(action, wires(specs, self._nbytes(action, specs)))
 
     def take(self, action: Action) -> dict[str, Tensor]:
         """As ``Links``."""
@@ -34,21 +34,18 @@ class CodedShapes:
 
     def send(self, action: Action, specs: Sequence[Spec], values: Mapping[str, Tensor]) -> None:
         """As ``Links``."""
-        wires = self._wires(action, specs)
-        sent = {spec.name: self._empty(wires[spec.name]) for spec, _ in coded(action, specs)}
-        self.links.send(action, [*wires.values()], {**values, **sent})
+        nbytes = self._nbytes(action, specs)
+        sent = wires(specs, nbytes)
+        self.links.send(action, sent, {**values, **{s.name: self._empty(s) for s in sent if s.name in nbytes}})
 
     def flush(self) -> None:
         """As ``Links``."""
         self.links.flush()
 
-    def _wires(self, action: Action, specs: Sequence[Spec]) -> dict[str, Spec]:
-        context = Context(direction="forward" if action.kind in FORWARD else "backward")
-        wires = {spec.name: spec for spec in specs}
-        for spec, _ in coded(action, specs):
-            body, side = self._codec.packed(Layout(spec.shape, spec.dtype), context)
-            wires[spec.name] = Spec(spec.name, (body.nbytes + side,), torch.uint8, False)
-        return wires
+    def _nbytes(self, action: Action, specs: Sequence[Spec]) -> dict[str, int]:
+        context = Context(direction=direction(action))
+        packed = {s.name: self._codec.packed(Layout(s.shape, s.dtype), context) for s, _ in coded(action, specs)}
+        return {name: body.nbytes + side for name, (body, side) in packed.items()}
 
     def _empty(self, spec: Spec) -> Tensor:
         with self.links.mode:
