@@ -39,8 +39,8 @@ class ChunkedLoss(Method):
     """Never makes the logits of more than a few rows in training; the model's ``logits`` are not among its results.
 
     Evaluation stays as it is. Raises ValueError for a model whose loss is not the cross-entropy of a Linear layer's
-    output, naming what stands between them. ``kernel`` "liger" lets Liger's kernels do it, on a GPU where they are
-    installed; they choose their chunks.
+    output, naming what stands between them. ``kernel`` "liger" lets Liger's kernels do it, on a GPU; they choose
+    their chunks. Without the library, or on another device, that is a ValueError before the first step.
     """
 
     def __init__(self, chunk_bytes: int = CHUNK_BYTES, *, kernel: str = "own") -> None:
@@ -50,7 +50,7 @@ class ChunkedLoss(Method):
             raise ValueError(f"no kernel {kernel!r} for the loss: there are {', '.join(KERNELS)}")
         self.chunk_bytes, self.kernel = chunk_bytes, kernel
         if kernel == "liger":
-            liger.library()  # a ValueError, now and not in the first step, where it is not installed
+            liger.require()
 
     def check(self, job: Job) -> None:
         """A vocabulary that is spread over ranks has its own cross-entropy."""

@@ -15,8 +15,12 @@ WHERE = ("cuda", "xpu")
 """Devices that Triton compiles for."""
 
 
-def library() -> Any:
-    """Liger's module. Raises ValueError where it cannot be imported."""
+def require() -> None:
+    """Raise ValueError, saying what to install, where the library cannot be imported."""
+    _loss_class()
+
+
+def _loss_class() -> Any:
     try:
         from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
             LigerFusedLinearCrossEntropyLoss,
@@ -45,5 +49,5 @@ def linear_cross_entropy(
         lower, dtype = torch.get_autocast_dtype(kind), torch.float32
         hidden, weight, bias = hidden.to(lower), weight.to(lower), None if bias is None else bias.to(lower)
     with torch.autocast(kind, enabled=False):
-        loss = library()(ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
+        loss = _loss_class()(ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
         return loss(weight, hidden, target, bias).to(dtype or hidden.dtype)
