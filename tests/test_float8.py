@@ -21,7 +21,9 @@ from merak_like.runtime.methods.compiled import Compiled
 from merak_like.runtime.methods.float8 import Float8
 from merak_like.runtime.methods.method import Job, Methods
 
-with_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed: pip install 'merak-like[float8]'")
+with_torchao = pytest.mark.skipif(
+    find_spec("torchao") is None, reason="torchao is not installed: pip install 'merak-like[float8]'"
+)
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def nothing() -> Reducer:
 
 
 def as_alone(found: Any, *others: Any) -> None:
-    """What rank 0 found of a run on ranks and one without is the same, and weights did change; the others say nothing."""
+    """What rank 0 found: a run on ranks and one without give the same, and weights did change."""
     assert not any(others)
     assert found["losses"] < 1e-10
     assert found["weights"] < 1e-10
